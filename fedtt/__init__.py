@@ -1,0 +1,1 @@
+"""The core of fedtt: values and pure functions for federated fine-tuning with tensor-train adapters."""

@@ -1,0 +1,20 @@
+"""FedTT: federated fine-tuning with tensor-train adapters.
+
+S. Ghiasvand, Y. Yang, Z. Xue, M. Alizadeh, Z. Zhang, R. Pedarsani. "Communication-efficient and
+tensorized federated fine-tuning of large language models". Findings of ACL 2025, arXiv 2410.13097.
+Adapters: Y. Yang, J. Zhou, N. Wong, Z. Zhang. "LoRETTA". NAACL 2024, arXiv 2402.11417.
+"""
+
+from __future__ import annotations
+
+from fedtt.algorithms.fedavg import FedAvg
+
+__all__ = ["FedTT"]
+
+
+class FedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fedtt"):
+    """All TT cores of all adapters, and the head, are trained, sent and averaged core by core (Algorithm 1).
+
+    The mean is taken of each core, not of the matrices they stand for: W̄ = (Ḡ_1)···(Ḡ_J) differs from the
+    mean of the devices' matrices by cross terms of second order in their deltas.
+    """

@@ -1,0 +1,93 @@
+"""The `fedtt` program: sub-commands come from the entry-point group `fedtt.commands`.
+
+Each entry point is a function `register(commands)` that calls `add_command` for what its program
+offers and imports nothing heavy, so `fedtt --help` is quick and the core imports no program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points, version
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fedtt.errors import FedttError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = ["Run", "add_command", "main", "print_json"]
+
+GROUP = "fedtt.commands"
+Run = Callable[[argparse.Namespace], int | None]  #: returns the exit status, None for 0
+
+
+def add_command(
+    commands: Commands, name: str, *, about: str, examples: str, run: Run
+) -> argparse.ArgumentParser:
+    """Add one sub-command with `--json`; `examples` are shown at the end of its help."""
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for machines, one object a line")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def print_json(value: object) -> None:
+    """One JSON object on a line of its own, flushed, so that a reader sees it at once."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedtt",
+        description="Fine-tune small language models on data that never leaves people's devices.",
+        epilog="examples:\n  fedtt demo\n  fedtt export ./my-model --labels labels.json --out bundle\n"
+        "  fedtt serve --data ./server\n  fedtt client run --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedtt {version('fedtt')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            register = entry.load()
+        except ModuleNotFoundError as error:
+            _add_missing(commands, entry.name, error.name or "?")
+        else:
+            register(commands)
+    return parser
+
+
+def _add_missing(commands: Commands, extra: str, module: str) -> None:
+    """Keep a program whose extra is not installed visible, and say how to get it."""
+
+    def run(_: argparse.Namespace) -> int:
+        raise FedttError(f"'fedtt {extra}' needs the package {module}: pip install 'fedtt[{extra}]'")
+
+    commands.add_parser(extra, help=f"not installed (pip install 'fedtt[{extra}]')").set_defaults(run=run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a FedttError is one line on stderr and status 2, Ctrl-C is status 130."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except FedttError as error:
+        print(f"fedtt: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedtt: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

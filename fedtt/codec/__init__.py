@@ -1,0 +1,89 @@
+"""Deltas as bytes: the stages a task declares, in the order live set -> error feedback -> quantise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from fedtt.adapter import LiveSet
+from fedtt.codec import quantise
+from fedtt.errors import ConfigError, LayoutError, WireError
+
+__all__ = ["CodecSpec", "compensate", "decode_delta", "encode_delta", "payload_bytes"]
+
+Delta = NDArray[np.float32]
+
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
+
+
+class CodecSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a task's deltas travel.
+
+    Error feedback needs a contractive quantiser: rounding to nearest brings every value at least half a
+    step near, while stochastic rounding may move it a whole one and let the residual grow.
+    """
+
+    quantise: Literal["fp32", "int8", "int4"] = "int4"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        if self.error_feedback and (self.rounding != "nearest" or self.quantise == "fp32"):
+            raise ConfigError(
+                "codec.error_feedback",
+                True,
+                "only with rounding = 'nearest' and quantise = 'int8' or 'int4'",
+            )
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.quantise]
+
+
+def payload_bytes(codec: CodecSpec, live: LiveSet) -> int:
+    """The exact size of every payload of this codec and live set, known before a byte is read."""
+    return sum(quantise.encoded_bytes(codec.bits, size) for size in live.sizes)
+
+
+def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.Generator) -> bytes:
+    """The live numbers (live.size,) as a payload; `rng` is drawn from by stochastic rounding alone.
+
+    Raises LayoutError for another size, WireError for values that are not finite.
+    """
+    if delta.shape != (live.size,):
+        raise LayoutError(f"expected {live.size} live numbers, got shape {delta.shape}")
+    if not np.isfinite(delta).all():
+        raise WireError("the delta is not finite: training diverged; lower the learning rate")
+    noise = rng if codec.rounding == "stochastic" else None
+    parts = np.split(delta, np.cumsum(live.sizes)[:-1])
+    return b"".join(quantise.encode(codec.bits, part, noise) for part in parts)
+
+
+def decode_delta(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
+    """The inverse, (live.size,) float32; total over all bytes: a value or a WireError."""
+    expected = payload_bytes(codec, live)
+    if len(payload) != expected:
+        raise WireError(f"the payload has {len(payload)} bytes, this layout and codec need {expected}")
+    parts, start = [], 0
+    for size in live.sizes:
+        end = start + quantise.encoded_bytes(codec.bits, size)
+        parts.append(quantise.decode(codec.bits, payload[start:end], size))
+        start = end
+    delta = np.concatenate(parts)
+    if not np.isfinite(delta).all():
+        raise WireError("the update holds NaN or infinite factors")
+    return delta
+
+
+def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -> tuple[bytes, Delta]:
+    """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, Algorithm 2).
+
+    p = Δ + e,  sent = Q(p),  e' = p - sent.  Returns the payload and e'; the caller keeps e until the
+    payload is acknowledged, so that a refused update loses nothing.
+    """
+    target = delta + residual
+    payload = encode_delta(codec, live, target, np.random.default_rng(0))
+    return payload, target - decode_delta(codec, live, payload)

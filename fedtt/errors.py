@@ -1,0 +1,86 @@
+"""Every error a person or a peer can cause, in one tree.
+
+    FedttError
+    ├── ConfigError      a task file, option or argument is nonsense
+    ├── DataError        an examples file or an example is unusable
+    ├── LayoutError      numbers do not fit the factor layout
+    ├── BundleError      a bundle or version directory is missing, damaged or of another format
+    ├── WireError        bytes from outside are not what the protocol allows
+    ├── Refused          the other side answered with a typed `Problem`
+    ├── Unreachable      the other side did not answer at all
+    ├── RuntimeFailure   the edge runtime could not load or run a graph
+    └── StorageError     the database, the disk or a directory cannot be used
+
+A message says what was wrong, where, and what to do, in one line: programs print it and exit with
+status 2, and never show a traceback for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedtt.messages import Problem
+
+__all__ = [
+    "BundleError",
+    "ConfigError",
+    "DataError",
+    "FedttError",
+    "LayoutError",
+    "Refused",
+    "RuntimeFailure",
+    "StorageError",
+    "Unreachable",
+    "WireError",
+]
+
+
+class FedttError(Exception):
+    """Base of the tree; catch it to catch all that is not a bug."""
+
+
+class ConfigError(FedttError):
+    """A setting is nonsense: `field` names it, `value` is what was given, `allowed` what is."""
+
+    def __init__(self, field: str, value: object, allowed: str, where: str = "") -> None:
+        self.field, self.value, self.allowed, self.where = field, value, allowed, where
+        prefix = f"{where}: " if where else ""
+        super().__init__(f"{prefix}{field} = {value!r} is not allowed: {allowed}")
+
+
+class DataError(FedttError):
+    """An examples file or one of its rows cannot be used."""
+
+
+class LayoutError(FedttError):
+    """A vector, factor or live set does not fit the layout it is used with."""
+
+
+class BundleError(FedttError):
+    """A bundle or a downloaded version is missing, damaged or of a format this program cannot read."""
+
+
+class WireError(FedttError):
+    """Bytes from outside are malformed, oversized, of another kind or not finite."""
+
+
+class Refused(FedttError):
+    """The peer understood the request and said no; `problem` is its typed answer."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        remedy = f" ({problem.remedy})" if problem.remedy else ""
+        super().__init__(f"{problem.code.value}: {problem.detail}{remedy}")
+
+
+class Unreachable(FedttError):
+    """The peer did not answer, or its answer broke off; the outcome of the request is unknown."""
+
+
+class RuntimeFailure(FedttError):
+    """The edge runtime could not load or run a graph."""
+
+
+class StorageError(FedttError):
+    """The database, the disk or a directory cannot be used."""

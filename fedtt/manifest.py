@@ -1,0 +1,141 @@
+"""What is in a bundle: the compiled training step, its base weights and all a device needs beside them.
+
+A bundle is a directory whose `manifest.json` names every other file with its size and sha256. The
+bundle's own name is the sha256 of the bytes of that manifest, so one hash covers everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fedtt.adapter import AdapterSpec
+from fedtt.errors import BundleError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "MANIFEST_LIMIT_BYTES",
+    "FileEntry",
+    "Graphs",
+    "Manifest",
+    "ModelInfo",
+    "Tokenization",
+    "bundle_digest",
+    "decode_manifest",
+    "encode_manifest",
+]
+
+FORMAT: Literal[1] = 1
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT_BYTES = 1 << 20
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the bundle."""
+
+    sha256: Sha256
+    bytes: Annotated[int, Meta(ge=0, le=1 << 40)]
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The frozen base the step was compiled from."""
+
+    name: str  #: as given to export: a hub id or the last part of a directory
+    architecture: str  #: `model_type` of its configuration
+    base_sha256: Sha256  #: over the base weights' bytes: equal bases give equal gradients
+    vocabulary: int
+
+
+class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The graphs of one runtime, as file names; both read the same external base weights.
+
+    step: theta (P,) f32, ids (B, S) i64, mask (B, S) i64[, labels (B,) i64] -> loss () f32, grad (P,) f32.
+    eval: the same inputs but labels -> logits (B, C) f32, or for causal-lm (B, S, V) f32.
+    The loss is the mean over examples (classification) or over predicted tokens (causal-lm).
+    """
+
+    step: str
+    eval: str
+
+
+class Tokenization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How text becomes ids: a `tokenizers` JSON file, cut to `max_tokens`, padded with `pad_id`."""
+
+    file: str
+    pad_id: int
+    min_tokens: int  #: shortest sequence the graphs take; shorter batches are padded to it
+    max_tokens: int  #: longest
+
+
+class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The contents of `manifest.json`."""
+
+    format: Literal[1] = FORMAT
+    task: Literal["sequence-classification", "causal-lm"]
+    model: ModelInfo
+    adapter: AdapterSpec
+    layout_sha256: Sha256  #: `adapter.layout.digest`, so that a reader who plans otherwise notices
+    labels: tuple[str, ...]  #: names in order of their index; empty for causal-lm
+    tokenization: Tokenization
+    graphs: dict[Literal["onnxruntime", "executorch"], Graphs]
+    opset: int
+    requires: dict[str, str]  #: runtime package -> least version
+    initial: str  #: safetensors file with the first factors
+    files: dict[str, FileEntry]
+    signature: str | None = None
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest: keys in the order of the type, two spaces of indentation."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
+    """Read and check a manifest; raises BundleError with what is wrong and what to do."""
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{where} has {len(data)} bytes, at most {MANIFEST_LIMIT_BYTES} are read")
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{where} is not a bundle manifest: {error}; export or download it again") from None
+    if bytes(found.get("format", b"")) != str(FORMAT).encode():
+        version = bytes(found.get("format", b"none")).decode(errors="replace")[:20]
+        raise BundleError(
+            f"{where} has format {version}, this program reads format {FORMAT}: "
+            "export the model again, or use the release of fedtt that wrote it"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{where} is not a valid manifest: {error}") from None
+    _check(manifest, where)
+    return manifest
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise BundleError(f"{where} names a file {name[:100]!r}; names are plain, without directories")
+    named = {manifest.initial, manifest.tokenization.file}
+    named.update(name for graphs in manifest.graphs.values() for name in (graphs.step, graphs.eval))
+    if missing := named - manifest.files.keys():
+        raise BundleError(f"{where} does not list {min(missing)!r} among its files")
+    if manifest.adapter.layout.digest != manifest.layout_sha256:
+        raise BundleError(f"{where} describes another factor layout than its adapter has; export it again")
+    if manifest.adapter.head and len(manifest.labels) != manifest.adapter.head.labels:
+        raise BundleError(
+            f"{where} names {len(manifest.labels)} labels, its head has {manifest.adapter.head.labels}"
+        )
+
+
+def bundle_digest(manifest_bytes: bytes) -> str:
+    """The name of a bundle: sha256 of its manifest's bytes."""
+    return hashlib.sha256(manifest_bytes).hexdigest()

@@ -1,0 +1,222 @@
+"""The protocol: small immutable messages in closed unions, msgpack on the wire (docs/protocol.md).
+
+Each message is a map whose `type` names it; unknown fields and unknown types are refused with an error
+that names them. Binary parts (updates, versions, bundle files) travel as bodies of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fedtt.algorithms import Method
+from fedtt.codec import CodecSpec
+from fedtt.errors import WireError
+from fedtt.optimiser import TrainingSpec
+
+__all__ = [
+    "MEDIA_TYPE",
+    "MESSAGE_LIMIT_BYTES",
+    "CheckIn",
+    "CheckInAnswer",
+    "Code",
+    "Enroll",
+    "Enrolled",
+    "Failure",
+    "FailureCode",
+    "Plan",
+    "Problem",
+    "Receipt",
+    "Retired",
+    "UpdateState",
+    "Wait",
+    "Work",
+    "decode",
+    "device_id",
+    "encode",
+]
+
+MEDIA_TYPE = "application/vnd.fedtt+msgpack"
+MESSAGE_LIMIT_BYTES = 16 * 1024  #: no message is longer; bodies are cut off before they are read
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+DeviceId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+LeaseId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Name = Annotated[str, Meta(max_length=100)]
+Text = Annotated[str, Meta(max_length=500)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, Meta(ge=0, le=10**9)]
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=str.lower):
+    """Base of all messages; the tag is the class's name in lower case."""
+
+
+class Enroll(Message, frozen=True):
+    """A device's own key and the token its owner was given."""
+
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]  #: Ed25519
+    token: Annotated[str, Meta(max_length=200)]
+    client: Name  #: program and version, for people who look at the device list
+
+
+class Enrolled(Message, frozen=True):
+    """The name under which the server knows the key."""
+
+    device: DeviceId
+
+
+class CheckIn(Message, frozen=True):
+    """What I have and can do."""
+
+    client: Name
+    runtimes: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    examples: Count  #: usable examples on the device
+
+
+class Plan(Message, frozen=True):
+    """Everything a device needs to know to train one update."""
+
+    task: Name
+    seed: int
+    bundle: Sha256
+    version: Sha256  #: of the factors to start from
+    version_number: Count
+    round: Count
+    live: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=65536)]  #: indices into the layout
+    training: TrainingSpec
+    codec: CodecSpec
+    method: Method
+    min_examples: Count
+
+
+class Work(Message, frozen=True):
+    """Train by this plan and upload under this lease."""
+
+    lease: LeaseId
+    expires_in_s: Seconds
+    plan: Plan
+
+
+class Wait(Message, frozen=True):
+    """Nothing to do now; come back later."""
+
+    retry_after_s: Seconds
+    reason: Text = ""
+
+
+class Retired(Message, frozen=True):
+    """This device is no longer part of the population."""
+
+    reason: Text = ""
+
+
+CheckInAnswer = Work | Wait | Retired
+
+
+class FailureCode(Enum):
+    """Why a device gave a lease back."""
+
+    NO_EXAMPLES = "no_examples"  #: too few usable examples
+    BUNDLE = "bundle"  #: the bundle could not be had or read
+    RUNTIME = "runtime"  #: the graph did not load or run
+    NOT_FINITE = "not_finite"  #: training diverged
+    CONDITIONS = "conditions"  #: battery, network or owner said no
+    OTHER = "other"
+
+
+class Failure(Message, frozen=True):
+    """I hold this lease and cannot fulfil it."""
+
+    code: FailureCode
+    detail: Text = ""
+
+
+class UpdateState(Enum):
+    """Where an acknowledged update stands; all but ACCEPTED are terminal."""
+
+    ACCEPTED = "accepted"  #: durable, not yet folded
+    FOLDED = "folded"  #: part of exactly one version
+    DISCARDED = "discarded"  #: will never be folded, for the reason given
+
+
+class Receipt(Message, frozen=True):
+    """The server has this update on disk, and this has become of it."""
+
+    lease: LeaseId
+    digest: Sha256  #: of the frame's bytes
+    state: UpdateState
+    reason: Text = ""
+    version_number: Count | None = None  #: the version it was folded into
+
+
+class Code(Enum):
+    """Why a request was refused; each has one HTTP status (see `STATUS`)."""
+
+    MALFORMED = "malformed"  #: not the bytes the protocol allows
+    WRONG_LAYOUT = "wrong_layout"  #: an update for another factor layout or codec
+    NOT_FINITE = "not_finite"  #: NaN or infinity among the factors
+    BAD_TOKEN = "bad_token"  # noqa: S105  #: unknown, used-up or expired enrolment token
+    BAD_SIGNATURE = "bad_signature"  #: missing or wrong request signature, or an unknown device
+    CLOCK_SKEW = "clock_skew"  #: signed too long ago or in the future; `now` carries the server's time
+    FORBIDDEN = "forbidden"  #: the admin token is missing or wrong
+    NOT_FOUND = "not_found"
+    UNKNOWN_LEASE = "unknown_lease"  #: never given, or given to another device
+    CONFLICT = "conflict"  #: the same lease with other bytes, or the same name again
+    STALE = "stale"  #: the round has closed or the base version is too old
+    TOO_LARGE = "too_large"
+    BUSY = "busy"  #: come back after the time in Retry-After
+    INTERNAL = "internal"  #: a bug; the request changed nothing
+
+
+STATUS: dict[Code, int] = {
+    Code.MALFORMED: 400,
+    Code.WRONG_LAYOUT: 422,
+    Code.NOT_FINITE: 422,
+    Code.BAD_TOKEN: 403,
+    Code.BAD_SIGNATURE: 401,
+    Code.CLOCK_SKEW: 401,
+    Code.FORBIDDEN: 403,
+    Code.NOT_FOUND: 404,
+    Code.UNKNOWN_LEASE: 404,
+    Code.CONFLICT: 409,
+    Code.STALE: 410,
+    Code.TOO_LARGE: 413,
+    Code.BUSY: 503,
+    Code.INTERNAL: 500,
+}
+
+
+class Problem(Message, frozen=True):
+    """A refusal: nothing was changed by the request."""
+
+    code: Code
+    detail: Text
+    remedy: Text = ""
+    now: float | None = None  #: the server's time in Unix seconds, where it helps
+
+
+M = TypeVar("M")
+
+
+def encode(message: Message) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Read one message of a type, or of a union of types; raises WireError that names the field."""
+    if len(data) > MESSAGE_LIMIT_BYTES:
+        raise WireError(f"a message has {len(data)} bytes, at most {MESSAGE_LIMIT_BYTES} are read")
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a valid message: {error}") from None
+
+
+def device_id(public_key: bytes) -> str:
+    """A device's name: the first 128 bits of sha256 over its public key, in hex."""
+    return hashlib.sha256(public_key).hexdigest()[:32]

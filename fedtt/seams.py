@@ -1,0 +1,74 @@
+"""The two seams of the system: how time passes and how bytes travel.
+
+Everything else is the real thing everywhere: the fleet emulator runs the device's own code under a
+virtual `Clock` and another `Transport`, and faults are wrappers round a transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt
+
+__all__ = ["Clock", "SystemClock", "Transport"]
+
+
+class Clock(Protocol):
+    """Where every program takes the time from."""
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after `seconds` of this clock's time."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clock."""
+
+    def now(self) -> float:
+        return time.time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Transport(Protocol):
+    """A device's way to its aggregator.
+
+    Every call raises Refused with the server's typed Problem, WireError for an answer that is not the
+    protocol's, or Unreachable when the outcome is unknown; each may be repeated without harm.
+    """
+
+    async def enroll(self, message: Enroll) -> Enrolled: ...
+
+    async def check_in(self, message: CheckIn) -> CheckInAnswer: ...
+
+    def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncIterator[bytes]:
+        """The bytes of one file from `offset` on, in pieces."""
+        ...
+
+    async def version(self, sha256: str, limit_bytes: int) -> bytes:
+        """The canonical bytes of a version; refuses to read more than `limit_bytes`."""
+        ...
+
+    async def upload(self, lease: str, frame: bytes) -> Receipt: ...
+
+    async def receipt(self, lease: str) -> Receipt:
+        """What has become of an acknowledged update."""
+        ...
+
+    async def fail(self, lease: str, failure: Failure) -> None:
+        """Give a lease back."""
+        ...
+
+    async def leave(self, *, erase: bool) -> None:
+        """Take this device out of the population; with `erase`, have the server forget it too."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,135 @@
+"""TaskSpec: one federated task, read from a TOML file that is refused where it makes no sense."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable
+from typing import Annotated, Any, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fedtt.algorithms import FedTT, Method
+from fedtt.codec import CodecSpec
+from fedtt.errors import ConfigError
+from fedtt.optimiser import TrainingSpec
+
+__all__ = ["RoundSpec", "TaskSpec", "TrainingSpec", "parse_task"]
+
+_SIZE_LIMIT_BYTES = 64 * 1024
+
+Positive = Annotated[int, Meta(ge=1, le=10**9)]
+Seconds = Annotated[float, Meta(gt=0, le=30 * 86400)]
+
+
+class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How devices are invited and when their updates are folded.
+
+    At most `cohort` leases are given per version; a fold happens once `buffer` acceptable updates are in,
+    or at the deadline with at least `quorum`. Over-selection is a cohort larger than the buffer.
+    """
+
+    count: Positive  #: folds after which the task is finished
+    cohort: Positive  #: devices invited per version, K in McMahan et al. 2017
+    buffer: Positive | None = None  #: updates that close a round at once; None for the whole cohort
+    quorum: Positive = 1  #: fewest updates with which the deadline may close a round
+    deadline_s: Seconds = 600.0  #: from the first lease of a round to its close
+    lease_s: Seconds | None = None  #: how long a device may take; None for the deadline
+    max_staleness: Annotated[int, Meta(ge=0, le=1000)] = 0  #: versions a base may be old; 0 = synchronous
+    give_up_after: Positive = 5  #: abandoned rounds in a row after which the task pauses itself
+
+    def __post_init__(self) -> None:
+        if self.closes_at > self.cohort:
+            raise ConfigError(
+                "rounds.buffer", self.buffer, f"a number from 1 to rounds.cohort = {self.cohort}"
+            )
+        if self.quorum > self.closes_at:
+            raise ConfigError(
+                "rounds.quorum", self.quorum, f"a number from 1 to rounds.buffer = {self.closes_at}"
+            )
+        if self.lease_s is not None and self.lease_s > self.deadline_s:
+            raise ConfigError(
+                "rounds.lease_s", self.lease_s, f"at most rounds.deadline_s = {self.deadline_s:g}"
+            )
+
+    @property
+    def closes_at(self) -> int:
+        """Updates that close a round before its deadline."""
+        return self.cohort if self.buffer is None else self.buffer
+
+    @property
+    def lease_lasts_s(self) -> float:
+        return self.deadline_s if self.lease_s is None else self.lease_s
+
+
+class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the aggregator asks of a population."""
+
+    name: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
+    rounds: RoundSpec
+    seed: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    training: TrainingSpec = TrainingSpec()
+    method: Method = FedTT()
+    codec: CodecSpec = CodecSpec()
+    min_examples: Positive = 1  #: a device with fewer usable examples is not invited
+
+
+def parse_task(text: str, where: str = "task") -> TaskSpec:
+    """Read a task file; raises ConfigError with the field, its value and what is allowed."""
+    if len(text.encode()) > _SIZE_LIMIT_BYTES:
+        raise ConfigError(where, f"{len(text)} characters", f"at most {_SIZE_LIMIT_BYTES} bytes")
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(where, "…", f"valid TOML ({error})") from None
+    try:
+        return msgspec.convert(raw, TaskSpec, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(error, raw, where) from None
+    except ConfigError as error:
+        raise ConfigError(error.field, error.value, error.allowed, where) from None
+
+
+_AT = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_NAMED = re.compile(r"(?P<what>unknown|required) field `(?P<name>[^`]+)`")
+_SECTIONS: dict[str, type[Struct]] = {
+    "": TaskSpec,
+    "rounds": RoundSpec,
+    "training": TrainingSpec,
+    "method": FedTT,
+    "codec": CodecSpec,
+}
+
+
+def _explain(error: msgspec.ValidationError, raw: dict[str, Any], where: str) -> ConfigError:
+    """Turn msgspec's message and path into a field, the value found there and what is allowed."""
+    message = str(error)
+    at = _AT.search(message)
+    path = at["path"] if at else ""
+    allowed = _AT.sub("", message)
+    if named := _NAMED.search(message):
+        path = f"{path}.{named['name']}".lstrip(".")
+        known = ", ".join(_types_beside(path)) or "nothing"
+        allowed = f"known settings here are {known}" if named["what"] == "unknown" else "it must be given"
+    elif path == "method.name":
+        allowed = _one_of(str(kind.__struct_config__.tag) for kind in get_args(Method))
+    elif allowed.startswith("Invalid enum value"):
+        allowed = _one_of(get_args(_types_beside(path)[path.rpartition(".")[2]]))
+    return ConfigError(path or "task", _lookup(raw, path), allowed, where)
+
+
+def _lookup(raw: Any, path: str) -> object:
+    for part in path.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+def _one_of(values: Iterable[str]) -> str:
+    return "one of " + ", ".join(sorted(repr(value) for value in values))
+
+
+def _types_beside(path: str) -> dict[str, Any]:
+    """The settings that may stand where `path` points, with their types."""
+    section = _SECTIONS.get(path.rpartition(".")[0])
+    return {field.encode_name: field.type for field in msgspec.structs.fields(section)} if section else {}
