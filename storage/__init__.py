@@ -1,0 +1,1 @@
+"""Durable state: records, the Store protocol, its SQL and in-memory implementations, and blobs."""

@@ -1,0 +1,172 @@
+"""The rows of the store as immutable values, and the states they pass through."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from msgspec import Struct
+
+from fedtt.messages import UpdateState
+from fedtt.task import TaskSpec
+
+__all__ = [
+    "MAIN",
+    "Bundle",
+    "Device",
+    "DeviceState",
+    "Lease",
+    "LeaseState",
+    "Round",
+    "RoundState",
+    "Task",
+    "TaskState",
+    "Token",
+    "Update",
+    "UpdateState",
+    "Version",
+    "VersionState",
+]
+
+MAIN = "main"  #: the branch every task has
+
+
+class DeviceState(Enum):
+    ACTIVE = "active"  #: enrolled and welcome
+    LEFT = "left"  #: its owner took it out; it may enrol again
+    ERASED = "erased"  #: all but the name is gone, at the owner's request
+
+
+class TaskState(Enum):
+    ACTIVE = "active"  #: rounds are open and leases are given
+    PAUSED = "paused"  #: no new leases; updates under old ones are still taken
+    STOPPED = "stopped"  #: ended by an operator
+    FINISHED = "finished"  #: all rounds are folded
+
+
+class VersionState(Enum):
+    CANDIDATE = "candidate"  #: published, not yet judged
+    RELEASED = "released"  #: devices train from it
+    HELD = "held"  #: judged worse than allowed; nothing folds onto it
+
+
+class RoundState(Enum):
+    OPEN = "open"  #: leases are given and updates taken
+    FOLDING = "folding"  #: its accepted updates are fixed and being summed
+    FOLDED = "folded"  #: its updates are part of a version
+    ABANDONED = "abandoned"  #: too few updates by the deadline, or the task ended
+
+
+class LeaseState(Enum):
+    ACTIVE = "active"  #: the device is at work
+    UPLOADED = "uploaded"  #: an update was acknowledged under it
+    FAILED = "failed"  #: the device gave it back
+    EXPIRED = "expired"  #: its time is over; an update is still taken while its round is open
+
+
+class Token(Struct, frozen=True, kw_only=True):
+    """An enrolment token, known by its hash alone."""
+
+    sha256: str
+    uses_left: int | None  #: None for any number
+    expires_at: float | None
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """One member of the population."""
+
+    id: str  #: 128 bits of sha256 over its public key
+    public_key: bytes  #: Ed25519, 32 bytes; empty once erased
+    client: str  #: program and version, as last reported
+    runtimes: tuple[str, ...]
+    examples: int
+    enrolled_at: float
+    seen_at: float
+    state: DeviceState
+
+
+class Bundle(Struct, frozen=True, kw_only=True):
+    """A bundle whose files all lie in the blob store."""
+
+    sha256: str  #: of its manifest
+    manifest: bytes
+    added_at: float
+
+
+class Task(Struct, frozen=True, kw_only=True):
+    """One federated task."""
+
+    id: int
+    spec: TaskSpec
+    bundle: str
+    state: TaskState
+    reason: str  #: why it is in this state, for people
+    created_at: float
+
+
+class Version(Struct, frozen=True, kw_only=True):
+    """One bit-identical set of factors."""
+
+    task_id: int
+    branch: str
+    number: int  #: from 0, without gaps on a branch
+    sha256: str  #: of theta's canonical bytes; its name in the blob store
+    parent_sha256: str | None
+    gauge: str  #: the form the cores are in; "plain" unless a method says otherwise
+    state: VersionState
+    created_at: float
+    round_number: int | None  #: the round that made it; None for number 0
+    updates: int  #: how many were folded
+    examples: int  #: reported by them in total
+    loss_first: float | None  #: mean training loss of their first local steps
+    loss_last: float | None  #: and of their last
+
+
+class Round(Struct, frozen=True, kw_only=True):
+    """One attempt to make the next version."""
+
+    task_id: int
+    branch: str
+    number: int  #: from 1; abandoned rounds count
+    version_number: int  #: the base its leases train from
+    live: tuple[int, ...]  #: indices of the factors that are trained
+    invited: tuple[str, ...]  #: the devices sampled at its opening
+    state: RoundState
+    opened_at: float
+    deadline_at: float | None  #: set when the first lease is given
+    closed_at: float | None
+    reason: str
+
+
+class Lease(Struct, frozen=True, kw_only=True):
+    """One device's permission to train one update."""
+
+    id: str  #: 128 random bits
+    task_id: int
+    branch: str
+    round_number: int
+    version_number: int
+    device_id: str
+    granted_at: float
+    expires_at: float
+    state: LeaseState
+
+
+class Update(Struct, frozen=True, kw_only=True):
+    """One acknowledged update: a row of the ledger."""
+
+    sequence: int  #: the ledger's order; 0 before the store has given it one
+    lease_id: str
+    task_id: int
+    branch: str
+    round_number: int  #: the round it was accepted into
+    version_number: int  #: the base it was trained from
+    device_id: str
+    digest: str  #: sha256 of the frame
+    received_at: float
+    examples: int
+    loss_first: float
+    loss_last: float
+    payload: bytes  #: the coded delta; emptied once the update is in its terminal state
+    state: UpdateState
+    reason: str
+    folded_into: int | None  #: number of the version it became part of

@@ -1,0 +1,135 @@
+"""What durable state offers: the Store protocol that SQL and the in-memory twin both keep.
+
+A transaction is serialisable against all others and durable when its block has ended without an error;
+after an error nothing of it remains. Calls are short and synchronous: the aggregator runs them on one
+writer thread and groups many requests into one commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from storage.records import (
+    Bundle,
+    Device,
+    Lease,
+    LeaseState,
+    Round,
+    Task,
+    Token,
+    Update,
+    UpdateState,
+    Version,
+)
+
+__all__ = ["Store", "Transaction"]
+
+
+class Transaction(Protocol):
+    """Reads and writes that happen together or not at all. `put_` inserts or replaces by key."""
+
+    # enrolment
+    def put_token(self, token: Token) -> None: ...
+    def token(self, sha256: str) -> Token | None: ...
+    def put_device(self, device: Device) -> None: ...
+    def device(self, device_id: str) -> Device | None: ...
+    def devices(self, *, after: str = "", limit: int = 1000) -> list[Device]:
+        """In order of their ids, starting behind `after`."""
+        ...
+
+    def active_devices(self, *, seen_since: float, min_examples: int) -> list[str]:
+        """Ids, sorted, of active devices seen since then with at least so many examples."""
+        ...
+
+    # bundles and tasks
+    def put_bundle(self, bundle: Bundle) -> None: ...
+    def bundle(self, sha256: str) -> Bundle | None: ...
+    def add_task(self, task: Task) -> Task:
+        """Insert a task, giving it the next id; its spec's name must be new (StorageError)."""
+        ...
+
+    def put_task(self, task: Task) -> None: ...
+    def task(self, name: str) -> Task | None: ...
+    def task_by_id(self, task_id: int) -> Task | None: ...
+    def tasks(self) -> list[Task]:
+        """In order of creation."""
+        ...
+
+    # versions and rounds
+    def add_version(self, version: Version) -> None:
+        """Insert; (task, branch, number) must be new: the fence against two folds (StorageError)."""
+        ...
+
+    def latest_version(self, task_id: int, branch: str) -> Version | None: ...
+    def version(self, task_id: int, branch: str, number: int) -> Version | None: ...
+    def versions(self, task_id: int) -> list[Version]:
+        """In order of branch and number."""
+        ...
+
+    def has_version(self, sha256: str) -> bool: ...
+    def put_round(self, round_: Round) -> None: ...
+    def latest_round(self, task_id: int, branch: str) -> Round | None: ...
+    def round(self, task_id: int, branch: str, number: int) -> Round | None: ...
+    def rounds(self, task_id: int, *, limit: int = 1000) -> list[Round]:
+        """The newest `limit` rounds, newest first."""
+        ...
+
+    # leases
+    def put_lease(self, lease: Lease) -> None: ...
+    def lease(self, lease_id: str) -> Lease | None: ...
+    def lease_of(self, device_id: str, task_id: int, branch: str, round_number: int) -> Lease | None:
+        """The newest lease this device was given in a round."""
+        ...
+
+    def count_leases(self, task_id: int, branch: str, round_number: int) -> dict[LeaseState, int]:
+        """How many leases of a round are in each state; states without any may be missing."""
+        ...
+
+    def expire_leases(self, now: float) -> int:
+        """Mark active leases whose time is over; returns how many."""
+        ...
+
+    # the ledger
+    def add_update(self, update: Update) -> Update:
+        """Append to the ledger, giving it the next sequence; the lease must be new (StorageError)."""
+        ...
+
+    def update(self, lease_id: str) -> Update | None: ...
+    def count_updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> int: ...
+    def updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> Iterator[Update]:
+        """Of one round, in ledger order, without holding them all in memory."""
+        ...
+
+    def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:
+        """All updates of one device in one state."""
+        ...
+
+    def settle(
+        self,
+        updates: Iterable[str],
+        state: UpdateState,
+        *,
+        reason: str = "",
+        folded_into: int | None = None,
+    ) -> int:
+        """Move accepted updates, named by lease, into a terminal state and empty their payloads.
+
+        Rows that are not accepted are left alone. Returns how many moved.
+        """
+        ...
+
+
+class Store(Protocol):
+    """Where a server keeps what must survive it."""
+
+    def transaction(self) -> AbstractContextManager[Transaction]:
+        """Read and write; commits when the block ends, rolls back when it raises."""
+        ...
+
+    def reading(self) -> AbstractContextManager[Transaction]:
+        """Read one consistent state; writing is an error."""
+        ...
+
+    def close(self) -> None: ...
