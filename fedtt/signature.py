@@ -1,8 +1,8 @@
 """Signed requests: a fixed profile of RFC 9421 (HTTP Message Signatures) with Ed25519.
 
-Covered, in this order: "@method" "@authority" "@path" "content-digest"; parameters created, keyid (the
-device's name) and alg. One label, `sig1`. This file builds and reads the text; signing and checking it is done by
-the programs, with a library. The body's digest is that of RFC 9530 with sha-256.
+Covered, in this order: "@method" "@authority" "@path" "content-digest"; parameters created, keyid
+(the device's name) and alg; one label, `sig1`. This file builds and reads the text, the programs sign and
+check it with a library. The body's digest is that of RFC 9530 with sha-256.
 """
 
 from __future__ import annotations

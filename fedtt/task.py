@@ -37,6 +37,7 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     deadline_s: Seconds = 600.0  #: from the first lease of a round to its close
     lease_s: Seconds | None = None  #: how long a device may take; None for the deadline
     max_staleness: Annotated[int, Meta(ge=0, le=1000)] = 0  #: versions a base may be old; 0 = synchronous
+    retry_s: Seconds = 30.0  #: after which a device without work asks again, jittered by half either way
     give_up_after: Positive = 5  #: abandoned rounds in a row after which the task pauses itself
 
     def __post_init__(self) -> None:

@@ -1,0 +1,311 @@
+"""The coordinator: what each request changes in the ledger, as short transactions over a Store.
+
+It holds no state of its own. Every method takes an open transaction and the time, decides by `rules`, and
+returns the protocol's answer or a typed Problem; a refusal changes nothing. So a crash between any two
+transactions loses nothing, and any number of coordinators may share one store.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aggregator import rules
+from aggregator.lifecycle import Lifecycle
+from aggregator.problems import (
+    bad_token,
+    busy,
+    conflict,
+    stale,
+    unknown_device,
+    unknown_lease,
+)
+from fedtt.messages import (
+    CheckIn,
+    CheckInAnswer,
+    Enroll,
+    Enrolled,
+    Plan,
+    Problem,
+    Receipt,
+    Retired,
+    Wait,
+    Work,
+    device_id,
+)
+from fedtt.wire import UpdateHeader
+from storage.records import (
+    MAIN,
+    Device,
+    DeviceState,
+    Lease,
+    LeaseState,
+    Round,
+    RoundState,
+    Task,
+    TaskState,
+    Update,
+    UpdateState,
+)
+from storage.store import Transaction
+
+__all__ = ["Admission", "Coordinator"]
+
+IDLE_RETRY_S = 60.0  #: where no task is active
+_FOLDING_RETRY_S = 1.0
+
+
+class Admission(Struct, frozen=True, kw_only=True):
+    """An update that may be taken if its content is sound: what to check it against."""
+
+    task: Task
+    lease: Lease
+    live: tuple[int, ...]
+
+
+class Coordinator:
+    """Answers devices; `lifecycle` moves rounds on."""
+
+    def __init__(self, lifecycle: Lifecycle, new_lease_id: Callable[[], str] | None = None) -> None:
+        self.lifecycle = lifecycle
+        self._new_lease_id = new_lease_id or (lambda: secrets.token_hex(16))
+
+    # enrolment
+
+    def enroll(self, tx: Transaction, now: float, message: Enroll, token_sha256: str) -> Enrolled | Problem:
+        """Take a key into the population; enrolling it again is harmless and costs no use of the token."""
+        name = device_id(message.public_key)
+        known = tx.device(name)
+        if known and known.state is DeviceState.ACTIVE:
+            return Enrolled(device=name)
+        token = tx.token(token_sha256)
+        if token is None or token.uses_left == 0 or (token.expires_at or now) < now:
+            return bad_token()
+        if token.uses_left is not None:
+            tx.put_token(replace(token, uses_left=token.uses_left - 1))
+        tx.put_device(
+            Device(
+                id=name,
+                public_key=message.public_key,
+                client=message.client,
+                runtimes=(),
+                examples=0,
+                enrolled_at=now,
+                seen_at=now,
+                state=DeviceState.ACTIVE,
+            )
+        )
+        return Enrolled(device=name)
+
+    def leave(self, tx: Transaction, device_name: str, *, erase: bool) -> Problem | None:
+        """Take a device out: its leases end, its updates that are not folded yet are discarded."""
+        device = tx.device(device_name)
+        if device is None:
+            return unknown_device()
+        reason = "its device was erased" if erase else "its device left"
+        waiting = tx.updates_of(device_name, UpdateState.ACCEPTED)
+        tx.settle(self._not_claimed(tx, waiting), UpdateState.DISCARDED, reason=reason)
+        gone = replace(device, state=DeviceState.LEFT)
+        if erase:
+            gone = replace(
+                device, state=DeviceState.ERASED, public_key=b"", client="", runtimes=(), examples=0
+            )
+        tx.put_device(gone)
+        return None
+
+    @staticmethod
+    def _not_claimed(tx: Transaction, updates: list[Update]) -> list[str]:
+        """Those no fold has claimed: the set being summed is fixed, so that a repeated sum is the same."""
+        rounds = {(u.task_id, u.branch, u.round_number) for u in updates}
+        claimed = {key for key in rounds if (r := tx.round(*key)) and r.state is RoundState.FOLDING}
+        return [u.lease_id for u in updates if (u.task_id, u.branch, u.round_number) not in claimed]
+
+    # work
+
+    def check_in(
+        self, tx: Transaction, now: float, device_name: str, message: CheckIn
+    ) -> CheckInAnswer | Problem:
+        """Offer work of the first task that has a seat; the same lease again where one is still held."""
+        device = tx.device(device_name)
+        if device is None:
+            return unknown_device()
+        if device.state is not DeviceState.ACTIVE:
+            return Retired(reason=f"this device is {device.state.value}; enrol again to take part")
+        seen = replace(
+            device,
+            client=message.client,
+            runtimes=message.runtimes,
+            examples=message.examples,
+            seen_at=now,
+        )
+        tx.put_device(seen)
+        waits: list[Wait] = []
+        for task in tx.tasks():
+            if task.state is TaskState.ACTIVE:
+                answer = self._offer(tx, now, seen, task)
+                if isinstance(answer, Work):
+                    return answer
+                waits.append(answer)
+        return min(
+            waits,
+            key=lambda wait: wait.retry_after_s,
+            default=Wait(retry_after_s=IDLE_RETRY_S, reason="no task is active"),
+        )
+
+    def _offer(self, tx: Transaction, now: float, device: Device, task: Task) -> Work | Wait:
+        spec = task.spec
+        if not set(self.lifecycle.runtimes(tx, task)) & set(device.runtimes):
+            return Wait(retry_after_s=IDLE_RETRY_S, reason="the task's bundle has no graph for your runtime")
+        if device.examples < spec.min_examples:
+            return Wait(
+                retry_after_s=IDLE_RETRY_S,
+                reason=f"the task needs {spec.min_examples} examples, you have {device.examples}",
+            )
+        round_ = self.lifecycle.ensure_round(tx, now, task)
+        if round_ is None:
+            return Wait(retry_after_s=_FOLDING_RETRY_S, reason="the round is being folded")
+        wait = Wait(
+            retry_after_s=rules.retry_after_s(spec.rounds, spec.seed, round_.number, device.id),
+            reason="not needed in this round",
+        )
+        held = tx.lease_of(device.id, task.id, MAIN, round_.number)
+        if held is not None:
+            still_held = held.state is LeaseState.ACTIVE and now < held.expires_at
+            return self._work(tx, now, task, round_, held) if still_held else wait
+        if rules.free_seats(spec.rounds, tx.count_leases(task.id, MAIN, round_.number)) <= 0:
+            return wait
+        if device.id not in round_.invited and not rules.seat_open_to_all(spec.rounds, round_, now):
+            return wait
+        return self._grant(tx, now, device, task, round_)
+
+    def _grant(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> Work:
+        lease = Lease(
+            id=self._new_lease_id(),
+            task_id=task.id,
+            branch=MAIN,
+            round_number=round_.number,
+            version_number=round_.version_number,
+            device_id=device.id,
+            granted_at=now,
+            expires_at=now + task.spec.rounds.lease_lasts_s,
+            state=LeaseState.ACTIVE,
+        )
+        tx.put_lease(lease)
+        if round_.deadline_at is None:
+            tx.put_round(replace(round_, deadline_at=now + task.spec.rounds.deadline_s))
+        return self._work(tx, now, task, round_, lease)
+
+    @staticmethod
+    def _work(tx: Transaction, now: float, task: Task, round_: Round, lease: Lease) -> Work:
+        version = tx.version(task.id, MAIN, lease.version_number)
+        assert version is not None  # noqa: S101  # rounds are opened on versions that exist
+        plan = Plan(
+            task=task.spec.name,
+            seed=task.spec.seed,
+            bundle=task.bundle,
+            version=version.sha256,
+            version_number=version.number,
+            round=round_.number,
+            live=round_.live,
+            training=task.spec.training,
+            codec=task.spec.codec,
+            method=task.spec.method,
+            min_examples=task.spec.min_examples,
+        )
+        return Work(lease=lease.id, expires_in_s=max(0.0, lease.expires_at - now), plan=plan)
+
+    # updates
+
+    def admit(
+        self, tx: Transaction, device_name: str, lease_id: str, digest: str
+    ) -> Admission | Receipt | Problem:
+        """Look at the digest first: the same bytes get their receipt whatever has happened since."""
+        lease = tx.lease(lease_id)
+        if lease is None or lease.device_id != device_name:
+            return unknown_lease(lease_id)
+        if known := tx.update(lease_id):
+            return receipt_of(known) if known.digest == digest else conflict(lease_id)
+        task = tx.task_by_id(lease.task_id)
+        current = tx.latest_round(lease.task_id, lease.branch)
+        granted = tx.round(lease.task_id, lease.branch, lease.round_number)
+        assert task is not None  # noqa: S101  # foreign keys of a lease
+        assert current is not None and granted is not None  # noqa: S101, PT018  # likewise
+        if task.state in {TaskState.STOPPED, TaskState.FINISHED}:
+            return stale(f"task {task.spec.name!r} is {task.state.value}")
+        if not self._is_active(tx, device_name):
+            return stale("this device has left")
+        if current.state is RoundState.FOLDING and task.spec.rounds.max_staleness:
+            return busy("a round is being folded")
+        if why := rules.refusal(task.spec.rounds, current, lease):
+            return stale(why)
+        return Admission(task=task, lease=lease, live=granted.live)
+
+    def accept(
+        self,
+        tx: Transaction,
+        now: float,
+        admission: Admission,
+        digest: str,
+        header: UpdateHeader,
+        payload: bytes,
+    ) -> Receipt | Problem:
+        """Append a checked update to the ledger. Admission is looked at again: time may have passed."""
+        lease = admission.lease
+        again = self.admit(tx, lease.device_id, lease.id, digest)
+        if not isinstance(again, Admission):
+            return again
+        current = tx.latest_round(lease.task_id, lease.branch)
+        assert current is not None  # noqa: S101  # admit has seen it
+        update = tx.add_update(
+            Update(
+                sequence=0,
+                lease_id=lease.id,
+                task_id=lease.task_id,
+                branch=lease.branch,
+                round_number=current.number,
+                version_number=lease.version_number,
+                device_id=lease.device_id,
+                digest=digest,
+                received_at=now,
+                examples=header.examples,
+                loss_first=header.loss_first,
+                loss_last=header.loss_last,
+                payload=payload,
+                state=UpdateState.ACCEPTED,
+                reason="",
+                folded_into=None,
+            )
+        )
+        tx.put_lease(replace(lease, state=LeaseState.UPLOADED))
+        if current.deadline_at is None:
+            tx.put_round(replace(current, deadline_at=now + admission.task.spec.rounds.deadline_s))
+        return receipt_of(update)
+
+    def receipt(self, tx: Transaction, device_name: str, lease_id: str) -> Receipt | Problem:
+        """What has become of an acknowledged update."""
+        update = tx.update(lease_id)
+        if update is None or update.device_id != device_name:
+            return unknown_lease(lease_id)
+        return receipt_of(update)
+
+    def fail(self, tx: Transaction, device_name: str, lease_id: str) -> Problem | None:
+        """Take a lease back from a device that cannot fulfil it; its seat is free again."""
+        lease = tx.lease(lease_id)
+        if lease is None or lease.device_id != device_name:
+            return unknown_lease(lease_id)
+        if lease.state in {LeaseState.ACTIVE, LeaseState.EXPIRED}:
+            tx.put_lease(replace(lease, state=LeaseState.FAILED))
+        return None
+
+
+def receipt_of(update: Update) -> Receipt:
+    return Receipt(
+        lease=update.lease_id,
+        digest=update.digest,
+        state=update.state,
+        reason=update.reason,
+        version_number=update.folded_into,
+    )

@@ -1,0 +1,178 @@
+"""How rounds and tasks move on: open, claim, fold, abandon, finish, pause, stop.
+
+A fold is three steps. `claim` fixes the set of updates in one transaction (the round is FOLDING and takes
+no more). The sum is computed outside any transaction, in ledger order, so that it gives the same bits each
+time. `publish` inserts the version and settles the updates in one short transaction; the version's key is
+the fence against a second fold. A crash after `claim` finds the round still FOLDING and sums again.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aggregator import rules
+from fedtt.adapter import FactorLayout
+from fedtt.manifest import Manifest, decode_manifest
+from storage.records import (
+    MAIN,
+    Round,
+    RoundState,
+    Task,
+    TaskState,
+    UpdateState,
+    Version,
+    VersionState,
+)
+from storage.store import Transaction
+
+__all__ = ["Fold", "Lifecycle"]
+
+SEEN_WITHIN_S = 7 * 86400.0  #: devices seen in this time are sampled
+
+
+class Fold(Struct, frozen=True, kw_only=True):
+    """The outcome of a sum, ready to be published."""
+
+    task_id: int
+    round_number: int
+    sha256: str  #: of the new factors, which lie in the blob store already
+    updates: tuple[str, ...]  #: leases of the folded updates, in ledger order
+    examples: int
+    loss_first: float
+    loss_last: float
+
+
+class Lifecycle:
+    """Moves rounds and tasks on; stateless but for a cache of manifests."""
+
+    def __init__(self) -> None:
+        self._manifests: dict[str, Manifest] = {}
+
+    def manifest(self, tx: Transaction, task: Task) -> Manifest:
+        if task.bundle not in self._manifests:
+            bundle = tx.bundle(task.bundle)
+            assert bundle is not None  # noqa: S101  # a task's bundle is a foreign key
+            self._manifests[task.bundle] = decode_manifest(bundle.manifest)
+        return self._manifests[task.bundle]
+
+    def layout(self, tx: Transaction, task: Task) -> FactorLayout:
+        return self.manifest(tx, task).adapter.layout
+
+    def runtimes(self, tx: Transaction, task: Task) -> tuple[str, ...]:
+        return tuple(self.manifest(tx, task).graphs)
+
+    # rounds
+
+    def ensure_round(self, tx: Transaction, now: float, task: Task) -> Round | None:
+        """The open round of an active task, opening one where the last has ended; None while folding."""
+        last = tx.latest_round(task.id, MAIN)
+        if last is not None and last.state is RoundState.OPEN:
+            return last
+        if last is not None and last.state is RoundState.FOLDING:
+            return None
+        number = (last.number if last else 0) + 1
+        base = tx.latest_version(task.id, MAIN)
+        assert base is not None  # noqa: S101  # a task is created together with version 0
+        spec = task.spec
+        population = tx.active_devices(seen_since=now - SEEN_WITHIN_S, min_examples=spec.min_examples)
+        round_ = Round(
+            task_id=task.id,
+            branch=MAIN,
+            number=number,
+            version_number=base.number,
+            live=spec.method.live(self.layout(tx, task), number).indices,
+            invited=rules.sample(spec.seed, number, population, spec.rounds.cohort),
+            state=RoundState.OPEN,
+            opened_at=now,
+            deadline_at=None,
+            closed_at=None,
+            reason="",
+        )
+        tx.put_round(round_)
+        return round_
+
+    def advance(self, tx: Transaction, now: float) -> list[Round]:
+        """Expire leases, close rounds whose time has come; returns the rounds that wait for their sum."""
+        tx.expire_leases(now)
+        folding = []
+        for task in tx.tasks():
+            round_ = tx.latest_round(task.id, MAIN)
+            if round_ is None:
+                continue
+            accepted = tx.count_updates(task.id, MAIN, round_.number, UpdateState.ACCEPTED)
+            match rules.due(task.spec.rounds, round_, accepted, now):
+                case rules.Due.FOLD:
+                    round_ = replace(round_, state=RoundState.FOLDING)
+                    tx.put_round(round_)
+                case rules.Due.ABANDON:
+                    why = f"{accepted} of at least {task.spec.rounds.quorum} updates came by the deadline"
+                    self._abandon(tx, now, round_, why)
+                    task = self._give_up(tx, task)
+                    self._open_next(tx, now, task)
+                case rules.Due.NOTHING:
+                    pass
+            if round_.state is RoundState.FOLDING:
+                folding.append(round_)
+        return folding
+
+    def _abandon(self, tx: Transaction, now: float, round_: Round, why: str) -> None:
+        tx.put_round(replace(round_, state=RoundState.ABANDONED, closed_at=now, reason=why))
+        waiting = tx.updates(round_.task_id, round_.branch, round_.number, UpdateState.ACCEPTED)
+        leases = [update.lease_id for update in waiting]
+        reason = f"round {round_.number} was abandoned: {why}"
+        tx.settle(leases, UpdateState.DISCARDED, reason=reason)
+
+    def _open_next(self, tx: Transaction, now: float, task: Task) -> None:
+        if task.state is TaskState.ACTIVE:
+            self.ensure_round(tx, now, task)
+
+    def _give_up(self, tx: Transaction, task: Task) -> Task:
+        limit = task.spec.rounds.give_up_after
+        last = tx.rounds(task.id, limit=limit)
+        if len(last) == limit and all(r.state is RoundState.ABANDONED for r in last):
+            reason = f"{limit} rounds in a row were abandoned, the last because {last[0].reason}"
+            task = replace(task, state=TaskState.PAUSED, reason=reason)
+            tx.put_task(task)
+        return task
+
+    def publish(self, tx: Transaction, now: float, fold: Fold) -> Version | None:
+        """Insert version n+1 and settle what it is made of; None where another has done so already."""
+        round_ = tx.round(fold.task_id, MAIN, fold.round_number)
+        task = tx.task_by_id(fold.task_id)
+        if round_ is None or task is None or round_.state is not RoundState.FOLDING:
+            return None
+        base = tx.version(fold.task_id, MAIN, round_.version_number)
+        assert base is not None  # noqa: S101  # rounds are opened on versions that exist
+        version = Version(
+            task_id=task.id,
+            branch=MAIN,
+            number=base.number + 1,
+            sha256=fold.sha256,
+            parent_sha256=base.sha256,
+            gauge="plain",
+            state=VersionState.RELEASED,
+            created_at=now,
+            round_number=round_.number,
+            updates=len(fold.updates),
+            examples=fold.examples,
+            loss_first=fold.loss_first,
+            loss_last=fold.loss_last,
+        )
+        tx.add_version(version)
+        tx.settle(fold.updates, UpdateState.FOLDED, folded_into=version.number)
+        tx.put_round(replace(round_, state=RoundState.FOLDED, closed_at=now))
+        if version.number >= task.spec.rounds.count and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:
+            task = replace(task, state=TaskState.FINISHED, reason="all rounds are folded")
+            tx.put_task(task)
+        self._open_next(tx, now, task)
+        return version
+
+    # tasks
+
+    def stop(self, tx: Transaction, now: float, task: Task, reason: str) -> None:
+        """End a task: an open round is abandoned, a fold under way is let finish."""
+        tx.put_task(replace(task, state=TaskState.STOPPED, reason=reason))
+        round_ = tx.latest_round(task.id, MAIN)
+        if round_ is not None and round_.state is RoundState.OPEN:
+            self._abandon(tx, now, round_, "the task was stopped")

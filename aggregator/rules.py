@@ -1,0 +1,81 @@
+"""The decisions of the protocol as pure functions: no store, no clock, no randomness of their own.
+
+One rule covers synchronous and asynchronous training: a round gives at most `cohort` leases on its base
+version; it closes when `buffer` acceptable updates are in, or at its deadline with at least `quorum`, and
+is abandoned below that; an update is acceptable while its base is at most `max_staleness` versions old.
+With max_staleness = 0 it must also come from the round that is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from fedtt.rng import Purpose, rng_for
+from fedtt.task import RoundSpec
+from storage.records import Lease, LeaseState, Round, RoundState
+
+__all__ = ["Due", "due", "free_seats", "refusal", "retry_after_s", "sample", "seat_open_to_all"]
+
+_GRACE = 0.25  #: of the deadline, for which seats are kept for the invited
+
+
+class Due(Enum):
+    """What a round's time has come for."""
+
+    NOTHING = "nothing"
+    FOLD = "fold"
+    ABANDON = "abandon"
+
+
+def due(spec: RoundSpec, round_: Round, accepted: int, now: float) -> Due:
+    """Whether an open round closes now; `accepted` counts its acknowledged updates."""
+    if round_.state is not RoundState.OPEN:
+        return Due.NOTHING
+    if accepted >= spec.closes_at:
+        return Due.FOLD
+    if round_.deadline_at is None or now < round_.deadline_at:
+        return Due.NOTHING
+    return Due.FOLD if accepted >= spec.quorum else Due.ABANDON
+
+
+def free_seats(spec: RoundSpec, leases: Mapping[LeaseState, int]) -> int:
+    """Leases a round may still give; one that was given back frees its seat."""
+    return spec.cohort - sum(n for state, n in leases.items() if state is not LeaseState.FAILED)
+
+
+def seat_open_to_all(spec: RoundSpec, round_: Round, now: float) -> bool:
+    """Whether devices that were not sampled may take a seat.
+
+    They may where the sample was smaller than the cohort (a young population), and later where the
+    invited have not come within a quarter of the deadline.
+    """
+    return len(round_.invited) < spec.cohort or now >= round_.opened_at + _GRACE * spec.deadline_s
+
+
+def refusal(spec: RoundSpec, current: Round, lease: Lease) -> str | None:
+    """Why an update under this lease can no longer be taken, or None where it can."""
+    if lease.state is LeaseState.FAILED:
+        return "the lease was given back"
+    if current.state is not RoundState.OPEN:
+        return "the task takes no more updates"
+    if current.version_number - lease.version_number > spec.max_staleness:
+        return f"it was trained from version {lease.version_number}, now {current.version_number} is current"
+    if spec.max_staleness == 0 and lease.round_number != current.number:
+        return f"its round {lease.round_number} has closed, now round {current.number} is open"
+    return None
+
+
+def sample(seed: int, round_number: int, population: list[str], cohort: int) -> tuple[str, ...]:
+    """Invite `cohort` devices uniformly, without replacement; the same population gives the same cohort."""
+    if len(population) <= cohort:
+        return tuple(population)
+    rng = rng_for(seed, Purpose.SAMPLING, round_number)
+    chosen = rng.choice(len(population), size=cohort, replace=False)
+    return tuple(population[i] for i in sorted(chosen.tolist()))
+
+
+def retry_after_s(spec: RoundSpec, seed: int, round_number: int, device_id: str) -> float:
+    """When this device asks again: between half and one and a half of `retry_s`, so that herds disperse."""
+    rng = rng_for(seed, Purpose.BACKOFF, round_number, int(device_id[:16], 16))
+    return spec.retry_s * float(0.5 + rng.random())
