@@ -243,6 +243,11 @@ class Coordinator:
             return stale(why)
         return Admission(task=task, lease=lease, live=granted.live)
 
+    @staticmethod
+    def _is_active(tx: Transaction, device_name: str) -> bool:
+        device = tx.device(device_name)
+        return device is not None and device.state is DeviceState.ACTIVE
+
     def accept(
         self,
         tx: Transaction,

@@ -170,9 +170,22 @@ class Lifecycle:
 
     # tasks
 
-    def stop(self, tx: Transaction, now: float, task: Task, reason: str) -> None:
+    def set_active(self, tx: Transaction, name: str, state: TaskState, reason: str) -> Task | None:
+        """Pause or resume; a task that has ended stays so. None where there is no such task."""
+        task = tx.task(name)
+        if task is not None and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:
+            task = replace(task, state=state, reason=reason)
+            tx.put_task(task)
+        return task
+
+    def stop(self, tx: Transaction, now: float, name: str, reason: str) -> Task | None:
         """End a task: an open round is abandoned, a fold under way is let finish."""
-        tx.put_task(replace(task, state=TaskState.STOPPED, reason=reason))
+        task = tx.task(name)
+        if task is None or task.state in {TaskState.STOPPED, TaskState.FINISHED}:
+            return task
+        task = replace(task, state=TaskState.STOPPED, reason=reason)
+        tx.put_task(task)
         round_ = tx.latest_round(task.id, MAIN)
         if round_ is not None and round_.state is RoundState.OPEN:
             self._abandon(tx, now, round_, "the task was stopped")
+        return task

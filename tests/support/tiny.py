@@ -1,0 +1,76 @@
+"""A tiny manifest without graphs behind it, for tests of everything that never runs a model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from fedtt.adapter import AdapterSpec, plan_adapter
+from fedtt.manifest import (
+    FileEntry,
+    Graphs,
+    Manifest,
+    ModelInfo,
+    Tokenization,
+    bundle_digest,
+    encode_manifest,
+)
+from fedtt.task import TaskSpec
+from fedtt.wire import encode_theta, version_digest
+from storage.records import MAIN, Bundle, Task, TaskState, Version, VersionState
+from storage.store import Transaction
+
+__all__ = ["add_task", "tiny_manifest", "tiny_spec"]
+
+
+def tiny_spec() -> AdapterSpec:
+    return plan_adapter(hidden=8, layers=1, bottleneck=4, rank=2, head="dense", labels=2, head_rank=2)
+
+
+def tiny_manifest() -> Manifest:
+    """Well-formed; its files' hashes are those of their names."""
+    spec = tiny_spec()
+    names = ("step.onnx", "eval.onnx", "base.bin", "tokenizer.json", "factors.safetensors")
+    return Manifest(
+        task="sequence-classification",
+        model=ModelInfo(name="tiny", architecture="bert", base_sha256="0" * 64, vocabulary=10),
+        adapter=spec,
+        layout_sha256=spec.layout.digest,
+        labels=("no", "yes"),
+        tokenization=Tokenization(file="tokenizer.json", pad_id=0, min_tokens=3, max_tokens=16),
+        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx")},
+        opset=20,
+        requires={"onnxruntime": "1.20"},
+        initial="factors.safetensors",
+        files={n: FileEntry(hashlib.sha256(n.encode()).hexdigest(), len(n)) for n in names},
+    )
+
+
+def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0) -> Task:
+    """A task on the tiny bundle with version 0 all zero."""
+    manifest = encode_manifest(tiny_manifest())
+    bundle = bundle_digest(manifest)
+    tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
+    task = tx.add_task(
+        Task(id=0, spec=spec, bundle=bundle, state=TaskState.ACTIVE, reason="", created_at=now)
+    )
+    theta = np.zeros(tiny_spec().layout.size, np.float32)
+    tx.add_version(
+        Version(
+            task_id=task.id,
+            branch=MAIN,
+            number=0,
+            sha256=version_digest(encode_theta(theta)),
+            parent_sha256=None,
+            gauge="plain",
+            state=VersionState.RELEASED,
+            created_at=now,
+            round_number=None,
+            updates=0,
+            examples=0,
+            loss_first=None,
+            loss_last=None,
+        )
+    )
+    return task

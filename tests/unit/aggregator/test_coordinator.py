@@ -1,0 +1,227 @@
+"""Single decisions of the coordinator, where the state machine would need luck to meet them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from msgspec.structs import replace
+
+from aggregator.coordinator import Admission, Coordinator
+from aggregator.lifecycle import Fold, Lifecycle
+from fedtt.messages import CheckIn, Code, Enroll, Enrolled, Problem, Receipt, Retired, Wait, Work
+from fedtt.task import RoundSpec, TaskSpec
+from fedtt.wire import UpdateHeader
+from storage.memory import MemoryStore
+from storage.records import MAIN, RoundState, Task, TaskState, Token, UpdateState
+from tests.support.tiny import add_task
+
+HEADER = UpdateHeader(layout=b"\0" * 8, examples=1, steps=1, loss_first=1.0, loss_last=0.5)
+
+
+class Server:
+    """A coordinator over an in-memory store with one task, driven by hand."""
+
+    def __init__(self, **rounds: float) -> None:
+        self.store = MemoryStore()
+        self.coordinator = Coordinator(Lifecycle())
+        settings = {"count": 9, "cohort": 2, "deadline_s": 60.0} | rounds
+        with self.store.transaction() as tx:
+            self.task: Task = add_task(tx, TaskSpec(name="t", rounds=RoundSpec(**settings)))  # type: ignore[arg-type]
+            tx.put_token(Token(sha256="once", uses_left=1, expires_at=100.0))
+            tx.put_token(Token(sha256="many", uses_left=None, expires_at=None))
+
+    def enroll(self, number: int, token: str = "many", now: float = 0.0) -> Enrolled | Problem:
+        message = Enroll(public_key=bytes([number]) * 32, token="…", client="test")
+        with self.store.transaction() as tx:
+            return self.coordinator.enroll(tx, now, message, token)
+
+    def device(self, number: int) -> str:
+        enrolled = self.enroll(number)
+        assert isinstance(enrolled, Enrolled)
+        return enrolled.device
+
+    def check_in(self, device: str, now: float = 0.0, examples: int = 1) -> Work | Wait | Retired | Problem:
+        message = CheckIn(client="test", runtimes=("onnxruntime",), examples=examples)
+        with self.store.transaction() as tx:
+            return self.coordinator.check_in(tx, now, device, message)
+
+    def work(self, device: str, now: float = 0.0) -> Work:
+        answer = self.check_in(device, now)
+        assert isinstance(answer, Work)
+        return answer
+
+    def admit(self, device: str, lease: str, frame: bytes = b"frame") -> Admission | Receipt | Problem:
+        with self.store.reading() as tx:
+            return self.coordinator.admit(tx, device, lease, hashlib.sha256(frame).hexdigest())
+
+    def accept(self, admission: Admission, frame: bytes = b"frame", now: float = 0.0) -> Receipt | Problem:
+        digest = hashlib.sha256(frame).hexdigest()
+        with self.store.transaction() as tx:
+            return self.coordinator.accept(tx, now, admission, digest, HEADER, frame)
+
+    def upload(self, device: str, lease: str, now: float = 0.0) -> Receipt | Problem:
+        admission = self.admit(device, lease)
+        return self.accept(admission, now=now) if isinstance(admission, Admission) else admission
+
+    def fold(self, now: float = 0.0) -> None:
+        with self.store.transaction() as tx:
+            (round_,) = self.coordinator.lifecycle.advance(tx, now)
+            leases = tuple(
+                u.lease_id for u in tx.updates(self.task.id, MAIN, round_.number, UpdateState.ACCEPTED)
+            )
+            fold = Fold(
+                task_id=self.task.id,
+                round_number=round_.number,
+                sha256="0" * 64,
+                updates=leases,
+                examples=len(leases),
+                loss_first=1.0,
+                loss_last=1.0,
+            )
+            assert self.coordinator.lifecycle.publish(tx, now, fold) is not None
+
+
+def code_of(answer: object) -> Code:
+    assert isinstance(answer, Problem)
+    return answer.code
+
+
+def test_an_update_admitted_before_its_round_closed_is_refused_after_it() -> None:
+    server = Server(cohort=2, buffer=1)
+    first, second = server.device(1), server.device(2)
+    early, late = server.work(first), server.work(second)
+    admission = server.admit(second, late.lease)
+    assert isinstance(admission, Admission)
+    assert isinstance(server.upload(first, early.lease), Receipt)
+    server.fold()
+    assert code_of(server.accept(admission)) is Code.STALE
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "folds", "taken"), [(1, 1, True), (1, 2, False), (2, 2, True), (0, 1, False)]
+)
+def test_a_base_may_be_just_so_many_versions_old(max_staleness: int, folds: int, taken: bool) -> None:
+    server = Server(cohort=2, buffer=1, max_staleness=max_staleness)
+    slow, quick = server.device(1), server.device(2)
+    lease = server.work(slow).lease
+    for _ in range(folds):
+        assert isinstance(server.upload(quick, server.work(quick).lease), Receipt)
+        server.fold()
+    assert isinstance(server.upload(slow, lease), Receipt) == taken
+
+
+def test_the_same_bytes_get_the_same_receipt_after_the_fold_and_other_bytes_a_conflict() -> None:
+    server = Server(cohort=1)
+    device = server.device(1)
+    lease = server.work(device).lease
+    assert isinstance(server.upload(device, lease), Receipt)
+    server.fold()
+    again = server.admit(device, lease)
+    assert isinstance(again, Receipt)
+    assert (again.state, again.version_number) == (UpdateState.FOLDED, 1)
+    assert code_of(server.admit(device, lease, b"other")) is Code.CONFLICT
+
+
+def test_a_device_that_lost_the_answer_gets_the_same_lease_again() -> None:
+    server = Server()
+    device = server.device(1)
+    assert server.work(device, now=0.0).lease == server.work(device, now=5.0).lease
+
+
+def test_an_expired_lease_is_taken_while_its_round_is_open() -> None:
+    server = Server(cohort=2, lease_s=10.0)
+    device = server.device(1)
+    lease = server.work(device).lease
+    with server.store.transaction() as tx:
+        server.coordinator.lifecycle.advance(tx, 20.0)
+    assert isinstance(server.upload(device, lease, now=20.0), Receipt)
+
+
+def test_a_lease_that_was_given_back_takes_no_update_and_frees_its_seat() -> None:
+    server = Server(cohort=1)
+    first, second = server.device(1), server.device(2)
+    lease = server.work(first).lease
+    assert isinstance(server.check_in(second), Wait)
+    with server.store.transaction() as tx:
+        server.coordinator.fail(tx, first, lease)
+    assert code_of(server.upload(first, lease)) is Code.STALE
+    assert isinstance(server.check_in(second, now=30.0), Work)
+
+
+def test_a_token_is_used_up_and_expires_but_enrolling_again_costs_nothing() -> None:
+    server = Server()
+    assert isinstance(server.enroll(1, "once"), Enrolled)
+    assert isinstance(server.enroll(1, "once"), Enrolled)
+    assert code_of(server.enroll(2, "once")) is Code.BAD_TOKEN
+    assert code_of(Server().enroll(1, "once", now=101.0)) is Code.BAD_TOKEN
+    assert code_of(server.enroll(3, "never given")) is Code.BAD_TOKEN
+
+
+def test_seats_are_kept_for_the_sample_until_a_quarter_of_the_deadline_has_passed() -> None:
+    server = Server(cohort=1, deadline_s=40.0)
+    devices = [server.device(n) for n in range(1, 6)]
+    with server.store.transaction() as tx:  # all have been seen before the first round is opened
+        for device in devices:
+            row = tx.device(device)
+            assert row is not None
+            tx.put_device(replace(row, examples=1))
+        round_ = server.coordinator.lifecycle.ensure_round(tx, 0.0, server.task)
+    assert round_ is not None
+    (invited,) = round_.invited
+    others = [device for device in devices if device != invited]
+    assert all(isinstance(server.check_in(device, now=9.0), Wait) for device in others)
+    assert isinstance(server.check_in(others[0], now=10.0), Work)
+    assert isinstance(server.check_in(invited, now=11.0), Wait)
+
+
+def test_a_task_pauses_itself_after_abandoned_rounds_in_a_row_and_says_why() -> None:
+    server = Server(cohort=1, give_up_after=2)
+    device = server.device(1)
+    now = 0.0
+    for _ in range(2):
+        server.work(device, now)
+        now += 61.0
+        with server.store.transaction() as tx:
+            assert server.coordinator.lifecycle.advance(tx, now) == []
+    with server.store.reading() as tx:
+        task = tx.task("t")
+        assert task is not None
+        assert task.state is TaskState.PAUSED
+        assert "0 of at least 1 updates" in task.reason
+        assert [r.state for r in tx.rounds(task.id)] == [RoundState.ABANDONED] * 2
+
+
+def test_the_updates_of_an_abandoned_round_are_discarded_with_the_reason() -> None:
+    server = Server(cohort=2, quorum=2)
+    device = server.device(1)
+    lease = server.work(device).lease
+    assert isinstance(server.upload(device, lease), Receipt)
+    with server.store.transaction() as tx:
+        server.coordinator.lifecycle.advance(tx, 61.0)
+        receipt = server.coordinator.receipt(tx, device, lease)
+    assert isinstance(receipt, Receipt)
+    assert receipt.state is UpdateState.DISCARDED
+    assert "1 of at least 2 updates" in receipt.reason
+
+
+def test_an_erased_device_leaves_no_key_and_no_update_behind() -> None:
+    server = Server(cohort=2)
+    device = server.device(1)
+    lease = server.work(device).lease
+    assert isinstance(server.upload(device, lease), Receipt)
+    with server.store.transaction() as tx:
+        assert server.coordinator.leave(tx, device, erase=True) is None
+        row, update = tx.device(device), tx.update(lease)
+    assert row is not None
+    assert update is not None
+    assert (row.public_key, row.client, update.payload) == (b"", "", b"")
+    assert update.state is UpdateState.DISCARDED
+    assert isinstance(server.check_in(device), Retired)
+
+
+def test_a_device_with_too_few_examples_waits_and_is_told_why() -> None:
+    server = Server()
+    answer = server.check_in(server.device(1), examples=0)
+    assert isinstance(answer, Wait)
+    assert answer.reason == "the task needs 1 examples, you have 0"
