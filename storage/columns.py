@@ -1,0 +1,55 @@
+"""Column types the tables share: plain numbers, hex names, states and JSON, the same on every database."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from sqlalchemy import BigInteger, CheckConstraint, Dialect, Double, Enum, Integer, String, Text
+from sqlalchemy.orm import mapped_column
+from sqlalchemy.types import TypeDecorator
+
+__all__ = ["Count", "Id", "Json", "Number", "Reason", "Seconds", "Sha256", "one_of", "sha256_check"]
+
+Sha256 = Annotated[str, mapped_column(String(64))]  #: 64 hex digits
+Id = Annotated[str, mapped_column(String(32))]  #: 128 bits as 32 hex digits
+Seconds = Annotated[float, mapped_column(Double)]  #: since the Unix epoch
+Number = Annotated[float, mapped_column(Double)]  #: a finite measurement
+Count = Annotated[int, mapped_column(BigInteger().with_variant(Integer, "sqlite"))]  #: 64 bits
+Reason = Annotated[str, mapped_column(Text)]  #: for people; empty where there is nothing to say
+
+
+def one_of(states: type[enum.Enum]) -> Enum:
+    """Text that holds the value of one of `states`; a CHECK refuses any other."""
+    return Enum(
+        states,
+        values_callable=lambda kinds: [kind.value for kind in kinds],
+        native_enum=False,
+        create_constraint=True,
+        name="known_state",
+        length=16,
+    )
+
+
+def sha256_check(column: str) -> CheckConstraint:
+    return CheckConstraint(f"length({column}) = 64", name=f"{column}_is_sha256")
+
+
+class Json(TypeDecorator[Any]):
+    """A value of one type as JSON text, checked against the type when it is read."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
+        encode = msgspec.json.encode
+        return lambda value: encode(value).decode()
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str], Any]:
+        return msgspec.json.Decoder(self.kind).decode

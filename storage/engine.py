@@ -1,0 +1,133 @@
+"""SQLite as a ledger needs it: connections that are durable, strict and private, and its errors in words."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
+
+from fedtt.errors import StorageError
+
+__all__ = ["database_path", "errors_in_words", "in_words", "sqlite_engine"]
+
+_OLDEST = (3, 35)  #: the first SQLite with RETURNING
+
+_PRAGMAS = {
+    "synchronous": "FULL",  # NORMAL loses acknowledged commits when the power goes
+    "foreign_keys": "ON",
+    "secure_delete": "ON",  # payloads are private: what is deleted is overwritten with zeros
+    "temp_store": "MEMORY",  # for the same reason nothing spills into temporary files
+}
+
+_CAUSES = {
+    sqlite3.SQLITE_BUSY: "another process keeps it locked: stop that process, or try again later",
+    sqlite3.SQLITE_FULL: "the disk is full, nothing of this change was kept: free some space and repeat it",
+    sqlite3.SQLITE_NOTADB: "the file is not a SQLite database: name another one, or move it away",
+    sqlite3.SQLITE_CORRUPT: "the database is damaged: restore it from a backup",
+    sqlite3.SQLITE_READONLY: "it may not be written: give this user write access to file and directory",
+    sqlite3.SQLITE_IOERR: "the disk failed to read or write: check it, then start again",
+}
+
+
+def database_path(database: str | Path) -> Path:
+    """The file that a path or a URL like sqlite:///ledger.db names; raises StorageError for other URLs."""
+    if isinstance(database, Path) or "://" not in database:
+        path = Path(database)
+    else:
+        path = Path(_from_url(database))
+    if path.name in {"", ":memory:"}:
+        raise StorageError(f"database {str(database)!r} is no file: name one, for example ledger.db")
+    return path
+
+
+def _from_url(text: str) -> str:
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise StorageError(f"database {text!r} is no URL: write sqlite:///ledger.db") from None
+    if url.get_backend_name() != "sqlite" or url.query:
+        shown = url.render_as_string(hide_password=True)
+        raise StorageError(
+            f"database {shown!r} cannot be used: this program keeps its ledger in sqlite:///FILE"
+        )
+    return url.database or ""
+
+
+def sqlite_engine(path: Path, *, readonly: bool, busy_timeout_s: float) -> Engine:
+    """An engine whose transactions are BEGIN IMMEDIATE on one connection, or read-only on several.
+
+    The driver's own transaction control is off, as SQLAlchemy's SQLite documentation advises: it would
+    begin late, and a transaction that reads first could then fail to write.
+    """
+    if sqlite3.sqlite_version_info < _OLDEST:
+        raise StorageError(
+            f"SQLite {sqlite3.sqlite_version} is too old: use a Python with SQLite 3.35 or newer"
+        )
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        creator=lambda: _connect(path, readonly=readonly, busy_timeout_s=busy_timeout_s),
+        poolclass=QueuePool,
+        pool_size=4 if readonly else 1,
+        max_overflow=12 if readonly else 0,
+    )
+    begin = "BEGIN" if readonly else "BEGIN IMMEDIATE"
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _connect(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    try:
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StorageError(f"{path}: no write-ahead log on this file system: put it on a local disk")
+        for name, value in _PRAGMAS.items():
+            connection.execute(f"PRAGMA {name} = {value}")
+        connection.execute(f"PRAGMA query_only = {int(readonly)}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def errors_in_words(path: Path) -> Iterator[None]:
+    """Turn what the database raises into a StorageError that says what, where and what to do."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise in_words(error, path) from error
+
+
+def in_words(error: Exception, path: Path) -> StorageError:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind, the rest its detail
+    if code == sqlite3.SQLITE_CANTOPEN:
+        return StorageError(f"{path}: {_why_not_opened(path)}")
+    if code == sqlite3.SQLITE_CONSTRAINT:
+        return StorageError(f"{path}: the ledger refuses this row: {cause}")
+    return StorageError(f"{path}: {_CAUSES.get(code, f'the database failed: {cause}')}")
+
+
+def _why_not_opened(path: Path) -> str:
+    directory = path.parent
+    if not directory.is_dir():
+        return f"directory {directory} does not exist: create it"
+    if path.is_dir():
+        return "this is a directory: name a file in it"
+    effective = os.access in os.supports_effective_ids
+    if not os.access(directory, os.W_OK, effective_ids=effective):
+        return f"directory {directory} is read-only: give this user write access to it, or choose another"
+    return "it cannot be opened: give this user access to the file"

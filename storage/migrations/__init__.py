@@ -1,0 +1,1 @@
+"""Alembic's environment: the schema's history, one file a step, run at start by `storage.migrate`."""

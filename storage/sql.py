@@ -1,0 +1,77 @@
+"""The SQL store: the Store protocol on SQLite, durable to the last acknowledged commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+from sqlalchemy import Engine
+
+from storage.engine import database_path, errors_in_words, sqlite_engine
+from storage.migrate import upgrade
+from storage.sql_transaction import SqlTransaction
+
+__all__ = ["SqlStore"]
+
+
+class SqlStore:
+    """A ledger in one SQLite file: one writing connection, several that read beside it."""
+
+    def __init__(self, path: Path, writer: Engine, reader: Engine) -> None:
+        self._path, self._writer, self._reader = path, writer, reader
+
+    @classmethod
+    def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0) -> Self:
+        """Open or create the database and migrate it to this program's schema; raises StorageError.
+
+        database: a path or a URL like sqlite:///ledger.db.
+        busy_timeout_s: how long a transaction waits for another process before it is given up.
+        """
+        path = database_path(database)
+        if not path.exists():
+            with suppress(OSError):  # SQLite fails the same way, and its error is put into words
+                path.touch(mode=0o600)
+        writer, reader = (
+            sqlite_engine(path, readonly=readonly, busy_timeout_s=busy_timeout_s)
+            for readonly in (False, True)
+        )
+        try:
+            with errors_in_words(path), writer.begin() as connection:
+                upgrade(connection, path)
+        except BaseException:
+            writer.dispose()
+            raise
+        return cls(path, writer, reader)
+
+    @contextmanager
+    def transaction(self) -> Iterator[SqlTransaction]:
+        with errors_in_words(self._path), self._writer.begin() as connection:
+            tx = SqlTransaction(connection, self._path, readonly=False)
+            yield tx
+            tx.refuse_if_broken()
+
+    @contextmanager
+    def reading(self) -> Iterator[SqlTransaction]:
+        with errors_in_words(self._path), self._reader.begin() as connection:
+            yield SqlTransaction(connection, self._path, readonly=True)
+
+    def maintain(self) -> bool:
+        """Move the write-ahead log into the database and empty it, so that no old payload stays in it.
+
+        Returns False where a reader was in the way: call again later. Must not be called in a transaction.
+        """
+        connection = self._writer.raw_connection()
+        try:
+            with errors_in_words(self._path):
+                cursor = connection.cursor()
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy: int = cursor.fetchall()[0][0]
+                return not busy
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self._reader.dispose()
+        self._writer.dispose()

@@ -1,0 +1,206 @@
+"""One transaction of the SQL store: records in, records out, each method one of `storage.statements`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.structs import asdict, replace
+from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from fedtt.errors import StorageError
+from storage import statements as sql
+from storage.engine import in_words
+from storage.records import (
+    Bundle,
+    Device,
+    DeviceState,
+    Lease,
+    LeaseState,
+    Round,
+    Task,
+    Token,
+    Update,
+    UpdateState,
+    Version,
+)
+
+__all__ = ["SqlTransaction"]
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+_PAGE = 64  #: updates held in memory at once while they are iterated, at most 50 KB each
+
+
+class SqlTransaction:
+    """Reads and writes on one connection; keeps `storage.store.Transaction`."""
+
+    def __init__(self, connection: Connection, path: Path, *, readonly: bool) -> None:
+        self._connection, self._path, self._readonly = connection, path, readonly
+        self._broken: StorageError | None = None
+
+    def refuse_if_broken(self) -> None:
+        """Raise what broke the transaction: SQLite has rolled it back by itself, as on a full disk."""
+        if self._broken:
+            raise self._broken
+
+    def _read(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        self.refuse_if_broken()
+        try:
+            return self._connection.execute(statement, parameters)
+        except IntegrityError as error:  # SQLite has undone its own statement only
+            raise in_words(error, self._path) from error
+        except SQLAlchemyError as error:
+            self._broken = in_words(error, self._path)
+            raise self._broken from error
+
+    def _write(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
+        if self._readonly:
+            raise StorageError("a reading transaction wrote; this is a bug in the caller")
+        return self._read(statement, parameters)
+
+    def _put(self, rows: sql.Rows[R], record: R, **more: object) -> None:
+        self._write(rows.put, asdict(record) | more)
+
+    def _one(self, rows: sql.Rows[R], statement: Executable, **parameters: object) -> R | None:
+        row = self._read(statement, parameters).first()
+        return rows.of(row) if row is not None else None
+
+    def _all(self, rows: sql.Rows[R], statement: Executable, **parameters: object) -> list[R]:
+        return [rows.of(row) for row in self._read(statement, parameters)]
+
+    def put_token(self, token: Token) -> None:
+        self._put(sql.tokens, token)
+
+    def token(self, sha256: str) -> Token | None:
+        return self._one(sql.tokens, sql.tokens.get, sha256=sha256)
+
+    def put_device(self, device: Device) -> None:
+        self._put(sql.devices, device)
+
+    def device(self, device_id: str) -> Device | None:
+        return self._one(sql.devices, sql.devices.get, id=device_id)
+
+    def devices(self, *, after: str = "", limit: int = 1000) -> list[Device]:
+        return self._all(sql.devices, sql.devices_after, after=after, limit=limit)
+
+    def active_devices(self, *, seen_since: float, min_examples: int) -> list[str]:
+        found = self._read(
+            sql.active_devices,
+            {"state": DeviceState.ACTIVE, "seen_since": seen_since, "min_examples": min_examples},
+        )
+        return list(found.scalars())
+
+    def put_bundle(self, bundle: Bundle) -> None:
+        self._put(sql.bundles, bundle)
+
+    def bundle(self, sha256: str) -> Bundle | None:
+        return self._one(sql.bundles, sql.bundles.get, sha256=sha256)
+
+    def add_task(self, task: Task) -> Task:
+        row = asdict(task) | {"name": task.spec.name}
+        del row["id"]
+        given = self._write(sql.add_task, row).scalar_one_or_none()
+        if given is None:
+            raise StorageError(f"a task named {task.spec.name!r} exists already")
+        return replace(task, id=given)
+
+    def put_task(self, task: Task) -> None:
+        self._put(sql.tasks, task, name=task.spec.name)
+
+    def task(self, name: str) -> Task | None:
+        return self._one(sql.tasks, sql.task_by_name, name=name)
+
+    def task_by_id(self, task_id: int) -> Task | None:
+        return self._one(sql.tasks, sql.tasks.get, id=task_id)
+
+    def tasks(self) -> list[Task]:
+        return self._all(sql.tasks, sql.all_tasks)
+
+    def add_version(self, version: Version) -> None:
+        if self._write(sql.versions.add, asdict(version)).rowcount == 0:
+            raise StorageError(f"version {version.number} of branch {version.branch!r} exists already")
+
+    def latest_version(self, task_id: int, branch: str) -> Version | None:
+        return self._one(sql.versions, sql.latest_version, task_id=task_id, branch=branch)
+
+    def version(self, task_id: int, branch: str, number: int) -> Version | None:
+        return self._one(sql.versions, sql.versions.get, task_id=task_id, branch=branch, number=number)
+
+    def versions(self, task_id: int) -> list[Version]:
+        return self._all(sql.versions, sql.versions_of, task_id=task_id)
+
+    def has_version(self, sha256: str) -> bool:
+        return self._read(sql.version_named, {"sha256": sha256}).first() is not None
+
+    def put_round(self, round_: Round) -> None:
+        self._put(sql.rounds, round_)
+
+    def latest_round(self, task_id: int, branch: str) -> Round | None:
+        return self._one(sql.rounds, sql.latest_round, task_id=task_id, branch=branch)
+
+    def round(self, task_id: int, branch: str, number: int) -> Round | None:
+        return self._one(sql.rounds, sql.rounds.get, task_id=task_id, branch=branch, number=number)
+
+    def rounds(self, task_id: int, *, limit: int = 1000) -> list[Round]:
+        return self._all(sql.rounds, sql.newest_rounds, task_id=task_id, limit=limit)
+
+    def put_lease(self, lease: Lease) -> None:
+        self._put(sql.leases, lease)
+
+    def lease(self, lease_id: str) -> Lease | None:
+        return self._one(sql.leases, sql.leases.get, id=lease_id)
+
+    def lease_of(self, device_id: str, task_id: int, branch: str, round_number: int) -> Lease | None:
+        place = {"task_id": task_id, "branch": branch, "round_number": round_number}
+        return self._one(sql.leases, sql.lease_of, device_id=device_id, **place)
+
+    def count_leases(self, task_id: int, branch: str, round_number: int) -> dict[LeaseState, int]:
+        place = {"task_id": task_id, "branch": branch, "round_number": round_number}
+        return {row.state: row.leases for row in self._read(sql.count_leases, place)}
+
+    def expire_leases(self, now: float) -> int:
+        return self._write(sql.expire_leases, {"now": now}).rowcount
+
+    def add_update(self, update: Update) -> Update:
+        row = asdict(update)
+        del row["sequence"]
+        given = self._write(sql.add_update, row).scalar_one_or_none()
+        if given is None:
+            raise StorageError(f"lease {update.lease_id} has an update already")
+        return replace(update, sequence=given)
+
+    def update(self, lease_id: str) -> Update | None:
+        return self._one(sql.updates, sql.updates.get, lease_id=lease_id)
+
+    def count_updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> int:
+        place = {"task_id": task_id, "branch": branch, "round_number": round_number, "state": state}
+        return int(self._read(sql.count_updates, place).scalar_one())
+
+    def updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> Iterator[Update]:
+        place = {"task_id": task_id, "branch": branch, "round_number": round_number, "state": state}
+        page: list[Update] = []
+        while True:
+            after = page[-1].sequence if page else 0
+            page = self._all(sql.updates, sql.page_of_updates, after=after, limit=_PAGE, **place)
+            yield from page
+            if len(page) < _PAGE:
+                return
+
+    def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:
+        return self._all(sql.updates, sql.updates_of, device_id=device_id, state=state)
+
+    def settle(
+        self,
+        updates: Iterable[str],
+        state: UpdateState,
+        *,
+        reason: str = "",
+        folded_into: int | None = None,
+    ) -> int:
+        end = {"state": state, "reason": reason, "folded_into": folded_into}
+        rows = [{"lease": lease_id, **end} for lease_id in updates]
+        return self._write(sql.settle, rows).rowcount if rows else 0

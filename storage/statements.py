@@ -1,0 +1,132 @@
+"""Every SQL statement of the store, built once and compiled once; parameters carry their column's name."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+from sqlalchemy import Row, Select, Table, bindparam, func, literal_column, select, update
+from sqlalchemy.dialects.sqlite import insert
+
+from storage.models import (
+    Base,
+    BundleRow,
+    DeviceRow,
+    LeaseRow,
+    RoundRow,
+    TaskRow,
+    TokenRow,
+    UpdateRow,
+    VersionRow,
+)
+from storage.records import (
+    Bundle,
+    Device,
+    Lease,
+    LeaseState,
+    Round,
+    Task,
+    Token,
+    Update,
+    UpdateState,
+    Version,
+)
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class Rows(Generic[R]):
+    """How records of one kind lie in their table: columns are fields, `key` names the unique ones."""
+
+    def __init__(self, record: type[R], model: type[Base], *key: str) -> None:
+        self.record, self.table = record, cast("Table", model.__table__)
+        c = self.table.c
+        self.select = select(*(c[field] for field in record.__struct_fields__))
+        self.get = self.where(*key)
+        self.add = insert(self.table).on_conflict_do_nothing()
+        new = insert(self.table)
+        others = [name for name in record.__struct_fields__ if name not in key]
+        self.put = new.on_conflict_do_update(
+            index_elements=list(key), set_={name: new.excluded[name] for name in others}
+        )
+
+    def where(self, *names: str) -> Select[Any]:
+        """All rows whose columns of these names equal the parameters of these names."""
+        return self.select.where(*(self.table.c[name] == bindparam(name) for name in names))
+
+    def of(self, row: Row[Any]) -> R:
+        return self.record(**row._mapping)
+
+
+_PLACE = ("task_id", "branch")
+_ROUND = ("task_id", "branch", "round_number")
+
+tokens = Rows(Token, TokenRow, "sha256")
+devices = Rows(Device, DeviceRow, "id")
+bundles = Rows(Bundle, BundleRow, "sha256")
+tasks = Rows(Task, TaskRow, "id")
+versions = Rows(Version, VersionRow, *_PLACE, "number")
+rounds = Rows(Round, RoundRow, *_PLACE, "number")
+leases = Rows(Lease, LeaseRow, "id")
+updates = Rows(Update, UpdateRow, "lease_id")
+
+_device, _task, _version = devices.table.c, tasks.table.c, versions.table.c
+_round, _lease, _update = rounds.table.c, leases.table.c, updates.table.c
+
+devices_after = (
+    devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))
+)
+active_devices = (
+    select(_device.id)
+    .where(
+        _device.state == bindparam("state"),
+        _device.seen_at >= bindparam("seen_since"),
+        _device.examples >= bindparam("min_examples"),
+    )
+    .order_by(_device.id)
+)
+
+add_task = tasks.add.returning(_task.id)
+task_by_name = tasks.where("name")
+all_tasks = tasks.select.order_by(_task.id)
+
+latest_version = versions.where(*_PLACE).order_by(_version.number.desc()).limit(1)
+versions_of = versions.where("task_id").order_by(_version.branch, _version.number)
+version_named = select(_version.number).where(_version.sha256 == bindparam("sha256")).limit(1)
+
+latest_round = rounds.where(*_PLACE).order_by(_round.number.desc()).limit(1)
+newest_rounds = (
+    rounds.where("task_id").order_by(_round.branch.desc(), _round.number.desc()).limit(bindparam("limit"))
+)
+
+lease_of = leases.where("device_id", *_ROUND).order_by(_lease.sequence.desc()).limit(1)
+count_leases = (
+    select(_lease.state, func.count().label("leases"))
+    .where(*(_lease[name] == bindparam(name) for name in _ROUND))
+    .group_by(_lease.state)
+)
+# the state stands in the text, because a partial index is not chosen for a parameter
+expire_leases = (
+    update(leases.table)
+    .where(_lease.state == literal_column("'active'"), _lease.expires_at <= bindparam("now"))
+    .values(state=LeaseState.EXPIRED)
+)
+
+add_update = updates.add.returning(_update.sequence)
+count_updates = (
+    select(func.count())
+    .where(*(_update[name] == bindparam(name) for name in (*_ROUND, "state")))
+    .select_from(updates.table)
+)
+page_of_updates = (
+    updates.where(*_ROUND, "state")
+    .where(_update.sequence > bindparam("after"))
+    .order_by(_update.sequence)
+    .limit(bindparam("limit"))
+)
+updates_of = updates.where("device_id", "state").order_by(_update.sequence)
+settle = (
+    update(updates.table)
+    .where(_update.lease_id == bindparam("lease"), _update.state == UpdateState.ACCEPTED)
+    .values(payload=b"")
+)
