@@ -23,6 +23,7 @@ from aggregator.problems import (
     unknown_device,
     unknown_lease,
 )
+from fedtt.adapter import FactorLayout, LiveSet
 from fedtt.messages import (
     CheckIn,
     CheckInAnswer,
@@ -64,6 +65,9 @@ class Admission(Struct, frozen=True, kw_only=True):
     task: Task
     lease: Lease
     live: tuple[int, ...]
+
+    def live_set(self, layout: FactorLayout) -> LiveSet:
+        return LiveSet(layout, self.live)
 
 
 class Coordinator:

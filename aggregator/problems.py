@@ -4,7 +4,31 @@ from __future__ import annotations
 
 from fedtt.messages import Code, Problem
 
-__all__ = ["bad_token", "busy", "conflict", "stale", "unknown_device", "unknown_lease"]
+__all__ = [
+    "bad_signature",
+    "bad_token",
+    "busy",
+    "clock_skew",
+    "conflict",
+    "conflict_name",
+    "forbidden",
+    "stale",
+    "unknown_device",
+    "unknown_lease",
+]
+
+
+def bad_signature(why: str) -> Problem:
+    return Problem(code=Code.BAD_SIGNATURE, detail=why, remedy="sign the request with the device's own key")
+
+
+def clock_skew(created: float, now: float) -> Problem:
+    return Problem(
+        code=Code.CLOCK_SKEW,
+        detail=f"the request was signed {abs(created - now):.0f} s away from the server's time",
+        remedy="set the clock, or sign again with the server's time in `now`",
+        now=now,
+    )
 
 
 def bad_token() -> Problem:
@@ -38,6 +62,44 @@ def conflict(lease_id: str) -> Problem:
         code=Code.CONFLICT,
         detail=f"another update was acknowledged under lease {lease_id}",
         remedy="a lease takes one update; drop this one and check in",
+    )
+
+
+def internal() -> Problem:
+    return Problem(
+        code=Code.INTERNAL,
+        detail="the server met a bug; nothing was changed",
+        remedy="try again later, and report it with the server's log",
+    )
+
+
+def malformed(why: str) -> Problem:
+    return Problem(code=Code.MALFORMED, detail=why[:500], remedy="see docs/protocol.md")
+
+
+def not_found(what: str) -> Problem:
+    return Problem(code=Code.NOT_FOUND, detail=f"there is no {what} here"[:500])
+
+
+def too_large(limit_bytes: int) -> Problem:
+    return Problem(
+        code=Code.TOO_LARGE,
+        detail=f"the body is longer than the {limit_bytes} bytes this call takes",
+        remedy="send what the plan asks for and nothing else",
+    )
+
+
+def forbidden() -> Problem:
+    return Problem(
+        code=Code.FORBIDDEN,
+        detail="the admin token is missing or wrong",
+        remedy="give the token that `fedtt serve` wrote to admin-token in its data directory",
+    )
+
+
+def conflict_name(name: str) -> Problem:
+    return Problem(
+        code=Code.CONFLICT, detail=f"a task named {name!r} exists already", remedy="choose another name"
     )
 
 

@@ -20,7 +20,7 @@ from fedtt.errors import FedttError
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["Run", "add_command", "main", "print_json"]
+__all__ = ["Run", "add_command", "add_group", "main", "print_json"]
 
 GROUP = "fedtt.commands"
 Run = Callable[[argparse.Namespace], int | None]  #: returns the exit status, None for 0
@@ -40,6 +40,12 @@ def add_command(
     parser.add_argument("--json", action="store_true", help="print JSON for machines, one object a line")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_group(commands: Commands, name: str, *, about: str) -> Commands:
+    """Add a command that only holds others, such as `fedtt task`."""
+    parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
 
 def print_json(value: object) -> None:

@@ -66,10 +66,13 @@ class WireError(FedttError):
 
 
 class Refused(FedttError):
-    """The peer understood the request and said no; `problem` is its typed answer."""
+    """The peer understood the request and said no; `problem` is its typed answer.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    retry_after_s: seconds it asked to be left alone, where it said so.
+    """
+
+    def __init__(self, problem: Problem, retry_after_s: float | None = None) -> None:
+        self.problem, self.retry_after_s = problem, retry_after_s
         remedy = f" ({problem.remedy})" if problem.remedy else ""
         super().__init__(f"{problem.code.value}: {problem.detail}{remedy}")
 

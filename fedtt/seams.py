@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt
@@ -49,8 +49,8 @@ class Transport(Protocol):
 
     async def check_in(self, message: CheckIn) -> CheckInAnswer: ...
 
-    def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncIterator[bytes]:
-        """The bytes of one file from `offset` on, in pieces."""
+    def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
+        """The bytes of one file from `offset` on, in pieces; a caller that stops early closes it."""
         ...
 
     async def version(self, sha256: str, limit_bytes: int) -> bytes:

@@ -1,0 +1,202 @@
+"""What people may ask of the server: bundles, tasks, versions, devices, rounds."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from msgspec.structs import asdict
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from aggregator.problems import conflict_name, malformed, not_found
+from aggregator.service import Service
+from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
+from fedtt.manifest import Manifest, bundle_digest, decode_manifest
+from fedtt.messages import Problem, UpdateState
+from fedtt.task import parse_task
+from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
+from fedtt.wire import decode_theta, encode_theta
+from storage.records import MAIN, Bundle, Task, TaskState, Version, VersionState
+from storage.store import Transaction
+
+__all__ = [
+    "add_bundle",
+    "change_task",
+    "create_task",
+    "list_devices",
+    "list_rounds",
+    "list_tasks",
+    "list_versions",
+    "show_task",
+    "version_files",
+]
+
+Row = dict[str, Any]
+
+
+async def add_bundle(service: Service, manifest_bytes: bytes) -> str | Problem:
+    """Register a bundle whose files have all been sent; returns its sha256."""
+    try:
+        manifest = decode_manifest(manifest_bytes)
+    except BundleError as error:
+        return malformed(str(error))
+    for name, entry in manifest.files.items():
+        if not service.blobs.has(entry.sha256) or service.blobs.size(entry.sha256) != entry.bytes:
+            return not_found(
+                f"file {name!r} of the bundle (sha256 {entry.sha256[:12]}…, {entry.bytes} bytes)"
+            )
+    bundle = Bundle(
+        sha256=bundle_digest(manifest_bytes), manifest=manifest_bytes, added_at=service.clock.now()
+    )
+    answer = await service.write(lambda tx: tx.put_bundle(bundle))
+    return answer if isinstance(answer, Problem) else bundle.sha256
+
+
+async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | Problem:
+    """Read a task file, publish version 0 from its bundle's initial factors, and open it for devices."""
+    try:
+        spec = parse_task(text)
+    except ConfigError as error:
+        return malformed(str(error))
+    bundle = await service.read(lambda tx: tx.bundle(bundle_sha256))
+    if bundle is None:
+        return not_found(f"bundle {bundle_sha256[:12]}…")
+    try:
+        version0 = await asyncio.to_thread(_initial_version, service, decode_manifest(bundle.manifest))
+    except (BundleError, LayoutError, WireError, SafetensorError) as error:
+        return malformed(f"the bundle's initial factors cannot be read: {error}")
+
+    def create(tx: Transaction) -> Row | Problem:
+        if tx.task(spec.name) is not None:
+            return conflict_name(spec.name)
+        now = service.clock.now()
+        task = tx.add_task(
+            Task(id=0, spec=spec, bundle=bundle_sha256, state=TaskState.ACTIVE, reason="", created_at=now)
+        )
+        tx.add_version(_first(task, version0, now))
+        return _task_row(tx, task)
+
+    return await service.write(create)
+
+
+def _initial_version(service: Service, manifest: Manifest) -> str:
+    """Store the bundle's initial factors as theta's canonical bytes; returns their sha256."""
+    factors = load(service.blobs.read(manifest.files[manifest.initial].sha256))
+    theta = manifest.adapter.layout.flatten(factors)
+    if not np.isfinite(theta).all():
+        raise LayoutError("a factor is NaN or infinite")
+    return service.blobs.put(encode_theta(theta))
+
+
+def _first(task: Task, sha256: str, now: float) -> Version:
+    return Version(
+        task_id=task.id,
+        branch=MAIN,
+        number=0,
+        sha256=sha256,
+        parent_sha256=None,
+        gauge="plain",
+        state=VersionState.RELEASED,
+        created_at=now,
+        round_number=None,
+        updates=0,
+        examples=0,
+        loss_first=None,
+        loss_last=None,
+    )
+
+
+def _task_row(tx: Transaction, task: Task) -> Row:
+    latest = tx.latest_version(task.id, MAIN)
+    round_ = tx.latest_round(task.id, MAIN)
+    return {
+        "name": task.spec.name,
+        "state": task.state,
+        "reason": task.reason,
+        "version": latest.number if latest else None,
+        "of": task.spec.rounds.count,
+        "round": round_.number if round_ else 0,
+        "round_state": round_.state if round_ else None,
+        "updates_in_round": tx.count_updates(task.id, MAIN, round_.number, UpdateState.ACCEPTED)
+        if round_
+        else 0,
+        "loss": latest.loss_last if latest else None,
+        "bundle": task.bundle,
+        "created_at": task.created_at,
+    }
+
+
+async def list_tasks(service: Service) -> list[Row]:
+    return await service.read(lambda tx: [_task_row(tx, task) for task in tx.tasks()])
+
+
+async def show_task(service: Service, name: str) -> Row | Problem:
+    def look(tx: Transaction) -> Row | Problem:
+        task = tx.task(name)
+        return _unknown(name) if task is None else _task_row(tx, task) | {"spec": task.spec}
+
+    return await service.read(look)
+
+
+def _unknown(name: str) -> Problem:
+    return not_found(f"task {name[:100]!r}")
+
+
+async def change_task(service: Service, name: str, state: TaskState) -> Row | Problem:
+    def change(tx: Transaction) -> Row | Problem:
+        lifecycle, reason = service.lifecycle, "by an operator"
+        if state is TaskState.STOPPED:
+            task = lifecycle.stop(tx, service.clock.now(), name, reason)
+        else:
+            task = lifecycle.set_active(tx, name, state, reason if state is TaskState.PAUSED else "")
+        return _unknown(name) if task is None else _task_row(tx, task)
+
+    return await service.write(change)
+
+
+async def list_rounds(service: Service, name: str) -> list[Row] | Problem:
+    def look(tx: Transaction) -> list[Row] | Problem:
+        task = tx.task(name)
+        if task is None:
+            return _unknown(name)
+        return [asdict(round_) for round_ in tx.rounds(task.id)]
+
+    return await service.read(look)
+
+
+async def list_versions(service: Service, name: str) -> list[Row] | Problem:
+    def look(tx: Transaction) -> list[Row] | Problem:
+        task = tx.task(name)
+        if task is None:
+            return _unknown(name)
+        return [asdict(version) for version in tx.versions(task.id)]
+
+    return await service.read(look)
+
+
+async def version_files(service: Service, name: str, number: int) -> dict[str, bytes] | Problem:
+    """A version as people download it: safetensors by factor name, and a config that says what it is."""
+
+    def look(tx: Transaction) -> tuple[Task, Version, Manifest] | Problem:
+        task = tx.task(name)
+        version = tx.version(task.id, MAIN, number) if task else None
+        if task is None or version is None:
+            return not_found(f"version {number} of task {name[:100]!r}")
+        return task, version, service.lifecycle.manifest(tx, task)
+
+    found = await service.read(look)
+    if isinstance(found, Problem):
+        return found
+    task, version, manifest = found
+    layout = manifest.adapter.layout
+    theta = decode_theta(await asyncio.to_thread(service.blobs.read, version.sha256), layout, version.sha256)
+    config = version_config(manifest, task.bundle, task.spec.name, number, version.sha256)
+    metadata = {"format": "fedtt", "task": name, "version": str(number), "sha256": version.sha256}
+    return {CONFIG: encode_config(config), FACTORS: save(layout.unflatten(theta), metadata=metadata)}
+
+
+async def list_devices(service: Service, after: str) -> list[Row]:
+    devices = await service.read(lambda tx: tx.devices(after=after))
+    return [{key: value for key, value in asdict(d).items() if key != "public_key"} for d in devices]

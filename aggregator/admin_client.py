@@ -1,0 +1,124 @@
+"""The admin calls from the other side, for the command line, benchmarks and tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+
+from fedtt.errors import BundleError, FedttError, Unreachable
+from fedtt.manifest import MANIFEST, bundle_digest, decode_manifest
+from fedtt.version_config import CONFIG, FACTORS
+
+__all__ = ["AdminClient"]
+
+_PIECE_BYTES = 1 << 20
+Progress = Callable[[str, int, int], None]  #: file, bytes sent so far, bytes in all
+
+
+class AdminClient:
+    """Speaks to the admin listener; errors are the server's own words."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._root = url.rstrip("/") + "/v1/admin"
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=120)
+        self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(self, method: str, path: str, body: object = None, **query: str) -> bytes:
+        """One request; returns the body, raises FedttError with the server's reason."""
+        assert self._session is not None  # noqa: S101  # used as a context manager
+        try:
+            async with self._session.request(method, self._root + path, data=body, params=query) as answer:
+                data = await answer.read()
+                if answer.status >= 400 and method != "HEAD":
+                    raise FedttError(_reason(data, answer.status))
+                return data if method != "HEAD" else str(answer.status).encode()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(
+                f"the server at {self._root} does not answer ({str(error) or type(error).__name__}): "
+                "is `fedtt serve` running, and is --server its admin address?"
+            ) from None
+
+    async def rows(self, path: str, method: str = "GET") -> Any:
+        """One request whose answer is JSON."""
+        return msgspec.json.decode(await self.call(method, path))
+
+    async def send_bundle(self, directory: Path, progress: Progress | None = None) -> str:
+        """Upload the files of a bundle that the server lacks, then register it; returns its sha256."""
+        try:
+            manifest_bytes = (directory / MANIFEST).read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{directory / MANIFEST} cannot be read: {error.strerror}; is it a bundle?"
+            ) from None
+        manifest = decode_manifest(manifest_bytes, str(directory / MANIFEST))
+        for name, entry in manifest.files.items():
+            if await self.call("HEAD", f"/blobs/{entry.sha256}") != b"200":
+                pieces = _pieces(directory / name, entry.bytes, progress)
+                await self.call("PUT", f"/blobs/{entry.sha256}", pieces)
+        await self.call("POST", "/bundles", manifest_bytes)
+        return bundle_digest(manifest_bytes)
+
+    async def create_task(self, text: str, bundle: str) -> Any:
+        return msgspec.json.decode(await self.call("POST", "/tasks", text.encode(), bundle=bundle))
+
+    async def download_version(self, task: str, number: int, directory: Path) -> None:
+        """Write factors and config of a version into a directory."""
+        files = {
+            name: await self.call("GET", f"/tasks/{task}/versions/{number}/{name}")
+            for name in (CONFIG, FACTORS)
+        }
+        await asyncio.to_thread(_write, directory, files)
+
+    async def download_bundle(self, sha256: str, directory: Path) -> None:
+        """Write a whole bundle into a directory."""
+        manifest_bytes = await self.call("GET", f"/bundles/{sha256}/{MANIFEST}")
+        names = decode_manifest(manifest_bytes).files
+        for name in names:
+            data = await self.call("GET", f"/bundles/{sha256}/{name}")
+            await asyncio.to_thread(_write, directory, {name: data})
+        await asyncio.to_thread(_write, directory, {MANIFEST: manifest_bytes})
+
+
+def _reason(data: bytes, status: int) -> str:
+    try:
+        problem = msgspec.json.decode(data)["error"]
+        remedy = f" ({problem['remedy']})" if problem.get("remedy") else ""
+        return f"{problem['detail']}{remedy}"
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return f"the server answered {status} without a reason: is --server its admin address?"
+
+
+def _write(directory: Path, files: dict[str, bytes]) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+    except OSError as error:
+        raise FedttError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+async def _pieces(path: Path, size: int, progress: Progress | None) -> AsyncIterator[bytes]:
+    sent = 0
+    with path.open("rb") as file:
+        while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+            sent += len(piece)
+            if progress:
+                progress(path.name, sent, size)
+            yield piece

@@ -1,0 +1,60 @@
+"""Who sends a request: devices by Ed25519 signature, people by an admin token."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from aggregator.problems import bad_signature, clock_skew, unknown_device
+from fedtt.errors import WireError
+from fedtt.messages import Problem
+from fedtt.signature import Signed, parse_signature, signature_base
+from storage.records import Device, DeviceState
+
+__all__ = ["claim_of", "same_token", "token_sha256", "verify"]
+
+CLOCK_SKEW_S = 300.0  #: how far a signature's time may lie from the server's
+
+
+def claim_of(
+    method: str, authority: str, path: str, headers: Mapping[str, str]
+) -> tuple[Signed, bytes] | Problem:
+    """What a request claims about its sender; nothing is verified yet."""
+    try:
+        return parse_signature(
+            method,
+            authority,
+            path,
+            headers.get("Content-Digest", ""),
+            headers.get("Signature-Input", ""),
+            headers.get("Signature", ""),
+        )
+    except WireError as error:
+        return bad_signature(str(error))
+
+
+def verify(claim: Signed, signature: bytes, device: Device | None, now: float) -> Problem | None:
+    """None where the device did sign this, recently."""
+    if device is None or device.state is DeviceState.ERASED:
+        return unknown_device()
+    try:
+        key = Ed25519PublicKey.from_public_bytes(device.public_key)
+        key.verify(signature, signature_base(claim))
+    except InvalidSignature:
+        return bad_signature("the signature does not match the request")
+    if abs(claim.created - now) > CLOCK_SKEW_S:
+        return clock_skew(claim.created, now)
+    return None
+
+
+def token_sha256(token: str) -> str:
+    """Tokens are kept as hashes alone."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def same_token(given: str, sha256: str) -> bool:
+    return hmac.compare_digest(token_sha256(given), sha256)

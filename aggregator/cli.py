@@ -1,0 +1,300 @@
+"""`fedtt serve`, `fedtt task`, `fedtt version` and `fedtt device`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtt.cli import add_command, add_group, print_json
+from fedtt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aggregator.admin_client import AdminClient
+    from aggregator.app import Listening
+    from fedtt.cli import Commands
+
+__all__ = ["register"]
+
+Action = Callable[["AdminClient", argparse.Namespace], Awaitable[None]]
+
+
+def register(commands: Commands) -> None:
+    _register_serve(commands)
+    _register_tasks(commands)
+    _register_versions(commands)
+    devices = add_group(commands, "device", about="look at the population")
+    _admin_command(
+        devices, "list", about="list enrolled devices", examples="fedtt device list", action=_list_devices
+    )
+
+
+def _register_serve(commands: Commands) -> None:
+    serve = add_command(
+        commands,
+        "serve",
+        about="run the aggregator",
+        examples="""
+            fedtt serve --data ./server
+            fedtt serve --data /var/lib/fedtt --host 0.0.0.0 --port 8440
+        """,
+        run=_serve,
+    )
+    serve.add_argument(
+        "--data",
+        type=Path,
+        default=Path("fedtt-server"),
+        help="directory of the database, blobs and tokens (default %(default)s)",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address devices connect to (default %(default)s)")
+    serve.add_argument("--port", type=_port, default=8440, help="0 picks a free one (default %(default)s)")
+    serve.add_argument(
+        "--admin-host", default="127.0.0.1", help="address people connect to (default %(default)s)"
+    )
+    serve.add_argument(
+        "--admin-port", type=_port, default=8441, help="0 picks a free one (default %(default)s)"
+    )
+    serve.add_argument("--database", help="SQLAlchemy URL (default SQLite in the data directory)")
+
+
+def _register_tasks(commands: Commands) -> None:
+    tasks = add_group(commands, "task", about="create and steer federated tasks")
+    create = _admin_command(
+        tasks,
+        "create",
+        about="open a task for devices",
+        examples="fedtt task create task.toml --bundle ./bundle",
+        action=_create_task,
+    )
+    create.add_argument("file", type=Path, help="task file (TOML; docs/task.md explains each setting)")
+    create.add_argument("--bundle", type=Path, required=True, help="directory made by `fedtt export`")
+    _admin_command(tasks, "list", about="list tasks", examples="fedtt task list", action=_list_tasks)
+    for name, about in {
+        "show": "show one task, its settings and its last rounds",
+        "pause": "give no new leases",
+        "resume": "give leases again",
+        "stop": "end a task for good",
+    }.items():
+        command = _admin_command(
+            tasks, name, about=about, examples=f"fedtt task {name} assistant", action=_task
+        )
+        command.add_argument("name", help="name of the task")
+        command.set_defaults(change=name)
+
+
+def _register_versions(commands: Commands) -> None:
+    versions = add_group(commands, "version", about="list and download versions of the factors")
+    listing = _admin_command(
+        versions,
+        "list",
+        about="list versions",
+        examples="fedtt version list assistant",
+        action=_list_versions,
+    )
+    listing.add_argument("task", help="name of the task")
+    download = _admin_command(
+        versions,
+        "download",
+        about="download a version as safetensors, ready for `fedtt predict` and transformers",
+        examples="""
+            fedtt version download assistant --out result
+            fedtt version download assistant --number 12 --out v12 --no-bundle
+        """,
+        action=_download_version,
+    )
+    download.add_argument("task", help="name of the task")
+    download.add_argument("--number", type=int, help="which version (default the newest)")
+    download.add_argument("--out", type=Path, required=True, help="directory to write")
+    download.add_argument(
+        "--no-bundle", action="store_true", help="leave out the bundle that `fedtt predict` runs"
+    )
+
+
+def _admin_command(
+    group: Commands, name: str, *, about: str, examples: str, action: Action
+) -> argparse.ArgumentParser:
+    parser = add_command(group, name, about=about, examples=examples, run=lambda args: _run(action, args))
+    parser.add_argument(
+        "--server",
+        default=os.environ.get("FEDTT_ADMIN_URL", "http://127.0.0.1:8441"),
+        help="admin address of the server (default $FEDTT_ADMIN_URL or %(default)s)",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        default=Path("fedtt-server/admin-token"),
+        help="file with the admin token, unless $FEDTT_ADMIN_TOKEN is set (default %(default)s)",
+    )
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port lies in 0..65535")
+    return port
+
+
+def _run(action: Action, args: argparse.Namespace) -> None:
+    from aggregator.admin_client import AdminClient
+
+    async def main() -> None:
+        async with AdminClient(args.server, _token(args.token_file)) as client:
+            await action(client, args)
+
+    asyncio.run(main())
+
+
+def _token(path: Path) -> str:
+    if token := os.environ.get("FEDTT_ADMIN_TOKEN"):
+        return token
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            "--token-file",
+            str(path),
+            f"a readable file ({error.strerror}), such as admin-token in the server's data directory, "
+            "or set FEDTT_ADMIN_TOKEN",
+        ) from None
+
+
+def _serve(args: argparse.Namespace) -> None:
+    import logging
+
+    from aggregator.app import ServerConfig
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    config = ServerConfig(
+        data=args.data,
+        host=args.host,
+        port=args.port,
+        admin_host=args.admin_host,
+        admin_port=args.admin_port,
+        database=args.database,
+    )
+    asyncio.run(_serve_until_stopped(config, as_json=args.json))
+
+
+async def _serve_until_stopped(config: Any, *, as_json: bool) -> None:
+    import signal
+
+    from aggregator.app import serving
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with serving(config) as listening:
+        _announce(listening, config.data, as_json=as_json)
+        await stopped.wait()
+    if not as_json:
+        print("stopped; everything acknowledged is on disk")
+
+
+def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "event": "listening",
+                "url": listening.url,
+                "admin_url": listening.admin_url,
+                "enrolment_token": listening.enrolment_token,
+                "admin_token_file": str(data / "admin-token"),
+            }
+        )
+        return
+    print(f"devices   {listening.url}")
+    print(f"people    {listening.admin_url}  (token in {data / 'admin-token'})")
+    print(
+        f"enrol     fedtt client run --server {listening.url} --token {listening.enrolment_token} "
+        "--data examples.jsonl",
+        flush=True,
+    )
+
+
+async def _create_task(client: AdminClient, args: argparse.Namespace) -> None:
+    from aggregator.progress import upload_progress
+    from fedtt.task import parse_task
+
+    try:
+        text = args.file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("file", str(args.file), f"a readable task file ({error})") from None
+    parse_task(text, str(args.file))  # refuse nonsense before a large bundle is sent
+    with upload_progress(quiet=args.json) as progress:
+        bundle = await client.send_bundle(args.bundle, progress)
+    _print_rows([await client.create_task(text, bundle)], args, _TASK_COLUMNS)
+
+
+_TASK_COLUMNS = ("name", "state", "version", "of", "round", "updates_in_round", "loss", "reason")
+_ROUND_COLUMNS = ("number", "version_number", "state", "opened_at", "closed_at", "reason")
+_VERSION_COLUMNS = (
+    "number",
+    "state",
+    "updates",
+    "examples",
+    "loss_first",
+    "loss_last",
+    "sha256",
+    "created_at",
+)
+_DEVICE_COLUMNS = ("id", "state", "client", "examples", "enrolled_at", "seen_at")
+
+
+async def _list_tasks(client: AdminClient, args: argparse.Namespace) -> None:
+    _print_rows(await client.rows("/tasks"), args, _TASK_COLUMNS)
+
+
+async def _task(client: AdminClient, args: argparse.Namespace) -> None:
+    if args.change != "show":
+        _print_rows([await client.rows(f"/tasks/{args.name}/{args.change}", "POST")], args, _TASK_COLUMNS)
+        return
+    task = await client.rows(f"/tasks/{args.name}")
+    rounds = await client.rows(f"/tasks/{args.name}/rounds")
+    if args.json:
+        print_json(task | {"rounds": rounds})
+        return
+    _print_rows([task], args, _TASK_COLUMNS)
+    _print_rows(rounds[:10], args, _ROUND_COLUMNS)
+
+
+async def _list_versions(client: AdminClient, args: argparse.Namespace) -> None:
+    _print_rows(await client.rows(f"/tasks/{args.task}/versions"), args, _VERSION_COLUMNS)
+
+
+async def _download_version(client: AdminClient, args: argparse.Namespace) -> None:
+    number = args.number
+    if number is None:
+        number = (await client.rows(f"/tasks/{args.task}"))["version"]
+    await client.download_version(args.task, number, args.out)
+    if not args.no_bundle:
+        bundle = (await client.rows(f"/tasks/{args.task}"))["bundle"]
+        await client.download_bundle(bundle, args.out / "bundle")
+    if args.json:
+        print_json({"task": args.task, "version": number, "path": str(args.out)})
+    else:
+        print(f"version {number} of {args.task} is in {args.out}")
+
+
+async def _list_devices(client: AdminClient, args: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    while page := await client.rows(f"/devices?after={rows[-1]['id'] if rows else ''}"):
+        rows += page
+    _print_rows(rows, args, _DEVICE_COLUMNS)
+
+
+def _print_rows(rows: list[dict[str, Any]], args: argparse.Namespace, columns: tuple[str, ...]) -> None:
+    """JSON, one object a line; or a table for people."""
+    if args.json:
+        for row in rows:
+            print_json(row)
+        return
+    from aggregator.progress import table
+
+    table(rows, columns)

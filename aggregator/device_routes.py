@@ -1,0 +1,127 @@
+"""The calls of devices: bytes to value, error to status, nothing else."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from aiohttp import web
+
+from aggregator.auth import claim_of, verify
+from aggregator.http import SERVICE, ProblemError, answer, checked, read_body, read_message
+from aggregator.problems import bad_signature, malformed, not_found
+from fedtt.manifest import MANIFEST, decode_manifest
+from fedtt.messages import MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure
+from fedtt.signature import Signed, content_digest
+
+__all__ = ["add_device_routes", "serve_bundle_file"]
+
+
+async def _sender(request: web.Request) -> Signed:
+    """The device that signed this request; its body is not read yet, its digest is part of the claim."""
+    service = request.app[SERVICE]
+    authority = request.headers.get("Host", "")
+    claim, signature = checked(claim_of(request.method, authority, request.rel_url.raw_path, request.headers))
+    if problem := verify(claim, signature, await service.device(claim.device), service.clock.now()):
+        raise ProblemError(problem)
+    return claim
+
+
+async def _signed_body(request: web.Request, claim: Signed, limit_bytes: int) -> bytes:
+    body = await read_body(request, limit_bytes)
+    if content_digest(body) != claim.digest:
+        raise ProblemError(bad_signature("Content-Digest does not match the body"))
+    return body
+
+
+async def enroll(request: web.Request) -> web.Response:
+    message = read_message(await read_body(request, MESSAGE_LIMIT_BYTES), Enroll)
+    return answer(checked(await request.app[SERVICE].enroll(message)))
+
+
+async def check_in(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), CheckIn)
+    return answer(checked(await request.app[SERVICE].check_in(claim.device, message)))
+
+
+async def upload(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    service, lease = request.app[SERVICE], request.match_info["lease"]
+    digest = _hex_digest(claim.digest)
+    admitted = await service.admit(claim.device, lease, digest)
+    if not isinstance(admitted, tuple):
+        return answer(checked(admitted))
+    admission, limit_bytes = admitted
+    return answer(checked(await service.upload(admission, await _signed_body(request, claim, limit_bytes))))
+
+
+def _hex_digest(header: str) -> str:
+    """Content-Digest's sha-256 as hex, by which the ledger knows an update."""
+    try:
+        return base64.b64decode(header.removeprefix("sha-256=:").removesuffix(":"), validate=True).hex()
+    except binascii.Error:
+        raise ProblemError(malformed("Content-Digest must be sha-256=:<base64>:")) from None
+
+
+async def receipt(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    return answer(checked(await request.app[SERVICE].receipt(claim.device, request.match_info["lease"])))
+
+
+async def failure(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Failure)
+    checked(await request.app[SERVICE].fail(claim.device, request.match_info["lease"], message))
+    return web.Response(status=204)
+
+
+async def leave(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    checked(await request.app[SERVICE].leave(claim.device, erase=request.method == "DELETE"))
+    return web.Response(status=204)
+
+
+async def version(request: web.Request) -> web.Response:
+    await _sender(request)
+    body = checked(await request.app[SERVICE].version(request.match_info["sha256"]))
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    return web.Response(body=body, content_type="application/octet-stream", headers=headers)
+
+
+async def bundle_file(request: web.Request) -> web.StreamResponse:
+    await _sender(request)
+    return await serve_bundle_file(request)
+
+
+async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
+    """One file of a bundle, with Range."""
+    service = request.app[SERVICE]
+    sha256, name = request.match_info["sha256"], request.match_info["file"]
+    bundle = await service.read(lambda tx: tx.bundle(sha256))
+    if bundle is None:
+        raise ProblemError(not_found(f"bundle {sha256[:12]}…"))
+    if name == MANIFEST:
+        return web.Response(body=bundle.manifest, content_type="application/json")
+    entry = decode_manifest(bundle.manifest).files.get(name)
+    if entry is None:
+        raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
+    return web.FileResponse(service.blobs.path(entry.sha256))
+
+
+async def healthz(_: web.Request) -> web.Response:
+    return web.json_response({"ok": True})
+
+
+def add_device_routes(app: web.Application) -> None:
+    lease = "/v1/leases/{lease:[0-9a-f]{32}}"
+    app.router.add_get("/healthz", healthz)
+    app.router.add_post("/v1/enroll", enroll)
+    app.router.add_post("/v1/check-in", check_in)
+    app.router.add_get("/v1/bundles/{sha256:[0-9a-f]{64}}/{file}", bundle_file)
+    app.router.add_get("/v1/versions/{sha256:[0-9a-f]{64}}", version)
+    app.router.add_put(f"{lease}/update", upload)
+    app.router.add_get(lease, receipt)
+    app.router.add_post(f"{lease}/failure", failure)
+    app.router.add_post("/v1/device/leave", leave)
+    app.router.add_delete("/v1/device", leave)

@@ -1,0 +1,26 @@
+"""Secrets a server makes for itself at its first start."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from fedtt.errors import StorageError
+
+__all__ = ["secret_file"]
+
+
+def secret_file(path: Path) -> str:
+    """The token in a file that only its owner reads; made of 192 random bits where there is none."""
+    try:
+        if not path.exists():
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} cannot be read or made: {error}") from None
+    if not token:
+        raise StorageError(f"{path} is empty: delete it, and the next start makes a new token")
+    return token

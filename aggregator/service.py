@@ -1,0 +1,145 @@
+"""The server without its sockets: what each call does, for HTTP routes and in-process transports alike."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from storage.blobs import Blobs
+
+from aggregator.auth import token_sha256
+from aggregator.coordinator import Admission, Coordinator
+from aggregator.folding import sum_round
+from aggregator.lifecycle import Lifecycle
+from aggregator.problems import busy, not_found
+from aggregator.update_check import check_update
+from aggregator.writer import QueueFullError, Writer
+from fedtt.codec import payload_bytes
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
+from fedtt.seams import Clock
+from fedtt.wire import update_limit_bytes
+from storage.records import Device, Round
+from storage.store import Store, Transaction
+
+__all__ = ["Service"]
+
+T = TypeVar("T")
+_log = logging.getLogger("fedtt.aggregator")
+
+
+class Service:
+    """One aggregator process over a store; everything it knows lies in the store and the blobs."""
+
+    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+        self.store, self.blobs, self.clock = store, blobs, clock
+        self.lifecycle = Lifecycle()
+        self.coordinator = Coordinator(self.lifecycle)
+        self.writer = Writer(store)
+        self._wake = asyncio.Event()
+
+    async def write(self, change: Callable[[Transaction], T]) -> T | Problem:
+        """Run a change in the next commit; a full queue is a typed refusal."""
+        try:
+            return await self.writer.run(change)
+        except QueueFullError as error:
+            return busy(str(error))
+
+    async def read(self, look: Callable[[Transaction], T]) -> T:
+        """Look at one consistent state, off the event loop."""
+
+        def reading() -> T:
+            with self.store.reading() as tx:
+                return look(tx)
+
+        return await asyncio.to_thread(reading)
+
+    # devices
+
+    async def enroll(self, message: Enroll) -> Enrolled | Problem:
+        sha256 = token_sha256(message.token)
+        return await self.write(lambda tx: self.coordinator.enroll(tx, self.clock.now(), message, sha256))
+
+    async def device(self, device_name: str) -> Device | None:
+        return await self.read(lambda tx: tx.device(device_name))
+
+    async def check_in(self, device_name: str, message: CheckIn) -> CheckInAnswer | Problem:
+        return await self.write(
+            lambda tx: self.coordinator.check_in(tx, self.clock.now(), device_name, message)
+        )
+
+    async def admit(
+        self, device_name: str, lease: str, digest: str
+    ) -> tuple[Admission, int] | Receipt | Problem:
+        """Before the body is read: whether it may come, and the most bytes it may have."""
+
+        def look(tx: Transaction) -> tuple[Admission, int] | Receipt | Problem:
+            admission = self.coordinator.admit(tx, device_name, lease, digest)
+            if not isinstance(admission, Admission):
+                return admission
+            live = admission.live_set(self.lifecycle.layout(tx, admission.task))
+            return admission, update_limit_bytes(payload_bytes(admission.task.spec.codec, live))
+
+        return await self.read(look)
+
+    async def upload(self, admission: Admission, frame: bytes) -> Receipt | Problem:
+        """Check an admitted update and acknowledge it once it is durable."""
+        layout = await self.read(lambda tx: self.lifecycle.layout(tx, admission.task))
+        checked = check_update(frame, layout, admission.live, admission.task.spec.codec)
+        if isinstance(checked, Problem):
+            return checked
+        digest = hashlib.sha256(frame).hexdigest()
+        answer = await self.write(
+            lambda tx: self.coordinator.accept(tx, self.clock.now(), admission, digest, *checked)
+        )
+        self._wake.set()
+        return answer
+
+    async def receipt(self, device_name: str, lease: str) -> Receipt | Problem:
+        return await self.read(lambda tx: self.coordinator.receipt(tx, device_name, lease))
+
+    async def fail(self, device_name: str, lease: str, failure: Failure) -> Problem | None:
+        _log.info(
+            "device %s gave lease %s back: %s %s", device_name, lease, failure.code.value, failure.detail
+        )
+        return await self.write(lambda tx: self.coordinator.fail(tx, device_name, lease))
+
+    async def leave(self, device_name: str, *, erase: bool) -> Problem | None:
+        return await self.write(lambda tx: self.coordinator.leave(tx, device_name, erase=erase))
+
+    async def version(self, sha256: str) -> bytes | Problem:
+        if not await self.read(lambda tx: tx.has_version(sha256)):
+            return not_found(f"version {sha256[:12]}…")
+        return await asyncio.to_thread(self.blobs.read, sha256)
+
+    # rounds
+
+    async def tick(self) -> None:
+        """Expire leases, close rounds that are due, sum and publish what waits for it."""
+        for round_ in await self.writer.run(lambda tx: self.lifecycle.advance(tx, self.clock.now())):
+            await self._fold(round_)
+
+    async def _fold(self, round_: Round) -> None:
+        fold = await asyncio.to_thread(sum_round, self.store, self.blobs, self.lifecycle, round_)
+        version = await self.writer.run(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
+        if version is not None:
+            _log.info(
+                "round %d folded %d updates into version %d", round_.number, version.updates, version.number
+            )
+
+    async def run(self, interval_s: float = 0.5) -> None:
+        """Tick for ever: whenever an update arrives, and every `interval_s` for deadlines."""
+        while True:
+            try:
+                await self.tick()
+            except Exception:
+                _log.exception("a tick failed; the ledger is as before and the next tick tries again")
+                await self.clock.sleep(interval_s)
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._wake.wait()
+                self._wake.clear()
+            except TimeoutError:
+                pass

@@ -1,0 +1,82 @@
+"""Group commit: many requests, one transaction, one sync to disk, and only then the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from fedtt.errors import FedttError
+from storage.store import Store, Transaction
+
+__all__ = ["QueueFullError", "Writer"]
+
+T = TypeVar("T")
+_GROUP = 256  #: most changes in one transaction
+
+
+class QueueFullError(FedttError):
+    """More changes wait than the server takes; the caller answers BUSY."""
+
+
+class _Pending(Generic[T]):
+    """One change and the future of whoever waits for it."""
+
+    def __init__(self, change: Callable[[Transaction], T]) -> None:
+        self.change = change
+        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    def resolve(self, outcome: T | BaseException) -> None:
+        if self.future.done():  # whoever waited has gone; the change is durable all the same
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class Writer:
+    """The only place that writes: changes queue here (bounded) and commit in groups on one thread."""
+
+    def __init__(self, store: Store, *, queue_limit: int = 4096) -> None:
+        self._store = store
+        self._queue: asyncio.Queue[_Pending[Any]] = asyncio.Queue(queue_limit)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedtt-writer")
+        self._task: asyncio.Task[None] | None = None
+
+    async def run(self, change: Callable[[Transaction], T]) -> T:
+        """Answer once the change is durable. It may run twice, so it acts through its transaction alone."""
+        pending = _Pending(change)
+        try:
+            self._queue.put_nowait(pending)
+        except asyncio.QueueFull:
+            raise QueueFullError(f"{self._queue.maxsize} changes wait already; come back later") from None
+        return await pending.future
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._loop())
+
+    async def stop(self) -> None:
+        """Commit what waits, then end."""
+        await self._queue.join()
+        if self._task is not None:
+            self._task.cancel()
+        self._thread.shutdown()
+
+    async def _loop(self) -> None:
+        while True:
+            group = [await self._queue.get()]
+            while len(group) < _GROUP and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, group)
+            for pending, outcome in zip(group, outcomes, strict=True):
+                pending.resolve(outcome)
+                self._queue.task_done()
+
+    def _commit(self, group: list[_Pending[Any]]) -> list[Any]:
+        try:
+            with self._store.transaction() as tx:
+                return [pending.change(tx) for pending in group]
+        except Exception as error:  # each waiter gets its own outcome below
+            return [error] if len(group) == 1 else [self._commit([pending])[0] for pending in group]
