@@ -87,7 +87,8 @@ def _initial_version(service: Service, manifest: Manifest) -> str:
     theta = manifest.adapter.layout.flatten(factors)
     if not np.isfinite(theta).all():
         raise LayoutError("a factor is NaN or infinite")
-    return service.blobs.put(encode_theta(theta))
+    sha256: str = service.blobs.put(encode_theta(theta))
+    return sha256
 
 
 def _first(task: Task, sha256: str, now: float) -> Version:

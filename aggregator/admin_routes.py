@@ -10,7 +10,7 @@ from aiohttp.typedefs import Handler, Middleware
 from aggregator import admin
 from aggregator.auth import same_token
 from aggregator.device_routes import serve_bundle_file
-from aggregator.http import SERVICE, ProblemError, checked, json_answer, read_body
+from aggregator.handling import SERVICE, ProblemError, checked, json_answer, read_body
 from aggregator.problems import forbidden, malformed, not_found, too_large
 from fedtt.manifest import MANIFEST_LIMIT_BYTES
 from fedtt.messages import Problem

@@ -16,9 +16,9 @@ from storage.blobs import FileBlobs
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
 from aggregator.auth import token_sha256
 from aggregator.device_routes import add_device_routes
-from aggregator.http import SERVICE, answer, problems_as
-from aggregator.secrets import secret_file
+from aggregator.handling import SERVICE, answer, problems_as
 from aggregator.service import Service
+from aggregator.token_files import secret_file
 from fedtt.errors import ConfigError, StorageError
 from fedtt.seams import SystemClock
 from storage.records import Token

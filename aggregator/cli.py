@@ -10,6 +10,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregator.admin_commands import (
+    create_task,
+    download_version,
+    list_devices,
+    list_tasks,
+)
 from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError
 
@@ -29,7 +35,7 @@ def register(commands: Commands) -> None:
     _register_versions(commands)
     devices = add_group(commands, "device", about="look at the population")
     _admin_command(
-        devices, "list", about="list enrolled devices", examples="fedtt device list", action=_list_devices
+        devices, "list", about="list enrolled devices", examples="fedtt device list", action=list_devices
     )
 
 
@@ -68,11 +74,11 @@ def _register_tasks(commands: Commands) -> None:
         "create",
         about="open a task for devices",
         examples="fedtt task create task.toml --bundle ./bundle",
-        action=_create_task,
+        action=create_task,
     )
     create.add_argument("file", type=Path, help="task file (TOML; docs/task.md explains each setting)")
     create.add_argument("--bundle", type=Path, required=True, help="directory made by `fedtt export`")
-    _admin_command(tasks, "list", about="list tasks", examples="fedtt task list", action=_list_tasks)
+    _admin_command(tasks, "list", about="list tasks", examples="fedtt task list", action=list_tasks)
     for name, about in {
         "show": "show one task, its settings and its last rounds",
         "pause": "give no new leases",
@@ -80,7 +86,7 @@ def _register_tasks(commands: Commands) -> None:
         "stop": "end a task for good",
     }.items():
         command = _admin_command(
-            tasks, name, about=about, examples=f"fedtt task {name} assistant", action=_task
+            tasks, name, about=about, examples=f"fedtt task {name} assistant", action=steer_task
         )
         command.add_argument("name", help="name of the task")
         command.set_defaults(change=name)
@@ -93,7 +99,7 @@ def _register_versions(commands: Commands) -> None:
         "list",
         about="list versions",
         examples="fedtt version list assistant",
-        action=_list_versions,
+        action=list_versions,
     )
     listing.add_argument("task", help="name of the task")
     download = _admin_command(
@@ -104,7 +110,7 @@ def _register_versions(commands: Commands) -> None:
             fedtt version download assistant --out result
             fedtt version download assistant --number 12 --out v12 --no-bundle
         """,
-        action=_download_version,
+        action=download_version,
     )
     download.add_argument("task", help="name of the task")
     download.add_argument("--number", type=int, help="which version (default the newest)")
@@ -216,85 +222,3 @@ def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:
         "--data examples.jsonl",
         flush=True,
     )
-
-
-async def _create_task(client: AdminClient, args: argparse.Namespace) -> None:
-    from aggregator.progress import upload_progress
-    from fedtt.task import parse_task
-
-    try:
-        text = args.file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("file", str(args.file), f"a readable task file ({error})") from None
-    parse_task(text, str(args.file))  # refuse nonsense before a large bundle is sent
-    with upload_progress(quiet=args.json) as progress:
-        bundle = await client.send_bundle(args.bundle, progress)
-    _print_rows([await client.create_task(text, bundle)], args, _TASK_COLUMNS)
-
-
-_TASK_COLUMNS = ("name", "state", "version", "of", "round", "updates_in_round", "loss", "reason")
-_ROUND_COLUMNS = ("number", "version_number", "state", "opened_at", "closed_at", "reason")
-_VERSION_COLUMNS = (
-    "number",
-    "state",
-    "updates",
-    "examples",
-    "loss_first",
-    "loss_last",
-    "sha256",
-    "created_at",
-)
-_DEVICE_COLUMNS = ("id", "state", "client", "examples", "enrolled_at", "seen_at")
-
-
-async def _list_tasks(client: AdminClient, args: argparse.Namespace) -> None:
-    _print_rows(await client.rows("/tasks"), args, _TASK_COLUMNS)
-
-
-async def _task(client: AdminClient, args: argparse.Namespace) -> None:
-    if args.change != "show":
-        _print_rows([await client.rows(f"/tasks/{args.name}/{args.change}", "POST")], args, _TASK_COLUMNS)
-        return
-    task = await client.rows(f"/tasks/{args.name}")
-    rounds = await client.rows(f"/tasks/{args.name}/rounds")
-    if args.json:
-        print_json(task | {"rounds": rounds})
-        return
-    _print_rows([task], args, _TASK_COLUMNS)
-    _print_rows(rounds[:10], args, _ROUND_COLUMNS)
-
-
-async def _list_versions(client: AdminClient, args: argparse.Namespace) -> None:
-    _print_rows(await client.rows(f"/tasks/{args.task}/versions"), args, _VERSION_COLUMNS)
-
-
-async def _download_version(client: AdminClient, args: argparse.Namespace) -> None:
-    number = args.number
-    if number is None:
-        number = (await client.rows(f"/tasks/{args.task}"))["version"]
-    await client.download_version(args.task, number, args.out)
-    if not args.no_bundle:
-        bundle = (await client.rows(f"/tasks/{args.task}"))["bundle"]
-        await client.download_bundle(bundle, args.out / "bundle")
-    if args.json:
-        print_json({"task": args.task, "version": number, "path": str(args.out)})
-    else:
-        print(f"version {number} of {args.task} is in {args.out}")
-
-
-async def _list_devices(client: AdminClient, args: argparse.Namespace) -> None:
-    rows: list[dict[str, Any]] = []
-    while page := await client.rows(f"/devices?after={rows[-1]['id'] if rows else ''}"):
-        rows += page
-    _print_rows(rows, args, _DEVICE_COLUMNS)
-
-
-def _print_rows(rows: list[dict[str, Any]], args: argparse.Namespace, columns: tuple[str, ...]) -> None:
-    """JSON, one object a line; or a table for people."""
-    if args.json:
-        for row in rows:
-            print_json(row)
-        return
-    from aggregator.progress import table
-
-    table(rows, columns)

@@ -8,7 +8,7 @@ import binascii
 from aiohttp import web
 
 from aggregator.auth import claim_of, verify
-from aggregator.http import SERVICE, ProblemError, answer, checked, read_body, read_message
+from aggregator.handling import SERVICE, ProblemError, answer, checked, read_body, read_message
 from aggregator.problems import bad_signature, malformed, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure

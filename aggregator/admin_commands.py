@@ -1,0 +1,102 @@
+"""What the admin commands do and print."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from fedtt.cli import print_json
+from fedtt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aggregator.admin_client import AdminClient
+
+__all__ = [
+    "create_task",
+    "download_version",
+    "list_devices",
+    "list_tasks",
+    "list_versions",
+    "steer_task",
+]
+
+_TASK_COLUMNS = ("name", "state", "version", "of", "round", "updates_in_round", "loss", "reason")
+_ROUND_COLUMNS = ("number", "version_number", "state", "opened_at", "closed_at", "reason")
+_VERSION_COLUMNS = (
+    "number",
+    "state",
+    "updates",
+    "examples",
+    "loss_first",
+    "loss_last",
+    "sha256",
+    "created_at",
+)
+_DEVICE_COLUMNS = ("id", "state", "client", "examples", "enrolled_at", "seen_at")
+
+
+async def create_task(client: AdminClient, args: argparse.Namespace) -> None:
+    from aggregator.progress import upload_progress
+    from fedtt.task import parse_task
+
+    try:
+        text = args.file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("file", str(args.file), f"a readable task file ({error})") from None
+    parse_task(text, str(args.file))  # refuse nonsense before a large bundle is sent
+    with upload_progress(quiet=args.json) as progress:
+        bundle = await client.send_bundle(args.bundle, progress)
+    _print_rows([await client.create_task(text, bundle)], args, _TASK_COLUMNS)
+
+
+async def list_tasks(client: AdminClient, args: argparse.Namespace) -> None:
+    _print_rows(await client.rows("/tasks"), args, _TASK_COLUMNS)
+
+
+async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
+    if args.change != "show":
+        _print_rows([await client.rows(f"/tasks/{args.name}/{args.change}", "POST")], args, _TASK_COLUMNS)
+        return
+    task = await client.rows(f"/tasks/{args.name}")
+    rounds = await client.rows(f"/tasks/{args.name}/rounds")
+    if args.json:
+        print_json(task | {"rounds": rounds})
+        return
+    _print_rows([task], args, _TASK_COLUMNS)
+    _print_rows(rounds[:10], args, _ROUND_COLUMNS)
+
+
+async def list_versions(client: AdminClient, args: argparse.Namespace) -> None:
+    _print_rows(await client.rows(f"/tasks/{args.task}/versions"), args, _VERSION_COLUMNS)
+
+
+async def download_version(client: AdminClient, args: argparse.Namespace) -> None:
+    number = args.number
+    if number is None:
+        number = (await client.rows(f"/tasks/{args.task}"))["version"]
+    await client.download_version(args.task, number, args.out)
+    if not args.no_bundle:
+        bundle = (await client.rows(f"/tasks/{args.task}"))["bundle"]
+        await client.download_bundle(bundle, args.out / "bundle")
+    if args.json:
+        print_json({"task": args.task, "version": number, "path": str(args.out)})
+    else:
+        print(f"version {number} of {args.task} is in {args.out}")
+
+
+async def list_devices(client: AdminClient, args: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    while page := await client.rows(f"/devices?after={rows[-1]['id'] if rows else ''}"):
+        rows += page
+    _print_rows(rows, args, _DEVICE_COLUMNS)
+
+
+def _print_rows(rows: list[dict[str, Any]], args: argparse.Namespace, columns: tuple[str, ...]) -> None:
+    """JSON, one object a line; or a table for people."""
+    if args.json:
+        for row in rows:
+            print_json(row)
+        return
+    from aggregator.progress import table
+
+    table(rows, columns)
