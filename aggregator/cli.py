@@ -15,6 +15,8 @@ from aggregator.admin_commands import (
     download_version,
     list_devices,
     list_tasks,
+    list_versions,
+    steer_task,
 )
 from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError
