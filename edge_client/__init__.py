@@ -1,0 +1,64 @@
+"""One device: it trains on data that stays with it, and sends a few kilobytes of what was learned.
+
+An app keeps examples and runs the device beside its other work:
+
+    store = ExampleStore(home / "examples.db")
+    store.add("wake me at seven", "set_alarm")                      # whenever the app learns something
+    config = DeviceConfig(token=token)
+    async with open_device(home, server=url, examples=store, config=config) as device:
+        device.consent()                                            # once the owner has said yes
+        await device.run()                                          # until cancelled or retired
+
+Names are imported when first used, so that a cold start loads no more than it needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_client.device import Device, DeviceConfig
+    from edge_client.example_files import read_examples
+    from edge_client.examples import Example, ExampleLimits, ExampleStore
+    from edge_client.http_transport import HttpTransport
+    from edge_client.inference import Evaluation, Model, Prediction
+    from edge_client.session import forget, leave, open_device
+
+__all__ = [
+    "Device",
+    "DeviceConfig",
+    "Evaluation",
+    "Example",
+    "ExampleLimits",
+    "ExampleStore",
+    "HttpTransport",
+    "Model",
+    "Prediction",
+    "forget",
+    "leave",
+    "open_device",
+    "read_examples",
+]
+
+_HOMES = {
+    "Device": "device",
+    "DeviceConfig": "device",
+    "Evaluation": "inference",
+    "Example": "examples",
+    "ExampleLimits": "examples",
+    "ExampleStore": "examples",
+    "HttpTransport": "http_transport",
+    "Model": "inference",
+    "Prediction": "inference",
+    "forget": "session",
+    "leave": "session",
+    "open_device": "session",
+    "read_examples": "example_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,78 @@
+"""A bundle on disk: a checked manifest and the files a device needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_client.files import file_digest, storage_errors
+from fedtt.errors import BundleError
+from fedtt.manifest import (
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    FileEntry,
+    Graphs,
+    Manifest,
+    bundle_digest,
+    decode_manifest,
+)
+
+__all__ = ["Bundle", "RuntimeName", "file_fault", "needed_files", "open_bundle"]
+
+RuntimeName = Literal["onnxruntime", "executorch"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bundle:
+    """A bundle whose needed files were checked when it was opened."""
+
+    directory: Path
+    digest: str  #: its name
+    manifest: Manifest
+
+    def graphs(self, runtime: RuntimeName) -> Graphs:
+        return _graphs(self.manifest, runtime, str(self.directory))
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+
+def _graphs(manifest: Manifest, runtime: RuntimeName, where: str) -> Graphs:
+    if runtime not in manifest.graphs:
+        raise BundleError(
+            f"{where} has no graphs for {runtime}: it was exported for {', '.join(manifest.graphs)}"
+        )
+    return manifest.graphs[runtime]
+
+
+def needed_files(manifest: Manifest, runtime: RuntimeName, where: str = MANIFEST) -> dict[str, FileEntry]:
+    """The files a device with this runtime reads: neither first factors nor other runtimes' graphs."""
+    _graphs(manifest, runtime, where)
+    unneeded = {manifest.initial}
+    for name, graphs in manifest.graphs.items():
+        unneeded |= {graphs.step, graphs.eval} if name != runtime else set()
+    return {name: entry for name, entry in sorted(manifest.files.items()) if name not in unneeded}
+
+
+def file_fault(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file, or None."""
+    if not path.is_file():
+        return "is missing"
+    if (found := path.stat().st_size) != entry.bytes:
+        return f"has {found} bytes instead of {entry.bytes}"
+    return None if file_digest(path) == entry.sha256 else "does not match its sha256"
+
+
+def open_bundle(directory: Path, runtime: RuntimeName = "onnxruntime") -> Bundle:
+    """Open a bundle that lies in a directory, checking every needed file against the manifest."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}; export or download it first")
+    with storage_errors(path), path.open("rb") as file:
+        data = file.read(MANIFEST_LIMIT_BYTES + 1)
+    manifest = decode_manifest(data, str(path))
+    for name, entry in needed_files(manifest, runtime, str(directory)).items():
+        if fault := file_fault(directory / name, entry):
+            raise BundleError(f"{directory / name} {fault}: export or download the bundle again")
+    return Bundle(directory=directory, digest=bundle_digest(data), manifest=manifest)

@@ -1,0 +1,153 @@
+"""`fedtt client …`, `fedtt predict` and `fedtt evaluate`: their arguments.
+
+What they do is imported when they run, so that `fedtt --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtt.cli import Run, add_command
+
+if TYPE_CHECKING:
+    from fedtt.cli import Commands
+
+__all__ = ["register"]
+
+
+def register(commands: Commands) -> None:
+    """Add this program's commands to `fedtt`."""
+    client = commands.add_parser(
+        "client",
+        help="run a device that trains on its own data, and rule it",
+        description="Run a device that trains on its own data, and rule it.",
+    )
+    below = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(below)
+    _add_data(below)
+    _add_rule(below)
+    _add_model(commands)
+
+
+def _later(name: str) -> Run:
+    """A command whose module is imported when it runs."""
+    module, _, function = name.partition(":")
+
+    def run(args: argparse.Namespace) -> int | None:
+        status: int | None = getattr(import_module(f"edge_client.{module}"), function)(args)
+        return status
+
+    return run
+
+
+def _home(parser: argparse.ArgumentParser) -> None:
+    default = Path(os.environ.get("FEDTT_HOME") or Path.home() / ".fedtt")
+    parser.add_argument(
+        "--home", type=Path, default=default, metavar="DIR", help="the device's directory (%(default)s)"
+    )
+
+
+def _add_run(commands: Commands) -> None:
+    run = add_command(
+        commands,
+        "run",
+        about="take part: train on this device's examples and send what was learned",
+        examples="""
+        fedtt client run --server https://models.example.org --token T0K3N --data examples.jsonl
+        fedtt client run --home /var/lib/fedtt --yes          (again, once enrolled)
+        fedtt client run --once --json                        (one participation, for a scheduler)
+        """,
+        run=_later("client_commands:run"),
+    )
+    _home(run)
+    run.add_argument(
+        "--server", metavar="URL", help="the aggregator's address; remembered after the first run"
+    )
+    run.add_argument("--token", default="", help="enrolment token, for the first run (or FEDTT_TOKEN)")
+    run.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="examples (.jsonl or .csv) in place of those kept from it before",
+    )
+    run.add_argument("--once", action="store_true", help="end after one participation, or when told to wait")
+    run.add_argument("--yes", action="store_true", help="agree to take part without being asked")
+    run.add_argument("--cache", type=Path, metavar="DIR", help="bundles that several devices share")
+    run.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads to train with (%(default)s)"
+    )
+
+
+def _add_data(commands: Commands) -> None:
+    add = add_command(
+        commands,
+        "add",
+        about="keep examples on this device, also while a client is running",
+        examples="""
+        fedtt client add --data examples.csv
+        fedtt client add --text "wake me at seven" --label set_alarm
+        """,
+        run=_later("client_commands:add"),
+    )
+    _home(add)
+    what = add.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, metavar="FILE", help=".jsonl or .csv, replacing its earlier rows")
+    what.add_argument("--text", help="one example")
+    add.add_argument("--label", help="name or index of the label of --text")
+
+
+def _add_rule(commands: Commands) -> None:
+    rules = {
+        "status": "show what this device has done and keeps",
+        "pause": "rest: nothing is trained or sent until `resume`",
+        "resume": "go on after `pause`",
+        "leave": "leave the population and withdraw consent; examples stay here",
+        "forget": "delete examples, bundles, residuals and key here, and have the server erase the device",
+    }
+    for name, about in rules.items():
+        parser = add_command(
+            commands,
+            name,
+            about=about,
+            examples=f"fedtt client {name}\nfedtt client {name} --home /var/lib/fedtt --json",
+            run=_later(f"client_commands:{name}"),
+        )
+        _home(parser)
+        if name == "forget":
+            parser.add_argument("--local-only", action="store_true", help="do not ask the server")
+
+
+def _add_model(commands: Commands) -> None:
+    predict = add_command(
+        commands,
+        "predict",
+        about="use a downloaded version: label texts, or continue them",
+        examples="""
+        fedtt predict ./version "wake me at seven"
+        fedtt predict ./version --bundle ./bundle --json "lights off" "add milk to the list"
+        """,
+        run=_later("model_commands:predict"),
+    )
+    predict.add_argument("version", type=Path, metavar="VERSION_DIR")
+    predict.add_argument("texts", nargs="+", metavar="TEXT")
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        about="measure a downloaded version on labelled examples",
+        examples="""
+        fedtt evaluate ./version test.jsonl
+        fedtt evaluate ./version test.csv --bundle ./bundle --json
+        """,
+        run=_later("model_commands:evaluate"),
+    )
+    evaluate.add_argument("version", type=Path, metavar="VERSION_DIR")
+    evaluate.add_argument("file", type=Path, metavar="FILE", help=".jsonl or .csv with text and label")
+    for parser in (predict, evaluate):
+        parser.add_argument("--bundle", type=Path, metavar="DIR", help="its bundle (VERSION_DIR/bundle)")
+        parser.add_argument(
+            "--threads", type=int, default=1, metavar="N", help="threads to use (%(default)s)"
+        )

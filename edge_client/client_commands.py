@@ -1,0 +1,162 @@
+"""What `fedtt client …` does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from argparse import Namespace
+from contextlib import closing
+from importlib.metadata import version
+from typing import Any
+
+from edge_client import events
+from edge_client.consent import ask, consent_text
+from edge_client.describe import describe
+from edge_client.device import DeviceConfig
+from edge_client.events import Event, Step
+from edge_client.example_files import read_examples
+from edge_client.examples import ExampleStore
+from edge_client.home import Home
+from edge_client.journal import read_state
+from edge_client.session import forget as forget_home
+from edge_client.session import leave as leave_server
+from edge_client.session import open_device, supervise
+from fedtt.cli import print_json
+from fedtt.errors import ConfigError, StorageError
+
+__all__ = ["add", "forget", "leave", "pause", "resume", "run", "status"]
+
+
+def run(args: Namespace) -> int:
+    """Take part until stopped, retired, or with --once until one participation has ended."""
+    home = Home(args.home)
+    known = read_state(home)
+    server = args.server or (known.server if known else "")
+    if not server:
+        raise ConfigError("--server", None, "the address of the aggregator, for the first run")
+    rows = read_examples(args.data) if args.data else None
+    if args.once and home.is_paused():
+        raise StorageError(f"{home.directory} is paused by its owner: fedtt client resume --home {args.home}")
+    home.create()
+    with closing(ExampleStore(home.examples)) as store:
+        if known is None or known.consented_at is None:
+            count = store.count() if rows is None else len(rows)
+            if not ask(consent_text(server, args.home, count), given=args.yes):
+                print("not taking part: nothing was sent", file=sys.stderr)
+                return 1
+        if rows is not None:
+            store.replace_file(str(args.data.absolute()), rows)
+        return asyncio.run(_run(args, home, server, store))
+
+
+async def _run(args: Namespace, home: Home, server: str, store: ExampleStore) -> int:
+    config = DeviceConfig(
+        token=args.token or os.environ.get("FEDTT_TOKEN", ""), client=f"fedtt-edge {version('fedtt')}"
+    )
+    show = print_json if args.json else _show
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    async with open_device(
+        home.directory,
+        server=server,
+        examples=store,
+        config=config,
+        cache=args.cache,
+        threads=args.threads,
+        observe=show,
+    ) as device:
+        device.consent()
+        last = await supervise(device, home, _ended if args.once else _never, show)
+    return 2 if isinstance(last, events.Retrying | events.GaveUp) else 0
+
+
+def _show(event: Event) -> None:
+    print(describe(event), flush=True)
+
+
+def _never(_: Step) -> bool:
+    return False
+
+
+def _ended(step: Step) -> bool:
+    """Whether one participation is over, well or badly, or there is none to be had."""
+    ends = (events.Waiting, events.Acknowledged, events.Dropped, events.GaveUp, events.Retrying)
+    return isinstance(step, ends)
+
+
+def add(args: Namespace) -> None:
+    """Keep one example, or the rows of a file."""
+    home = Home(args.home)
+    if args.label is not None and args.text is None:
+        raise ConfigError("--label", args.label, "goes with --text; a file brings its own labels")
+    rows = read_examples(args.data) if args.data else None
+    home.create()
+    with closing(ExampleStore(home.examples)) as store:
+        if rows is None:
+            store.add(args.text, args.label)
+        else:
+            store.replace_file(str(args.data.absolute()), rows)
+        _answer(args, {"examples": store.count()}, "{examples} examples are kept")
+
+
+def status(args: Namespace) -> None:
+    """Show what the journal and the directory say."""
+    home = _known_home(args)
+    state = read_state(home)
+    count = 0
+    if home.examples.exists():
+        with closing(ExampleStore(home.examples)) as store:
+            count = store.count()
+    found: dict[str, Any] = {
+        "home": str(home.directory),
+        "running": home.is_running(),
+        "paused": home.is_paused(),
+        "server": state.server if state else "",
+        "device": state.device if state else "",
+        "consented": bool(state and state.consented_at is not None),
+        "enrolled": bool(state and state.enrolled),
+        "phase": type(state.phase).__name__.lower() if state else "idle",
+        "acknowledged": state.acknowledged if state else 0,
+        "last_receipt": state.receipt if state else None,
+        "examples": count,
+        "residual_bytes": sum(map(len, state.residuals.values())) if state else 0,
+        "bundle_bytes": sum(f.stat().st_size for f in home.bundles.rglob("*") if f.is_file()),
+    }
+    if args.json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):15} {value if value != '' else '-'}")
+
+
+def pause(args: Namespace) -> None:
+    _known_home(args).pause(True)
+    _answer(args, {"paused": True}, "paused: a running client rests within a second or one training batch")
+
+
+def resume(args: Namespace) -> None:
+    _known_home(args).pause(False)
+    _answer(args, {"paused": False}, "resumed")
+
+
+def leave(args: Namespace) -> None:
+    was_enrolled = asyncio.run(leave_server(_known_home(args)))
+    _answer(args, {"left": was_enrolled}, "left the population" if was_enrolled else "was not enrolled")
+
+
+def forget(args: Namespace) -> None:
+    home = _known_home(args)
+    asyncio.run(forget_home(home, local_only=args.local_only))
+    _answer(args, {"forgotten": True, "server_asked": not args.local_only}, "everything here is deleted")
+
+
+def _known_home(args: Namespace) -> Home:
+    home = Home(args.home)
+    if not home.exists:
+        raise StorageError(f"{home.directory} does not exist: name the device's directory with --home")
+    return home
+
+
+def _answer(args: Namespace, found: dict[str, Any], line: str) -> None:
+    print_json(found) if args.json else print(line.format(**found))

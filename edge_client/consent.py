@@ -1,0 +1,46 @@
+"""What the owner of a device agrees to, in words, and how the question is asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from yarl import URL
+
+from fedtt.errors import ConfigError
+
+__all__ = ["ask", "consent_text"]
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def consent_text(server: str, home: Path, examples: int) -> str:
+    """Three or four plain sentences: what is trained, what is sent, what is never sent, how to stop."""
+    lines = [
+        f"Trained: a small part of a language model, here, on your {examples} examples.",
+        f"Sent to {server}: how that part changed (a few kilobytes a round), the number of your examples,",
+        "  training losses and a key made for this device. Whoever runs the server can study these numbers.",
+        "Never sent: your texts and their labels.",
+        f"You can stop at any time: fedtt client pause | leave | forget --home {home}",
+    ]
+    url = URL(server)
+    if url.scheme == "http" and url.host not in _LOOPBACK:
+        lines.append("Beware: http:// is not encrypted; others on the network can read what is sent.")
+    return "\n".join(lines)
+
+
+def ask(text: str, *, given: bool) -> bool:
+    """Whether the owner agrees: said beforehand (`given`, or FEDTT_CONSENT=yes) or asked on a terminal.
+
+    Raises ConfigError where nobody can be asked.
+    """
+    print(text, file=sys.stderr, flush=True)
+    if given or os.environ.get("FEDTT_CONSENT") == "yes":
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "consent", "unasked", "agree with --yes or FEDTT_CONSENT=yes where there is no terminal to ask on"
+        )
+    print("Take part? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}

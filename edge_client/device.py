@@ -1,0 +1,321 @@
+"""The life of one device, as steps between journal entries.
+
+    consent -> enrol -> check in -> lease -> train -> store the frame -> send -> receipt -> check in ...
+
+Each step begins from what the journal says and ends with one entry, so a crash at any point repeats a
+step and never more: a lease is not trained again once its frame is stored, and only those bytes are sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import assert_never
+
+from edge_client import events
+from edge_client.backoff import Backoff
+from edge_client.bundle import Bundle
+from edge_client.bundle_cache import BundleCache
+from edge_client.events import Observer, Step
+from edge_client.examples import Examples
+from edge_client.journal import Idle, Journal, Leased, Trained, residual_key
+from edge_client.runtime import Runtimes
+from edge_client.tokens import Tokens
+from edge_client.trainer import LocalUpdate, address, train
+from fedtt.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    FedttError,
+    LayoutError,
+    Refused,
+    RuntimeFailure,
+    Unreachable,
+    WireError,
+)
+from fedtt.messages import (
+    CheckIn,
+    Code,
+    Enroll,
+    Failure,
+    FailureCode,
+    Retired,
+    Wait,
+    Work,
+    device_id,
+)
+from fedtt.seams import Clock, SystemClock, Transport
+
+__all__ = ["Device", "DeviceConfig"]
+
+#: Refusals that may pass; any other answer to an upload is final.
+_PASSING = {Code.BUSY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE}
+
+#: What a failed training is called towards the server; DataError and the like may quote private data.
+_FAILURES: dict[type[FedttError], FailureCode] = {
+    BundleError: FailureCode.BUNDLE,
+    DataError: FailureCode.NO_EXAMPLES,
+    LayoutError: FailureCode.BUNDLE,
+    RuntimeFailure: FailureCode.RUNTIME,
+    WireError: FailureCode.NOT_FINITE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """What the owner or the app decides."""
+
+    token: str = ""  #: for enrolment; not needed once enrolled
+    client: str = "fedtt-edge"  #: program and version, shown to whoever runs the server
+    seed: int = 0  #: of the jitter of retries
+    retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
+    retry_limit_s: float = 600.0  #: and never exceeds this
+    max_attempts: int = 3  #: trainings of one lease that may end in a crash before it is given back
+
+    def __post_init__(self) -> None:
+        if not 0 < self.retry_first_s <= self.retry_limit_s:
+            raise ConfigError("retry_first_s", self.retry_first_s, f"above 0, at most {self.retry_limit_s:g}")
+        if self.max_attempts < 1:
+            raise ConfigError("max_attempts", self.max_attempts, "1 or more")
+
+
+class Device:
+    """One device of one server; `journal` belongs to a home whose lock the caller holds."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        public_key: bytes,
+        journal: Journal,
+        transport: Transport,
+        examples: Examples,
+        bundles: BundleCache,
+        runtimes: Runtimes,
+        clock: Clock | None = None,
+        observe: Observer = events.ignore,
+        executor: Executor | None = None,
+    ) -> None:
+        self.config, self.journal = config, journal
+        self._public_key, self._name = public_key, device_id(public_key)
+        self._transport, self._examples = transport, examples
+        self._bundles, self._runtimes = bundles, runtimes
+        self._clock, self._observe, self._executor = clock or SystemClock(), observe, executor
+        self._backoff = Backoff(
+            device=address(self._name),
+            seed=config.seed,
+            first_s=config.retry_first_s,
+            limit_s=config.retry_limit_s,
+        )
+
+    def consent(self) -> None:
+        """Record that the owner of this device has said yes; without it no step is taken."""
+        if self.journal.state.consented_at is None:
+            self.journal.update(consented_at=self._clock.now())
+
+    async def run(self, until: Callable[[Step], bool] = lambda _: False) -> Step:
+        """Take steps until the server retires this device or `until` says so of a step; returns that one.
+
+        Cancelling it is safe at any time: training stops at its next batch, and the journal holds the rest.
+        """
+        while True:
+            step = await self.step()
+            if isinstance(step, events.Retired) or until(step):
+                return step
+            await self._clock.sleep(step.pause_s)
+
+    async def step(self) -> Step:
+        """Take one step and say what came of it.
+
+        Raises ConfigError without consent or a token to enrol with, Refused where the token is not taken,
+        StorageError where the journal cannot be written; anything else that fails becomes an event.
+        """
+        if self.journal.state.consented_at is None:
+            raise ConfigError("consent", None, "the owner of this device must agree before it takes part")
+        try:
+            step = await self._advance()
+        except (Unreachable, WireError) as error:
+            step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
+        except Refused as error:
+            step = self._retry_refused(error)
+        if isinstance(step, events.Waiting | events.Acknowledged):
+            self._backoff.succeeded()
+        self._observe(step)
+        return step
+
+    async def _advance(self) -> Step:
+        state = self.journal.state
+        if not state.enrolled:
+            return await self._enroll()
+        match state.phase:
+            case Idle():
+                return await self._check_in()
+            case Leased() as leased:
+                return await self._fulfil(leased)
+            case Trained() as trained:
+                return await self._send(trained)
+            case _ as unreachable:
+                assert_never(unreachable)
+
+    def _retry_refused(self, error: Refused) -> Step:
+        code = error.problem.code
+        if code is Code.BAD_TOKEN:
+            raise error
+        if code is Code.BAD_SIGNATURE:  # the server does not know us (any more)
+            self.journal.update(enrolled=False)
+        return events.Retrying(error=str(error), pause_s=self._backoff.failed(error.retry_after_s or 0.0))
+
+    async def _enroll(self) -> Step:
+        if not self.config.token:
+            raise ConfigError("token", "", "an enrolment token from whoever runs the server")
+        self.journal.update(device=self._name)  # from here on the server may know it
+        enrolled = await self._transport.enroll(
+            Enroll(public_key=self._public_key, token=self.config.token, client=self.config.client)
+        )
+        if enrolled.device != self._name:
+            raise WireError("the server enrolled this device under a name that is not its key's")
+        self.journal.update(enrolled=True)
+        return events.Enrolled(device=enrolled.device)
+
+    async def _check_in(self) -> Step:
+        answer = await self._transport.check_in(
+            CheckIn(
+                client=self.config.client, runtimes=(self._runtimes.name,), examples=self._examples.count()
+            )
+        )
+        match answer:
+            case Wait():
+                return events.Waiting(reason=answer.reason, pause_s=answer.retry_after_s)
+            case Retired():
+                self.journal.update(enrolled=False)
+                return events.Retired(reason=answer.reason)
+            case Work():
+                return await self._take(answer)
+            case _ as unreachable:
+                assert_never(unreachable)
+
+    async def _take(self, work: Work) -> Step:
+        if work.lease == self.journal.state.finished_lease:
+            return await self._give_up(work.lease, FailureCode.OTHER, "this lease has come to its end before")
+        expires_at = self._clock.now() + work.expires_in_s
+        self.journal.update(phase=Leased(work=work, expires_at=expires_at))
+        plan = work.plan
+        return events.Granted(
+            lease=work.lease, task=plan.task, round=plan.round, version_number=plan.version_number
+        )
+
+    # training
+
+    async def _fulfil(self, leased: Leased) -> Step:
+        lease = leased.work.lease
+        if self._clock.now() >= leased.expires_at:
+            self.journal.drop(lease)
+            return events.Dropped(lease=lease, reason="the lease expired before it was trained")
+        if leased.attempts >= self.config.max_attempts:
+            why = f"training was cut short {leased.attempts} times"
+            return await self._give_up(lease, FailureCode.OTHER, why)
+        try:
+            bundle, version = await self._fetch(leased.work)
+            return await self._train(leased, bundle, version)
+        except (BundleError, DataError, LayoutError, RuntimeFailure, WireError) as error:
+            return await self._give_up(lease, _FAILURES[type(error)], str(error))
+
+    async def _fetch(self, work: Work) -> tuple[Bundle, bytes]:
+        plan = work.plan
+        try:
+            bundle = await self._bundles.ensure(self._transport, plan.bundle)
+            size = bundle.manifest.adapter.layout.size
+            version = await self._transport.version(plan.version, 4 * size)
+        except WireError as error:
+            raise Unreachable(f"the download broke off: {error}") from None
+        except Refused as error:
+            if error.problem.code is Code.NOT_FOUND:
+                raise BundleError(f"the server has lost what its plan names: {error}") from None
+            raise
+        if hashlib.sha256(version).hexdigest() != plan.version:
+            raise BundleError(f"version {plan.version[:12]}… does not match its sha256")
+        return bundle, version
+
+    async def _train(self, leased: Leased, bundle: Bundle, version: bytes) -> Step:
+        plan, started = leased.work.plan, time.perf_counter()
+        key = residual_key(plan.task, bundle.manifest.layout_sha256) if plan.codec.error_feedback else ""
+        residual = self.journal.state.residuals.get(key, b"")
+
+        def work(stop: threading.Event) -> LocalUpdate:
+            return train(
+                plan=plan,
+                device=self._name,
+                manifest=bundle.manifest,
+                tokens=Tokens(bundle, plan.training.max_tokens),
+                runtime=self._runtimes.open(bundle),
+                version=version,
+                examples=self._examples.read(),
+                residual=residual,
+                stop=stop,
+            )
+
+        self.journal.update(phase=_attempt(leased, leased.attempts + 1))
+        try:
+            update = await self._in_thread(work)
+        except asyncio.CancelledError:
+            self.journal.update(phase=leased)  # a clean stop is no crash
+            raise
+        lease, header = leased.work.lease, update.header
+        self.journal.update(
+            phase=Trained(lease=lease, frame=update.frame, residual_key=key, residual=update.residual)
+        )
+        return events.Trained(
+            lease=lease,
+            examples=header.examples,
+            steps=header.steps,
+            loss_first=header.loss_first,
+            loss_last=header.loss_last,
+            cut_texts=update.cut_texts,
+            frame_bytes=len(update.frame),
+            wall_s=time.perf_counter() - started,
+        )
+
+    async def _in_thread(self, work: Callable[[threading.Event], LocalUpdate]) -> LocalUpdate:
+        """Run beside the event loop; when cancelled, wait for the work to stop at its next batch."""
+        stop = threading.Event()
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work, stop)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait([future])
+            future.exception()  # seen: it is Interrupted, or came too late to matter
+            raise
+
+    async def _give_up(self, lease: str, code: FailureCode, detail: str) -> Step:
+        """Give a lease back, if the server can be told; it expires by itself where not."""
+        try:
+            await self._transport.fail(lease, Failure(code=code))
+        except (Refused, Unreachable, WireError):
+            detail += " (the server could not be told)"
+        self.journal.drop(lease)
+        return events.GaveUp(lease=lease, code=code, detail=detail, pause_s=self._backoff.failed())
+
+    # sending
+
+    async def _send(self, trained: Trained) -> Step:
+        try:
+            receipt = await self._transport.upload(trained.lease, trained.frame)
+        except Refused as error:
+            if error.problem.code in _PASSING:
+                raise
+            self.journal.drop(trained.lease)
+            return events.Dropped(lease=trained.lease, reason=str(error))
+        if (receipt.lease, receipt.digest) != (trained.lease, hashlib.sha256(trained.frame).hexdigest()):
+            raise WireError("the receipt is for another update than the one sent")
+        self.journal.commit(receipt)
+        return events.Acknowledged(receipt=receipt)
+
+
+def _attempt(leased: Leased, attempts: int) -> Leased:
+    return Leased(work=leased.work, expires_at=leased.expires_at, attempts=attempts)

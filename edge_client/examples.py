@@ -1,0 +1,200 @@
+"""The device's own data: a bounded store that an app adds to while a client trains from it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from fedtt.errors import ConfigError, DataError, StorageError
+from fedtt.seams import Clock, SystemClock
+
+__all__ = ["Example", "ExampleLimits", "ExampleStore", "Examples", "label_index"]
+
+Label = str | int
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS example (
+    id INTEGER PRIMARY KEY,
+    text TEXT NOT NULL CHECK (text <> ''),
+    label,                        -- name (TEXT), index (INTEGER) or NULL; no affinity keeps which
+    source TEXT NOT NULL,         -- "file row n", or empty for what an app added
+    file TEXT,                    -- the imported file, whose rows are replaced together
+    added_at REAL NOT NULL        -- Unix seconds
+);
+CREATE INDEX IF NOT EXISTS example_added_at ON example (added_at);
+"""
+
+
+class Example(Struct, frozen=True):
+    """One text to learn from."""
+
+    text: str
+    label: Label | None = None  #: name or index of its label; None for language modelling
+    source: str = ""  #: where it came from, for error messages
+
+
+class Examples(Protocol):
+    """What training needs of a store."""
+
+    def count(self) -> int: ...
+
+    def read(self) -> Sequence[Example]:
+        """All examples in a stable order; called from a training thread."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleLimits:
+    """What is kept; the oldest go first."""
+
+    max_examples: int = 10_000
+    max_text_bytes: int = 16 * 1024  #: of one text in UTF-8; longer ones are refused
+    max_age_s: float | None = None  #: None keeps examples however old
+
+    def __post_init__(self) -> None:
+        for name in ("max_examples", "max_text_bytes", "max_age_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"examples.{name}", value, "a number above 0")
+
+
+class ExampleStore:
+    """Examples in one SQLite file (WAL), readable by its owner alone; `path` None keeps them in memory.
+
+    Safe to use from several threads and processes. Deleted texts are overwritten on disk.
+    """
+
+    def __init__(
+        self, path: Path | None, limits: ExampleLimits | None = None, clock: Clock | None = None
+    ) -> None:
+        self._where, self._limits, self._clock = path, limits or ExampleLimits(), clock or SystemClock()
+        self._guard = threading.RLock()
+        with self._errors():
+            if path is not None:
+                path.touch(mode=0o600)
+            self._db = sqlite3.connect(
+                path or ":memory:", timeout=10, isolation_level=None, check_same_thread=False
+            )
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA secure_delete = ON")
+            self._db.executescript(_SCHEMA)
+
+    def add(self, text: str, label: Label | None = None) -> None:
+        """Keep one example. Raises DataError where it has no text or too much."""
+        self._insert([Example(text, label)], file=None)
+
+    def replace_file(self, file: str, examples: Iterable[Example]) -> int:
+        """Keep the rows of a file in place of those kept from it before; returns how many.
+
+        All or nothing: an error in any row leaves the store as it was.
+        """
+        return self._insert(list(examples), file=file)
+
+    def count(self) -> int:
+        with self._guard, self._errors():
+            where, values = self._young()
+            (found,) = self._db.execute(f"SELECT count(*) FROM example {where}", values).fetchone()  # noqa: S608  # constants
+            return int(found)
+
+    def read(self) -> list[Example]:
+        with self._guard, self._errors():
+            where, values = self._young()
+            query = f"SELECT text, label, source FROM example {where} ORDER BY id"  # noqa: S608  # constants
+            return [Example(*row) for row in self._db.execute(query, values)]
+
+    def clear(self) -> None:
+        """Delete every example."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM example")
+        with self._guard, self._errors():
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        with self._guard:
+            self._db.close()
+
+    def _insert(self, examples: Sequence[Example], file: str | None) -> int:
+        for example in examples:
+            self._check(example)
+        now = self._clock.now()
+        rows = [(e.text, e.label, e.source, file, now) for e in examples]
+        with self._transaction() as db:
+            if file is not None:
+                db.execute("DELETE FROM example WHERE file = ?", (file,))
+            db.executemany(
+                "INSERT INTO example (text, label, source, file, added_at) VALUES (?, ?, ?, ?, ?)", rows
+            )
+            db.execute(
+                "DELETE FROM example WHERE id <= (SELECT id FROM example ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                (self._limits.max_examples,),
+            )
+            if self._limits.max_age_s is not None:
+                db.execute("DELETE FROM example WHERE added_at < ?", (now - self._limits.max_age_s,))
+        return len(rows)
+
+    def _check(self, example: Example) -> None:
+        where = f"{example.source}: " if example.source else ""
+        if not example.text.strip():
+            raise DataError(f"{where}an example needs a text that is not empty")
+        if (size := len(example.text.encode(errors="replace"))) > self._limits.max_text_bytes:
+            raise DataError(
+                f"{where}the text has {size} bytes, at most {self._limits.max_text_bytes} are kept"
+            )
+
+    def _young(self) -> tuple[str, tuple[float, ...]]:
+        if self._limits.max_age_s is None:
+            return "", ()
+        return "WHERE added_at >= ?", (self._clock.now() - self._limits.max_age_s,)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._guard, self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"{self._where or 'the example store'} cannot be used ({error}): "
+                "check the directory, its rights and the space on its disk"
+            ) from None
+
+
+def label_index(example: Example, labels: Sequence[str]) -> int:
+    """The index of an example's label: a name of the task's labels, or an index into them.
+
+    Digits that are no name count as an index, since CSV knows only text. Raises DataError.
+    """
+    where = f"{example.source}: " if example.source else ""
+    match example.label:
+        case None:
+            raise DataError(f"{where}the example has no label, and the task is to tell labels apart")
+        case str(name) if name in labels:
+            return labels.index(name)
+        case str(name) if not name.isdecimal():
+            known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+            raise DataError(
+                f"{where}label {name[:50]!r} is not among the task's {len(labels)} labels: {known}"
+            )
+        case number:
+            index = int(number)
+    if not 0 <= index < len(labels):
+        raise DataError(
+            f"{where}label index {index} is out of range: the task has labels 0..{len(labels) - 1}"
+        )
+    return index

@@ -1,0 +1,75 @@
+"""Files that survive a power cut, locks that a crash releases, and disk errors a person can act on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedtt.errors import StorageError
+
+__all__ = ["file_digest", "publish", "storage_errors", "try_lock", "write_atomically"]
+
+_REMEDIES = {
+    errno.EACCES: "give this user write access to it, or name another directory",
+    errno.EPERM: "give this user write access to it, or name another directory",
+    errno.EROFS: "the file system is read-only: name another directory",
+    errno.ENOSPC: "free some space and start again; nothing acknowledged is lost",
+    errno.EDQUOT: "free some space and start again; nothing acknowledged is lost",
+    errno.ENOTDIR: "a file stands where a directory should be: name another directory",
+    errno.EEXIST: "a file stands where a directory should be: name another directory",
+}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system says about `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "check the directory and the disk")
+        raise StorageError(f"{path} cannot be used ({error.strerror or error}): {remedy}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file, readable by its owner alone: after a crash it holds the old bytes or the new."""
+    with storage_errors(path):
+        partial = path.with_name(path.name + ".new")
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(partial, path)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a file that is on disk its name, durably."""
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with storage_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_lock(path: Path) -> int | None:
+    """Hold an advisory lock until the descriptor is closed or the process ends; None where another has it."""
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor

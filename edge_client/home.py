@@ -1,0 +1,103 @@
+"""One device's directory, and the switches its owner holds.
+
+identity.key   the device's private key, readable by its owner alone
+state          the journal: consent, enrolment, the lease in hand, residuals
+examples.db    the data; never leaves the device
+bundles/       compiled training steps
+lock           held while a client runs here
+paused, stop   empty files by which another process asks the running client to rest or to end
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_client.files import storage_errors, try_lock
+from fedtt.errors import StorageError
+
+__all__ = ["Home"]
+
+
+class Home:
+    """Paths, lock and switches; makes the directory (0700) when it is locked for the first time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.key = directory / "identity.key"
+        self.state = directory / "state"
+        self.examples = directory / "examples.db"
+        self.bundles = directory / "bundles"
+        self._lock, self._paused, self._stop = directory / "lock", directory / "paused", directory / "stop"
+
+    @property
+    def exists(self) -> bool:
+        return self.directory.is_dir()
+
+    def create(self) -> None:
+        with storage_errors(self.directory):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only client here; raises StorageError where another one runs."""
+        self.create()
+        descriptor = try_lock(self._lock)
+        if descriptor is None:
+            raise StorageError(
+                f"another client is running on {self.directory}: stop it first, or name another --home"
+            )
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_running(self) -> bool:
+        """Whether a client holds the lock now."""
+        if not self._lock.exists():
+            return False
+        descriptor = try_lock(self._lock)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def is_paused(self) -> bool:
+        return self._paused.exists()
+
+    def pause(self, value: bool) -> None:
+        self._switch(self._paused, value)
+
+    def is_stopping(self) -> bool:
+        """Whether the running client has been asked to end."""
+        return self._stop.exists()
+
+    def stop(self, value: bool) -> None:
+        self._switch(self._stop, value)
+
+    def _switch(self, flag: Path, value: bool) -> None:
+        with storage_errors(self.directory):
+            if value:
+                self.create()
+                flag.touch(mode=0o600)
+            else:
+                flag.unlink(missing_ok=True)
+
+    def delete_data(self) -> None:
+        """Remove examples and bundles; the caller has closed what reads them."""
+        with storage_errors(self.directory):
+            for path in self.directory.glob("examples.db*"):
+                path.unlink()
+            shutil.rmtree(self.bundles, ignore_errors=True)
+
+    def delete(self) -> None:
+        """Remove everything this device ever kept here, and the directory if nothing else is in it."""
+        self.delete_data()
+        with storage_errors(self.directory):
+            for path in (self.state, self.state.with_name("state.new"), self.key, self._paused, self._stop):
+                path.unlink(missing_ok=True)
+            self._lock.unlink(missing_ok=True)
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()

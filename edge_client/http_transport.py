@@ -1,0 +1,237 @@
+"""The protocol over HTTP/1.1 (docs/protocol.md): every request signed, every answer bounded.
+
+What goes wrong is one of three things: `Refused` (the server's typed Problem), `WireError` (an answer that
+is not the protocol's) or `Unreachable` (no answer, or one that broke off: the outcome is unknown).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, cast
+
+import aiohttp
+from msgspec import Struct
+from yarl import URL
+
+from edge_client.identity import Identity
+from fedtt.errors import ConfigError, Refused, Unreachable, WireError
+from fedtt.messages import (
+    MEDIA_TYPE,
+    MESSAGE_LIMIT_BYTES,
+    CheckIn,
+    CheckInAnswer,
+    Code,
+    Enroll,
+    Enrolled,
+    Failure,
+    Message,
+    Problem,
+    Receipt,
+    decode,
+    encode,
+)
+from fedtt.seams import Clock
+
+__all__ = ["HttpTransport"]
+
+M = TypeVar("M")
+_GATEWAY = {502, 503, 504}  #: what proxies say when the server behind them did not answer
+_OCTETS = "application/octet-stream"
+
+
+class _Request(Struct, frozen=True, kw_only=True):
+    method: str
+    path: str  #: below the server's address
+    body: bytes = b""
+    media: str = MEDIA_TYPE
+    headers: dict[str, str] = {}
+    signed: bool = True
+    total_s: float | None = None  #: for the whole exchange; None where its length is not bounded
+
+
+class HttpTransport:
+    """A Transport to one server; make and close it inside one event loop."""
+
+    def __init__(
+        self,
+        server: str,
+        identity: Identity,
+        clock: Clock,
+        *,
+        clock_offset_s: float = 0.0,
+        on_clock_offset: Callable[[float], None] = lambda _: None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._base = _server_url(server)
+        self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
+        self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
+        self._session: aiohttp.ClientSession | None = None
+        self.sent_bytes = 0  #: request bodies: messages and frames
+        self.received_bytes = 0  #: answer bodies: messages, versions and bundle files
+        self.bundle_bytes = 0  #: the part of them that was bundle files
+
+    async def enroll(self, message: Enroll) -> Enrolled:
+        return await self._message("POST", "v1/enroll", encode(message), Enrolled, signed=False)
+
+    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+        kind = cast("type[CheckInAnswer]", CheckInAnswer)
+        return await self._message("POST", "v1/check-in", encode(message), kind)
+
+    async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
+        range_ = {"Range": f"bytes={offset}-"} if offset else {}
+        request = _Request(method="GET", path=f"v1/bundles/{bundle}/{name}", headers=range_)
+        async with self._exchange(request) as response:
+            if offset and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+                raise WireError(f"{self._base}: asked for {name} from byte {offset}, another part came")
+            async for piece in response.content.iter_chunked(1 << 16):
+                self.received_bytes += len(piece)
+                self.bundle_bytes += len(piece)
+                yield piece
+
+    async def version(self, sha256: str, limit_bytes: int) -> bytes:
+        request = _Request(method="GET", path=f"v1/versions/{sha256}", total_s=self._timeout_s)
+        async with self._exchange(request) as response:
+            return await self._read(response, limit_bytes)
+
+    async def upload(self, lease: str, frame: bytes) -> Receipt:
+        return await self._message("PUT", f"v1/leases/{lease}/update", frame, Receipt, media=_OCTETS)
+
+    async def receipt(self, lease: str) -> Receipt:
+        return await self._message("GET", f"v1/leases/{lease}", b"", Receipt)
+
+    async def fail(self, lease: str, failure: Failure) -> None:
+        await self._command("POST", f"v1/leases/{lease}/failure", failure)
+
+    async def leave(self, *, erase: bool) -> None:
+        method, path = ("DELETE", "v1/device") if erase else ("POST", "v1/device/leave")
+        await self._command(method, path)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _message(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        kind: type[M],
+        *,
+        media: str = MEDIA_TYPE,
+        signed: bool = True,
+    ) -> M:
+        request = _Request(
+            method=method, path=path, body=body, media=media, signed=signed, total_s=self._timeout_s
+        )
+        async with self._exchange(request) as response:
+            if response.content_type != MEDIA_TYPE:
+                raise self._foreign(response)
+            return decode(await self._read(response, MESSAGE_LIMIT_BYTES), kind)
+
+    async def _command(self, method: str, path: str, message: Message | None = None) -> None:
+        body = encode(message) if message else b""
+        request = _Request(method=method, path=path, body=body, total_s=self._timeout_s)
+        async with self._exchange(request) as response:
+            if response.status != 204:
+                raise self._foreign(response)
+
+    @asynccontextmanager
+    async def _exchange(self, request: _Request) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request and hand on an answer that is no refusal; once more if only the clock was wrong."""
+        try:
+            response = await self._send(request)
+            try:
+                if response.status >= 400:
+                    refused = await self._refusal(response)
+                    response.release()
+                    response = await self._send_again(request, refused)
+                if response.status not in {200, 204, 206} or "Content-Encoding" in response.headers:
+                    raise self._foreign(response)
+                yield response
+            finally:
+                response.release()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            why = str(error) or type(error).__name__
+            raise Unreachable(
+                f"{self._base} did not answer ({why}): check the address and the network"
+            ) from None
+
+    async def _send_again(self, request: _Request, refused: Refused) -> aiohttp.ClientResponse:
+        """Sign with the server's time if that was what it minded; any other refusal stands."""
+        problem = refused.problem
+        if problem.code is not Code.CLOCK_SKEW or problem.now is None:
+            raise refused
+        self._offset_s = problem.now - self._clock.now()
+        self._on_offset(self._offset_s)
+        response = await self._send(request)
+        if response.status >= 400:
+            raise await self._refusal(response)
+        return response
+
+    async def _send(self, request: _Request) -> aiohttp.ClientResponse:
+        url = self._base / request.path
+        headers = dict(request.headers)
+        if request.body:
+            headers["Content-Type"] = request.media
+        if request.signed:
+            headers |= self._identity.sign(
+                method=request.method,
+                authority=url.host_port_subcomponent or "",
+                path=url.raw_path,
+                body=request.body,
+                created=int(self._clock.now() + self._offset_s),
+            )
+        self.sent_bytes += len(request.body)
+        return await self._open_session().request(
+            request.method,
+            url,
+            data=request.body or None,
+            headers=headers,
+            allow_redirects=False,  # a signature covers one address
+            timeout=aiohttp.ClientTimeout(total=request.total_s, sock_connect=15, sock_read=self._timeout_s),
+        )
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                auto_decompress=False,  # a few bytes could unpack to gigabytes
+                headers={"Accept": f"{MEDIA_TYPE}, {_OCTETS}", "Accept-Encoding": "identity"},
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> Refused:
+        if response.content_type != MEDIA_TYPE:
+            raise self._foreign(response)
+        problem = decode(await self._read(response, MESSAGE_LIMIT_BYTES), Problem)
+        retry_after = response.headers.get("Retry-After", "")
+        return Refused(problem, float(retry_after) if retry_after.isdecimal() else None)
+
+    async def _read(self, response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+        data = bytearray()
+        async for piece in response.content.iter_any():
+            data += piece
+            if len(data) > limit_bytes:
+                raise WireError(f"{self._base} answered with more than {limit_bytes} bytes: not the protocol")
+        self.received_bytes += len(data)
+        return bytes(data)
+
+    def _foreign(self, response: aiohttp.ClientResponse) -> WireError | Unreachable:
+        answer = f"{self._base} answered with status {response.status} and {response.content_type}"
+        if response.status in _GATEWAY:
+            return Unreachable(f"{answer}: a gateway without its server, try again later")
+        return WireError(f"{answer}, which is not the protocol's: is this the aggregator's address?")
+
+
+def _server_url(server: str) -> URL:
+    """The base address; raises ConfigError where it is not one."""
+    allowed = "an address like https://example.org or http://127.0.0.1:8080"
+    try:
+        url = URL(server)
+    except ValueError:
+        raise ConfigError("server", server, allowed) from None
+    parts: tuple[Any, ...] = (url.query_string, url.fragment, url.user)
+    if url.scheme not in {"http", "https"} or not url.host or any(parts):
+        raise ConfigError("server", server, allowed)
+    return url

@@ -1,0 +1,165 @@
+"""Using a trained version on the device: labels with probabilities, continuations, and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from edge_client.bundle import Bundle, open_bundle
+from edge_client.examples import Example, label_index
+from edge_client.files import storage_errors
+from edge_client.onnx_runtime import OnnxRuntime
+from edge_client.runtime import Runtime
+from edge_client.tokens import Batch, Tokens
+from fedtt.adapter import Theta
+from fedtt.errors import BundleError, DataError, LayoutError
+from fedtt.version_config import CONFIG, FACTORS, VersionConfig, decode_config
+from fedtt.wire import encode_theta, version_digest
+
+__all__ = ["Evaluation", "Model", "Prediction"]
+
+_BATCH = 32
+Logits = NDArray[np.float32]
+
+
+class Prediction(Struct, frozen=True):
+    """What the model makes of one text."""
+
+    text: str
+    label: str
+    probability: float
+    probabilities: dict[str, float]  #: of every label
+
+
+class Evaluation(Struct, frozen=True):
+    """How good a model is on some examples."""
+
+    examples: int
+    loss: float  #: mean over examples, or over predicted tokens, in nats
+    accuracy: float | None  #: share of right labels; None for language modelling
+    cut_texts: int  #: texts longer than the graph allows, judged by their beginning
+
+
+class Model:
+    """A version's factors on the frozen base of its bundle."""
+
+    def __init__(self, bundle: Bundle, theta: Theta, runtime: Runtime) -> None:
+        self.manifest = bundle.manifest
+        self._theta, self._runtime, self._tokens = theta, runtime, Tokens(bundle)
+
+    @classmethod
+    def open(cls, version: Path, bundle: Path | None = None, *, threads: int = 1) -> Model:
+        """Load a downloaded version; its bundle lies in `version`/bundle unless named.
+
+        Raises BundleError or LayoutError where a file is missing, damaged or of another model.
+        """
+        config = _config(version)
+        opened = open_bundle(bundle or version / "bundle")
+        if opened.digest != config.bundle_sha256:
+            raise BundleError(
+                f"{version} was trained with bundle {config.bundle_sha256[:12]}…, "
+                f"{opened.directory} is {opened.digest[:12]}…: name the right one with --bundle"
+            )
+        theta = _theta(version / FACTORS, config)
+        return cls(opened, theta, OnnxRuntime(opened, threads=threads))
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """The labels of texts. Raises DataError where the model tells no labels apart."""
+        labels = self.manifest.labels
+        if not labels:
+            raise DataError("this model continues texts, it tells no labels apart: use `continuation`")
+        found: list[Prediction] = []
+        for batch, _, chunk in self._batches(list(texts)):
+            probabilities = np.exp(_log_softmax(self._runtime.logits(self._theta, batch)))
+            for text, row in zip(chunk, probabilities, strict=True):
+                best = int(row.argmax())
+                scores = dict(zip(labels, map(float, row), strict=True))
+                found.append(Prediction(text, labels[best], float(row[best]), scores))
+        return found
+
+    def continuation(self, text: str, tokens: int = 32) -> str:
+        """The text and the most likely next tokens, one after another, as far as the graph reaches."""
+        batch, _ = self._tokens.batch([text])
+        known = int(batch.mask.sum())
+        ids = batch.ids[0, :known].tolist()
+        while len(ids) < min(known + tokens, self.manifest.tokenization.max_tokens):
+            logits = self._runtime.logits(self._theta, self._tokens.padded(ids))
+            ids.append(int(logits[0, len(ids) - 1].argmax()))
+        return self._tokens.text(ids)
+
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Loss and, for a classifier, accuracy. Raises DataError for an example it cannot be judged by."""
+        labels = [label_index(e, self.manifest.labels) for e in examples] if self.manifest.labels else None
+        loss, weight, right, cut_texts, start = 0.0, 0, 0, 0, 0
+        for batch, cut, chunk in self._batches([example.text for example in examples]):
+            logits = self._runtime.logits(self._theta, batch)
+            if labels is None:
+                nll, count = _next_token_nll(logits, batch)
+            else:
+                expected = np.array(labels[start : start + len(chunk)])
+                nll, count = _nll(logits, expected), len(chunk)
+                right += int((logits.argmax(axis=1) == expected).sum())
+            loss, weight, cut_texts, start = loss + nll, weight + count, cut_texts + cut, start + len(chunk)
+        return Evaluation(
+            examples=len(examples),
+            loss=loss / max(weight, 1),
+            accuracy=None if labels is None else right / max(len(examples), 1),
+            cut_texts=cut_texts,
+        )
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Batch, int, Sequence[str]]]:
+        for start in range(0, len(texts), _BATCH):
+            chunk = texts[start : start + _BATCH]
+            yield *self._tokens.batch(chunk), chunk
+
+
+def _config(version: Path) -> VersionConfig:
+    path = version / CONFIG
+    if not path.is_file():
+        raise BundleError(f"{version} is not a version: it has no {CONFIG}; download it again")
+    with storage_errors(path):
+        return decode_config(path.read_bytes(), str(path))
+
+
+def _theta(path: Path, config: VersionConfig) -> Theta:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: download the version again")
+    try:
+        with storage_errors(path):
+            named: dict[str, NDArray[Any]] = load(path.read_bytes())
+        theta = config.adapter.layout.flatten(named)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"{path} is not a safetensors file ({error}): download the version again") from None
+    except LayoutError as error:
+        raise LayoutError(f"{path}: {error}; download the version again") from None
+    if version_digest(encode_theta(theta)) != config.version_sha256:
+        raise BundleError(f"{path} does not match the sha256 in {CONFIG}: download the version again")
+    return theta
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _nll(logits: Logits, expected: NDArray[np.int64]) -> float:
+    """Sum of -log p of the expected classes; logits (B, C), expected (B,)."""
+    return -float(np.take_along_axis(_log_softmax(logits), expected[:, None], axis=1).sum())
+
+
+def _next_token_nll(logits: Logits, batch: Batch) -> tuple[float, int]:
+    """Sum of -log p of every token after the first that is no padding, and how many; logits (B, S, V)."""
+    log_p = _log_softmax(logits[:, :-1])
+    chosen = np.take_along_axis(log_p, batch.ids[:, 1:, None], axis=2)[..., 0]
+    real = batch.mask[:, 1:] == 1
+    return -float(chosen[real].sum()), int(real.sum())

@@ -1,0 +1,150 @@
+"""What a device must remember through a crash, in one file that is replaced as a whole.
+
+The lease in hand is in one of three phases. `Leased`: may be trained, and trained again after a crash.
+`Trained`: the frame is fixed; only these bytes are ever sent under the lease. `Idle`: nothing in hand.
+Error feedback follows the phase: `Trained` carries the next residual, which takes the old one's place in
+the very write that records the receipt, and is dropped with the frame when the server refuses it.
+
+File: b"fTTj", 32 bytes sha256 of the rest, then a msgpack map (see `State`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from edge_client.files import storage_errors, write_atomically
+from edge_client.home import Home
+from fedtt.errors import StorageError
+from fedtt.messages import Receipt, Work
+
+__all__ = ["Idle", "Journal", "Leased", "Phase", "State", "Trained", "read_state", "residual_key"]
+
+_MAGIC = b"fTTj"
+_DIGEST_BYTES = 32
+
+
+class Idle(Struct, frozen=True, tag="idle", forbid_unknown_fields=True):
+    """No lease in hand."""
+
+
+class Leased(Struct, frozen=True, kw_only=True, tag="leased", forbid_unknown_fields=True):
+    """Work was granted and no frame exists yet."""
+
+    work: Work
+    expires_at: float  #: by the device's clock, Unix seconds
+    attempts: Annotated[int, Meta(ge=0)] = 0  #: trainings begun and not ended: crashes, out of memory
+
+
+class Trained(Struct, frozen=True, kw_only=True, tag="trained", forbid_unknown_fields=True):
+    """The frame to send under a lease, until a receipt or a final refusal comes."""
+
+    lease: str
+    frame: bytes
+    residual_key: str = ""  #: "" where the codec keeps no residual
+    residual: bytes = b""  #: the next one: (P,) float32, little-endian
+
+
+Phase = Idle | Leased | Trained
+
+
+class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything in the journal."""
+
+    format: Literal[1] = 1
+    server: str = ""  #: address the device belongs to
+    device: str = ""  #: its name, once the server may know it
+    enrolled: bool = False  #: whether the server knows it now
+    consented_at: float | None = None  #: when the owner said yes, Unix seconds
+    clock_offset_s: float = 0.0  #: the server's clock less ours, where it matters
+    phase: Phase = Idle()
+    finished_lease: str = ""  #: the last lease that came to an end: never to be trained again
+    acknowledged: int = 0  #: updates the server has acknowledged
+    receipt: Receipt | None = None  #: the last one
+    residuals: dict[str, bytes] = {}  #: by `residual_key`
+
+
+def residual_key(task: str, layout_digest: str) -> str:
+    """A residual belongs to one task and one meaning of theta."""
+    return f"{task}:{layout_digest}"
+
+
+class Journal:
+    """The state of one home, of which the caller holds the lock."""
+
+    def __init__(self, home: Home) -> None:
+        self._path = home.state
+        home.create()
+        known = read_state(home)
+        if known is None and home.key.exists():
+            raise StorageError(
+                f"{home.state} is missing beside the device's key: restore it, "
+                f"or start anew with 'fedtt client forget --home {home.directory} --local-only'"
+            )
+        self._state = known or State()
+        if known is None:
+            self._write(self._state)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def update(self, **changes: object) -> None:
+        """Change fields of the state; returns once they are on disk."""
+        state = replace(self._state, **changes)
+        self._write(state)
+        self._state = state
+
+    def commit(self, receipt: Receipt) -> None:
+        """Close the trained lease with its receipt and let the next residual take its place, at once.
+
+        An update the server discards leaves the old residual: what it carried was never folded.
+        """
+        phase = self._state.phase
+        if not isinstance(phase, Trained):
+            raise ValueError("only a trained lease can be committed")
+        residuals = self._state.residuals
+        if phase.residual_key and receipt.state.value != "discarded":
+            residuals = {**residuals, phase.residual_key: phase.residual}
+        self.update(
+            phase=Idle(),
+            finished_lease=phase.lease,
+            acknowledged=self._state.acknowledged + 1,
+            receipt=receipt,
+            residuals=residuals,
+        )
+
+    def drop(self, lease: str) -> None:
+        """Forget the lease in hand, its frame and its next residual; the old residual stays."""
+        self.update(phase=Idle(), finished_lease=lease)
+
+    def _write(self, state: State) -> None:
+        body = msgspec.msgpack.encode(state)
+        write_atomically(self._path, _MAGIC + hashlib.sha256(body).digest() + body)
+
+
+def read_state(home: Home) -> State | None:
+    """The state of a home, without its lock; None where there is none. Raises StorageError if damaged."""
+    if not home.state.exists():
+        return None
+    with storage_errors(home.state):
+        data = home.state.read_bytes()
+    start = len(_MAGIC) + _DIGEST_BYTES
+    digest, body = data[len(_MAGIC) : start], data[start:]
+    if data[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != digest:
+        raise _unreadable(home, "it is damaged")
+    try:
+        return msgspec.msgpack.decode(body, type=State)
+    except msgspec.DecodeError as error:
+        raise _unreadable(home, f"another release wrote it ({error})") from None
+
+
+def _unreadable(home: Home, why: str) -> StorageError:
+    return StorageError(
+        f"{home.state} cannot be read, {why}: restore it from a copy, "
+        f"or start anew with 'fedtt client forget --home {home.directory} --local-only'"
+    )

@@ -1,0 +1,46 @@
+"""What an edge runtime does for a device: run the bundle's two graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.bundle import Bundle, RuntimeName
+from edge_client.tokens import Batch
+from fedtt.adapter import Theta
+
+__all__ = ["Runtime", "Runtimes"]
+
+
+class Runtime(Protocol):
+    """The graphs of one bundle, loaded when first used; may be called from several threads at once.
+
+    Both raise RuntimeFailure where the graph cannot be loaded or run.
+    """
+
+    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        """theta (P,) -> loss and its gradient (P,)."""
+        ...
+
+    def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
+        """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
+        ...
+
+
+class Runtimes:
+    """The runtimes of a process, one for each bundle: devices that share a base share its memory."""
+
+    def __init__(self, load: Callable[[Bundle], Runtime], name: RuntimeName = "onnxruntime") -> None:
+        self.name, self._load = name, load
+        self._loaded: dict[str, Runtime] = {}
+        self._guard = threading.Lock()
+
+    def open(self, bundle: Bundle) -> Runtime:
+        with self._guard:
+            if bundle.digest not in self._loaded:
+                self._loaded[bundle.digest] = self._load(bundle)
+            return self._loaded[bundle.digest]

@@ -1,0 +1,186 @@
+"""Putting a device together, and the switches by which its owner rules it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from edge_client.bundle_cache import BundleCache
+from edge_client.device import Device, DeviceConfig
+from edge_client.events import Ended, Observer, Paused, Step, ignore
+from edge_client.examples import Examples
+from edge_client.home import Home
+from edge_client.http_transport import HttpTransport
+from edge_client.identity import Identity
+from edge_client.journal import Idle, Journal, read_state
+from edge_client.onnx_runtime import onnx_runtimes
+from edge_client.runtime import Runtimes
+from fedtt.errors import ConfigError, FedttError, Refused, StorageError, Unreachable, WireError
+from fedtt.messages import Code
+from fedtt.seams import Clock, SystemClock
+
+__all__ = ["forget", "leave", "open_device", "open_transport", "stopped", "supervise"]
+
+POLL_S = 0.5  #: how often a running client looks at the switches
+_STOP_WAIT_S = 60.0  #: a running client ends at its next batch at the latest
+
+
+def open_transport(home: Home, journal: Journal, server: str, clock: Clock) -> HttpTransport:
+    """A transport signed with the home's key, that remembers the server's clock in the journal."""
+    known = journal.state
+    if known.device and known.server != server:
+        raise ConfigError(
+            "server",
+            server,
+            f"this device belongs to {known.server}: name another --home, or forget it first",
+        )
+    if known.server != server:
+        journal.update(server=server)
+
+    def remember(offset_s: float) -> None:
+        journal.update(clock_offset_s=offset_s)
+
+    return HttpTransport(
+        server,
+        Identity.open(home),
+        clock,
+        clock_offset_s=known.clock_offset_s,
+        on_clock_offset=remember,
+    )
+
+
+@asynccontextmanager
+async def open_device(
+    home: Path,
+    *,
+    server: str,
+    examples: Examples,
+    config: DeviceConfig,
+    cache: Path | None = None,
+    runtimes: Runtimes | None = None,
+    executor: Executor | None = None,
+    clock: Clock | None = None,
+    observe: Observer = ignore,
+) -> AsyncIterator[Device]:
+    """A device over HTTP that lives in `home`, alone there until the context ends.
+
+    cache: a directory of bundles that several devices may share; None keeps them in the home.
+    runtimes, executor: likewise shared by the devices of one process; None makes them for this one.
+    """
+    place, time = Home(home), clock or SystemClock()
+    with place.lock():
+        journal = Journal(place)
+        transport = open_transport(place, journal, server, time)
+        try:
+            yield Device(
+                config,
+                public_key=Identity.open(place).public_key,
+                journal=journal,
+                transport=transport,
+                examples=examples,
+                bundles=BundleCache(cache or place.bundles, time, observe=observe),
+                runtimes=runtimes or onnx_runtimes(),
+                executor=executor,
+                clock=time,
+                observe=observe,
+            )
+        finally:
+            await transport.close()
+            observe(
+                Ended(
+                    sent_bytes=transport.sent_bytes,
+                    received_bytes=transport.received_bytes,
+                    bundle_bytes=transport.bundle_bytes,
+                )
+            )
+
+
+async def supervise(
+    device: Device, home: Home, until: Callable[[Step], bool], observe: Observer = ignore
+) -> Step | None:
+    """Run a device as its owner's switches allow; None once it has been asked to end.
+
+    Pausing cancels what the device does: the journal holds where it was.
+    """
+    home.stop(False)
+    while not home.is_stopping():
+        if home.is_paused():
+            observe(Paused())
+            while home.is_paused() and not home.is_stopping():
+                await asyncio.sleep(POLL_S)
+            continue
+        run = asyncio.create_task(device.run(until))
+        try:
+            while not (run.done() or home.is_paused() or home.is_stopping()):
+                await asyncio.wait([run], timeout=POLL_S)
+        finally:
+            run.cancel()
+            await asyncio.wait([run])
+        if not run.cancelled():
+            return run.result()
+    return None
+
+
+@asynccontextmanager
+async def stopped(home: Home) -> AsyncIterator[None]:
+    """Ask a running client to end, wait until it has, and keep its place."""
+    deadline = asyncio.get_running_loop().time() + _STOP_WAIT_S
+    while home.is_running():
+        home.stop(True)
+        if asyncio.get_running_loop().time() > deadline:
+            raise StorageError(
+                f"the client on {home.directory} has been asked to end and still runs: try again later"
+            )
+        await asyncio.sleep(POLL_S / 5)
+    with home.lock():
+        home.stop(False)
+        yield
+
+
+async def leave(home: Home, clock: Clock | None = None) -> bool:
+    """Take the device out of the population and withdraw consent; False where it was not enrolled.
+
+    Examples and key stay. Raises Unreachable where the server cannot be told: nothing has changed then.
+    """
+    async with stopped(home):
+        journal = Journal(home)
+        was_enrolled = journal.state.enrolled
+        if was_enrolled:
+            await _tell(home, journal, clock or SystemClock(), erase=False)
+        journal.update(enrolled=False, consented_at=None, phase=Idle(), residuals={})
+        return was_enrolled
+
+
+async def forget(home: Home, *, local_only: bool, clock: Clock | None = None) -> None:
+    """Delete everything the device kept and have the server erase it, unless `local_only`.
+
+    Where the server cannot be reached, examples, bundles and residuals are gone, and the key stays so that
+    it can be asked again: that raises Unreachable.
+    """
+    async with stopped(home):
+        home.delete_data()
+        if not local_only and (state := read_state(home)) is not None and state.device:
+            journal = Journal(home)
+            journal.update(phase=Idle(), residuals={}, consented_at=None)
+            try:
+                await _tell(home, journal, clock or SystemClock(), erase=True)
+            except (Unreachable, WireError) as error:
+                raise Unreachable(
+                    f"everything here but the key is deleted, the server still knows this device: {error}; "
+                    "run 'fedtt client forget' again later, or with --local-only"
+                ) from None
+        home.delete()
+
+
+async def _tell(home: Home, journal: Journal, clock: Clock, *, erase: bool) -> None:
+    transport = open_transport(home, journal, journal.state.server, clock)
+    try:
+        await transport.leave(erase=erase)
+    except Refused as error:
+        if error.problem.code not in {Code.BAD_SIGNATURE, Code.NOT_FOUND}:  # it does not know us: well then
+            raise FedttError(f"the server refused: {error}") from None
+    finally:
+        await transport.close()

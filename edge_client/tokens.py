@@ -1,0 +1,63 @@
+"""Text to token ids, as the bundle's graphs take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.bundle import Bundle
+from fedtt.errors import BundleError
+
+__all__ = ["Batch", "Tokens"]
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Input of a graph: B texts, padded to the longest of them, S tokens."""
+
+    ids: Ids  #: (B, S)
+    mask: Ids  #: (B, S), 1 where a token stands and 0 where padding does
+    labels: Ids | None = None  #: (B,) indices of labels, for classification
+
+
+class Tokens:
+    """The bundle's tokenizer. Texts longer than the graph allows are cut at its last position."""
+
+    def __init__(self, bundle: Bundle, max_tokens: int | None = None) -> None:
+        from tokenizers import Tokenizer  # kept out of the cold start
+
+        spec = bundle.manifest.tokenization
+        path = bundle.path(spec.file)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise BundleError(f"{path} is not a tokenizer this program can read ({error})") from None
+        self._limit = min(max_tokens or spec.max_tokens, spec.max_tokens)
+        self._pad_id, self._least = spec.pad_id, spec.min_tokens
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self._limit)
+
+    def batch(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> tuple[Batch, int]:
+        """A batch, and how many of its texts were cut."""
+        found = [self._tokenizer.encode(text) for text in texts]
+        cut = sum(bool(encoding.overflowing) for encoding in found)
+        return self.padded(*(encoding.ids for encoding in found), labels=labels), cut
+
+    def padded(self, *rows: Sequence[int], labels: Sequence[int] | None = None) -> Batch:
+        """A batch of token ids as they are, padded to the longest row and to what the graph needs."""
+        width = max(self._least, *map(len, rows))
+        ids = np.full((len(rows), width), self._pad_id, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = row
+            mask[number, : len(row)] = 1
+        return Batch(ids=ids, mask=mask, labels=None if labels is None else np.array(labels, np.int64))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return str(self._tokenizer.decode(list(ids)))
