@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtt.cli import Run, add_command
+from fedtt.cli import Run, add_command, add_group
 
 if TYPE_CHECKING:
     from fedtt.cli import Commands
@@ -21,12 +21,7 @@ __all__ = ["register"]
 
 def register(commands: Commands) -> None:
     """Add this program's commands to `fedtt`."""
-    client = commands.add_parser(
-        "client",
-        help="run a device that trains on its own data, and rule it",
-        description="Run a device that trains on its own data, and rule it.",
-    )
-    below = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    below = add_group(commands, "client", about="run a device that trains on its own data, and rule it")
     _add_run(below)
     _add_data(below)
     _add_rule(below)

@@ -34,7 +34,7 @@ def _step(event: Event) -> str:
         case events.GaveUp():
             return f"gave the work back ({event.code.value}): {event.detail}"
         case events.Retrying():
-            return f"trying again in {event.pause_s:.0f} s: {event.error}"
+            return f"failed, to be tried again after {event.pause_s:.1f} s: {event.error}"
         case events.Retired():
             return f"the server has retired this device: {event.reason}"
         case _:

@@ -6,6 +6,7 @@ is not the protocol's) or `Unreachable` (no answer, or one that broke off: the o
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
@@ -152,9 +153,8 @@ class HttpTransport:
             finally:
                 response.release()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            why = str(error) or type(error).__name__
             raise Unreachable(
-                f"{self._base} did not answer ({why}): check the address and the network"
+                f"{self._base} did not answer ({_reason(error)}): check the address and the network"
             ) from None
 
     async def _send_again(self, request: _Request, refused: Refused) -> aiohttp.ClientResponse:
@@ -235,3 +235,9 @@ def _server_url(server: str) -> URL:
     if url.scheme not in {"http", "https"} or not url.host or any(parts):
         raise ConfigError("server", server, allowed)
     return url
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return os.strerror(error.os_error.errno)
+    return str(error) or type(error).__name__

@@ -37,19 +37,20 @@ def open_transport(home: Home, journal: Journal, server: str, clock: Clock) -> H
             server,
             f"this device belongs to {known.server}: name another --home, or forget it first",
         )
-    if known.server != server:
-        journal.update(server=server)
 
     def remember(offset_s: float) -> None:
         journal.update(clock_offset_s=offset_s)
 
-    return HttpTransport(
+    transport = HttpTransport(
         server,
         Identity.open(home),
         clock,
         clock_offset_s=known.clock_offset_s,
         on_clock_offset=remember,
     )
+    if known.server != server:
+        journal.update(server=server)
+    return transport
 
 
 @asynccontextmanager
@@ -60,6 +61,7 @@ async def open_device(
     examples: Examples,
     config: DeviceConfig,
     cache: Path | None = None,
+    threads: int = 1,
     runtimes: Runtimes | None = None,
     executor: Executor | None = None,
     clock: Clock | None = None,
@@ -82,7 +84,7 @@ async def open_device(
                 transport=transport,
                 examples=examples,
                 bundles=BundleCache(cache or place.bundles, time, observe=observe),
-                runtimes=runtimes or onnx_runtimes(),
+                runtimes=runtimes or onnx_runtimes(threads),
                 executor=executor,
                 clock=time,
                 observe=observe,
