@@ -1,0 +1,47 @@
+"""Rounds as they happen, for people (rich)."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fleet.demo import RoundReport
+
+__all__ = ["RoundDisplay"]
+
+_BAR = 30
+
+
+class RoundDisplay:
+    """One line a round, with a bar of its accuracy; a progress bar below where there is a terminal."""
+
+    def __init__(self, rounds: int) -> None:
+        self._console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._task = self._progress.add_task("preparing", total=rounds)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, stage: str) -> None:
+        self._console.print(f"· {stage}")
+
+    def show(self, report: RoundReport) -> None:
+        bar = "█" * round(_BAR * report.accuracy)
+        self._console.print(
+            f"round {report.round:3d}  {report.accuracy:6.1%} [green]{bar:<{_BAR}}[/green] "
+            f"loss {report.loss:.3f}  {report.updates:2d} updates  {report.uplink_bytes / 1000:7.1f} kB up  "
+            f"{report.wall_s:4.0f} s",
+            highlight=False,
+        )
+        self._progress.update(self._task, completed=report.round, description=f"round {report.round + 1}")
