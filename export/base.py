@@ -1,0 +1,164 @@
+"""The frozen base: a transformers model and its tokenizer, from a directory or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file, logging
+
+from fedtt.errors import ConfigError
+
+from .registry import Architecture, architecture_of
+from .request import TaskKind
+
+__all__ = ["Base", "attention_bias", "load_base"]
+
+_HIDDEN = -1e4  #: added to scores of positions that must not be seen; e^-10000 is 0 in float32
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model in evaluation mode, float32, with attention that can be traced."""
+
+    name: str  #: the hub id, or the last part of the directory
+    architecture: Architecture
+    model: PreTrainedModel  #: the backbone, for causal-lm with its language-model head
+    tokenizer: Tokenizer  #: neither cuts nor pads
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding is masked, so a model without a padding token may use any id."""
+        return int(self.config.pad_token_id or 0)
+
+    @property
+    def first_position(self) -> int:
+        return self.architecture.first_position(self.pad_id)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        backbone = self.model.base_model
+        return list(cast("nn.ModuleList", backbone.get_submodule(self.architecture.blocks)))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens its positions and its attention window allow."""
+        positions = int(self.config.max_position_embeddings) - self.first_position
+        return min(positions, getattr(self.config, "sliding_window", None) or positions)
+
+    def run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask (B, S) -> the last hidden state (B, S, H), for causal-lm the logits (B, S, V)."""
+        decoder = {"use_cache": False} if self.architecture.is_decoder else {}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=attention_bias(mask, is_decoder=self.architecture.is_decoder),
+            position_ids=torch.arange(ids.shape[1])[None, :] + self.first_position,
+            **decoder,
+        )
+        return cast("Tensor", output[0])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and float32 bytes of all weights: equal bases give equal gradients."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(weight.detach().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def attention_bias(mask: Tensor, *, is_decoder: bool) -> Tensor:
+    """mask (B, S), 1 for tokens -> what is added to the attention scores, (B, 1, S, S).
+
+    Made here because the masks that transformers builds branch on the data and cannot be traced.
+    """
+    batch, length = mask.shape
+    bias = ((1.0 - mask.to(torch.float32)) * _HIDDEN)[:, None, None, :].expand(batch, 1, length, length)
+    if not is_decoder:
+        return bias
+    position = torch.arange(length)
+    future = (position[None, :] > position[:, None]).to(torch.float32) * _HIDDEN
+    return bias + future[None, None]
+
+
+def load_base(source: str, task: TaskKind) -> Base:
+    """Load a base for one kind of task; raises ConfigError with what is wrong with `source`."""
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ConfigError("model", source, "a model directory or a hub id; there is no such directory")
+    with _quiet(), _explained(source):
+        config = AutoConfig.from_pretrained(source)
+        architecture = architecture_of(config.model_type, source)
+        if task == "causal-lm" and not architecture.is_decoder:
+            raise ConfigError("task", task, f"only with a decoder; {config.model_type} is an encoder")
+        auto = AutoModelForCausalLM if task == "causal-lm" else AutoModel
+        model, info = auto.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        tokenizer = _load_tokenizer(source)
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ConfigError("model", source, f"weights for every layer; {missing[0]} and others are missing")
+    if hasattr(model, "pooler"):
+        model.pooler = None  # the graphs pool by themselves, and its weights may be untrained
+    model.eval().requires_grad_(False)
+    return Base(Path(source).name if Path(source).is_dir() else source, architecture, model, tokenizer)
+
+
+def _load_tokenizer(source: str) -> Tokenizer:
+    """`tokenizer.json` where there is one, else what transformers converts from older files."""
+    path = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if path:
+        tokenizer = Tokenizer.from_file(path)
+    else:
+        tokenizer = Tokenizer.from_str(AutoTokenizer.from_pretrained(source).backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and load reports off the terminal."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what transformers raises for unusable sources into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        kind = "a directory with config.json, weights and tokenizer" if Path(source).is_dir() else "a hub id"
+        raise ConfigError("model", source, f"{kind} that can be loaded ({reason})") from error

@@ -1,0 +1,130 @@
+"""`fedtt export` and `fedtt verify`."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtt.cli import add_command, print_json
+from fedtt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtt.cli import Commands
+
+__all__ = ["register"]
+
+
+def register(commands: Commands) -> None:
+    """Add both commands; torch is imported only when one of them runs."""
+    parser = add_command(
+        commands,
+        "export",
+        about="compile the training step of a model with tensor-train adapters into a bundle",
+        examples="""
+        fedtt export sentence-transformers/all-MiniLM-L6-v2 --labels labels.json --out bundle
+        fedtt export ./llama --task causal-lm --depth 4 --rank 8 --out bundle
+        """,
+        run=_export,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model directory or Hugging Face hub id")
+    parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that --out holds")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the graphs with torch")
+    _add_task(parser)
+    _add_adapter(parser)
+    parser = add_command(
+        commands,
+        "verify",
+        about="compare a bundle's graphs with torch at random factors, over several shapes",
+        examples="fedtt verify bundle --model sentence-transformers/all-MiniLM-L6-v2",
+        run=_verify,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory")
+    parser.add_argument("--model", required=True, help="the directory or hub id it was exported from")
+
+
+def _add_task(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("task")
+    group.add_argument(
+        "--task", default="sequence-classification", help="sequence-classification (default) or causal-lm"
+    )
+    group.add_argument("--labels", type=Path, help='JSON: ["no", "yes"] or {"labels": ["no", "yes"]}')
+    group.add_argument("--head", default="label-names", help="label-names (default), tt or dense")
+    group.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut (%(default)s)")
+
+
+def _add_adapter(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--rank", type=int, default=5, help="of the adapters (%(default)s)")
+    group.add_argument("--bottleneck", type=int, default=64, help="their inner width (%(default)s)")
+    group.add_argument("--depth", type=_depth, help="adapt only the last blocks, or 'all' (default)")
+    group.add_argument("--sites", type=_names, default=("attention", "mlp"), help="attention,mlp (default)")
+    group.add_argument("--head-rank", type=int, default=10, help="of a tensorised head (%(default)s)")
+    group.add_argument("--hidden-modes", type=_modes, help="as 8,8,6; planned where not given")
+    group.add_argument("--bottleneck-modes", type=_modes, help="as 8,8; planned where not given")
+    group.add_argument("--seed", type=int, default=0, help="of the factors' first values (%(default)s)")
+
+
+def _depth(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _modes(text: str) -> tuple[int, ...]:
+    return tuple(int(mode) for mode in text.split(","))
+
+
+_REQUEST = (
+    "model", "task", "head", "rank", "bottleneck", "depth", "sites", "head_rank", "hidden_modes",
+    "bottleneck_modes", "max_tokens", "seed",
+)  # fmt: skip
+
+
+def _export(args: Namespace) -> None:
+    from .labels import read_labels
+    from .request import ExportRequest
+
+    if args.task == "sequence-classification" and args.labels is None:
+        raise ConfigError("labels", None, "a JSON file with the names of the classes: --labels labels.json")
+    labels = read_labels(args.labels) if args.labels else ()
+    request = ExportRequest(labels=labels, **{name: getattr(args, name) for name in _REQUEST})
+    with _progress() as report:
+        from .compile import export_bundle
+
+        summary = export_bundle(request, args.out, force=args.force, verify=not args.no_verify, report=report)
+    if args.json:
+        print_json(summary)
+    else:
+        from .summary import render
+
+        print(render(summary))
+
+
+def _verify(args: Namespace) -> None:
+    with _progress() as report:
+        report("loading torch")
+        from .verify import verify_bundle
+
+        report(f"comparing {args.bundle} with {args.model}")
+        differences = verify_bundle(args.bundle, args.model)
+    for difference in differences:
+        if args.json:
+            print_json(difference)
+        else:
+            print(difference)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr with what is being done, where someone is watching."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("loading torch") as status:
+        yield lambda stage: status.update(stage)

@@ -1,0 +1,63 @@
+"""The classifier head over mean-pooled tokens, and the label-name rows it may start from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedtt.adapter import HeadSpec
+
+from .base import Base
+from .insert import tt_halves
+
+__all__ = ["Head", "name_rows", "pool"]
+
+
+@torch.no_grad()
+def name_rows(base: Base, labels: Sequence[str]) -> Tensor:
+    """Unit rows (C, H): the pooled state of each label's name, read as words, under the bare base."""
+    words = [label.replace("_", " ").replace("-", " ") for label in labels]
+    encoded = [base.tokenizer.encode(name).ids[: base.longest] or [base.pad_id] for name in words]
+    rows = [base.run(ids, torch.ones_like(ids)).mean(1) for ids in (torch.tensor([e]) for e in encoded)]
+    return F.normalize(torch.cat(rows), dim=1)
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens that mask (B, S) marks: (B, S, H) -> (B, H); zero where it marks none."""
+    weight = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+class Head(nn.Module):
+    """logits (B, C) = x Wᵀ + b, W the head's trained matrix, b (C,).
+
+    tt, dense: x is the pooled state. label-names: x = √H · pooled / ‖pooled‖ and W = E + Δ, with E the
+    unit rows of the labels' names, so that the first logits are √H · cos(text, name).
+    """
+
+    rows: Tensor | None
+
+    def __init__(self, spec: HeadSpec, rows: Tensor | None) -> None:
+        super().__init__()
+        self._spec = spec
+        self.register_buffer("rows", rows)
+
+    def forward(self, pooled: Tensor, numbers: Tensor) -> Tensor:
+        """pooled: (B, H); numbers: the head's part of theta, weight then bias."""
+        labels = self._spec.labels
+        weight, bias = numbers.split([numbers.shape[0] - labels, labels])
+        x = pooled
+        if self.rows is not None:
+            x = F.normalize(pooled, dim=1) * math.sqrt(pooled.shape[1])
+        logits = self._product(x, weight) + bias
+        return logits if self.rows is None else logits + torch.mm(x, self.rows.t())
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._spec.matrix is None:
+            return torch.mm(x, weight.reshape(self._spec.labels, -1).t())
+        left, right = tt_halves(weight[None], self._spec.matrix)
+        return torch.mm(torch.mm(x, left[0]), right[0][:, : self._spec.labels])

@@ -1,0 +1,135 @@
+"""From an exported training step to two ONNX graphs that share one file of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import Tensor
+from torch.export import ExportedProgram
+
+__all__ = ["OPSET", "convert", "split_graphs", "write_graphs"]
+
+OPSET = 20  #: the first with Gelu as an operator, so that runtimes have a kernel for it
+
+_INLINE_BYTES = 256  #: tensors up to this size stay in the graph
+
+_DIMENSIONS = ("batch", "tokens")
+
+
+def convert(program: ExportedProgram, inputs: Sequence[str], weights: Mapping[str, Tensor]) -> ir.Model:
+    """One ONNX model of a traced `TrainingStep`, outputs loss, grad, logits.
+
+    inputs: names of its inputs. weights: the base's, whose names the initialisers take. The optimiser of
+    the exporter is left out: it triples the time, and runtimes optimise when they load.
+    """
+    with _quiet():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=inputs,
+            output_names=["loss", "grad", "logits"],
+        )
+    if converted is None:
+        raise RuntimeError("torch.onnx.export(dynamo=True) returned no program")
+    model = converted.model
+    _name_weights(model.graph, {weight.data_ptr(): name for name, weight in weights.items()})
+    _run(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _run(model, passes.IdentityEliminationPass(), passes.DeduplicateInitializersPass())
+    _run(model, passes.CommonSubexpressionEliminationPass())
+    _forget_origins(model)
+    return model
+
+
+def split_graphs(model: ir.Model) -> tuple[ir.Model, ir.Model]:
+    """The step (loss, grad) and the evaluation (logits), each without what only the other needs."""
+    return _keep(model, "loss", "grad"), _keep(model, "logits")
+
+
+def write_graphs(graphs: Mapping[str, ir.Model], weights: str, directory: Path) -> None:
+    """Write each graph under its name, and once, to the file `weights`, every larger tensor of all."""
+    large = {
+        name: value.const_value
+        for model in graphs.values()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
+    }
+    external = ir.external_data.convert_tensors_to_external(list(large.values()), directory, weights)
+    stored = dict(zip(large, external, strict=True))
+    for file, model in graphs.items():
+        for name in model.graph.initializers.keys() & stored.keys():
+            model.graph.initializers[name].const_value = stored[name]
+        ir.save(model, directory / file)
+
+
+def _keep(model: ir.Model, *outputs: str) -> ir.Model:
+    part = model.clone()
+    graph = part.graph
+    graph.outputs[:] = [value for value in graph.outputs if value.name in outputs]
+    if "loss" not in outputs:
+        _drop_labels(graph)
+    _run(part, passes.RemoveUnusedNodesPass())
+    return part
+
+
+def _drop_labels(graph: ir.Graph) -> None:
+    """Read the batch's size, which tracing may have read from the labels, from the ids."""
+    inputs = {value.name: value for value in graph.inputs}
+    if labels := inputs.get("labels"):
+        for node, index in tuple(labels.uses()):
+            if node.op_type == "Shape":
+                node.replace_input_with(index, inputs["ids"])
+        graph.inputs.remove(labels)
+
+
+def _name_weights(graph: ir.Graph, names: Mapping[int, str]) -> None:
+    for value in list(graph.initializers.values()):
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, Tensor) and raw.data_ptr() in names:
+            value.name = names[raw.data_ptr()]
+
+
+def _forget_origins(model: ir.Model) -> None:
+    """Drop notes of where nodes came from: they hold paths, and would differ from machine to machine."""
+    _run(model, passes.ClearMetadataAndDocStringPass())
+    graph = model.graph
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs):
+        value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs):
+        sizes = enumerate(value.shape or ())
+        value.shape = ir.Shape(size if isinstance(size, int) else _DIMENSIONS[i] for i, size in sizes)
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+
+
+def _run(model: ir.Model, *steps: ir.passes.InPlacePass) -> None:
+    for step in steps:
+        step(model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says about packages that are not needed and its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            yield
+    finally:
+        logger.setLevel(level)

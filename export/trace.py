@@ -1,0 +1,93 @@
+"""From a module to an ATen graph with dynamic batch and sequence length.
+
+`torch.export` cannot see through `torch.func.grad`; `make_fx` can, and its graph then exports as usual.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["MIN_TOKENS", "FlatProducts", "trace"]
+
+MIN_TOKENS = 3  #: a causal step over shorter rows would have a dimension of 1, which tracing specialises
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class FlatProducts(TorchFunctionMode):
+    """Runs `linear` and `matmul` as 2-D `mm`/`addmm` and 3-D `bmm`.
+
+    Their own decompositions inside `torch.func.grad` turn dynamic sizes into constants.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        if func in _MATMULS and not kwargs and max(arg.dim() for arg in args) > 2:
+            return _matmul(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    flat = input.reshape(-1, input.shape[-1])
+    product = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+    return product.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k) times b (..., k, n), leading dimensions broadcast; or b (k, n)."""
+    if b.dim() == 2:
+        return _linear(a, b.t())
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return torch.bmm(a, b).reshape(*lead, a.shape[-2], b.shape[-1])
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Core ATen, and two operators that ONNX has no good form for."""
+    return {
+        **core_aten_decompositions(),
+        torch.ops.aten.empty_permuted.default: _empty_permuted,
+        torch.ops.aten.split_with_sizes.default: _split_with_sizes,
+    }
+
+
+def _empty_permuted(size: Sequence[int], _order: Sequence[int], **kwargs: Any) -> Tensor:
+    """Where memory is laid out otherwise, values are still the same."""
+    return torch.empty(size, **kwargs)
+
+
+def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Slices, where ONNX would make a sequence, which runtimes on phones and in browsers lack."""
+    ends = list(itertools.accumulate(sizes))
+    return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+
+def trace(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
+    """Trace `module(theta, ids, mask, ...)` on an example batch; all sizes of the batch stay dynamic."""
+    sizes = {0: Dim("batch", min=1), 1: Dim("tokens", min=MIN_TOKENS)}
+    with torch.no_grad(), FlatProducts():
+        graph = make_fx(
+            torch.func.functionalize(module),
+            tracing_mode="symbolic",
+            decomposition_table=_decompositions(),
+            _allow_non_fake_inputs=True,
+        )(*example)
+        dynamic = (None, *({d: sizes[d] for d in range(x.dim())} for x in example[1:]))
+        return torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
