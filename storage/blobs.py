@@ -1,4 +1,4 @@
-"""Content-addressed bytes: bundle files and versions, named by their sha256 and never changed."""
+"""Blobs by their sha256: bundle files and versions, immutable, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,123 +7,197 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from fedtt.errors import StorageError, WireError
 
-__all__ = ["Blobs", "FileBlobs"]
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs"]
 
-_SHA256 = re.compile("[0-9a-f]{64}")
+F = TypeVar("F", FileIO, BytesIO)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Blobs(Protocol):
-    """Where bytes lie under their sha256. Every name is checked to be one before it is used."""
+class BlobStore(Protocol):
+    """Where immutable bytes lie. A name that is not 64 hex digits is a WireError in every call."""
+
+    def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
+        """Store the pieces, durably, once they are known to have this sha256; returns their size in bytes.
+
+        Raises WireError where there are more than `limit_bytes` or they have another sha256, and
+        StorageError where the disk fails; nothing is kept then. Storing the same blob again is harmless.
+        """
+        ...
+
+    async def receive(self, sha256: str, pieces: AsyncIterable[bytes], *, limit_bytes: int) -> int:
+        """The same for pieces that come from a connection."""
+        ...
+
+    def open(self, sha256: str) -> BinaryIO:
+        """A seekable stream of the blob; the caller closes it. Raises StorageError where there is none."""
+        ...
 
     def has(self, sha256: str) -> bool: ...
 
-    def size(self, sha256: str) -> int: ...
-
-    def read(self, sha256: str) -> bytes:
-        """All of it; raises StorageError where it is missing or damaged."""
+    def size(self, sha256: str) -> int:
+        """In bytes; raises StorageError where there is no such blob."""
         ...
 
-    def path(self, sha256: str) -> Path:
-        """A file to serve it from."""
-        ...
-
-    def put(self, data: bytes) -> str:
-        """Store bytes durably; returns their sha256. Storing them again is harmless."""
-        ...
-
-    async def write(self, sha256: str, pieces: AsyncIterator[bytes], limit_bytes: int) -> None:
-        """Store a stream durably under the hash it must have; raises WireError where it has another."""
+    def delete(self, sha256: str) -> bool:
+        """Remove the blob; returns whether there was one."""
         ...
 
 
 class FileBlobs:
-    """Files in 256 directories; a file is there whole or not at all, even after a power cut."""
+    """A directory of files, `ab/abcdef…`; one process writes, any number may read."""
 
     def __init__(self, directory: Path) -> None:
+        """Make the directory and sweep out what a crash has left half written; raises StorageError."""
         self._directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(
-                f"{directory} cannot be made: {error.strerror}; choose another data directory"
-            ) from None
+        self._incoming = directory / "incoming"
+        with _errors_in_words(directory):
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            for leftover in self._incoming.iterdir():
+                leftover.unlink()
 
     def path(self, sha256: str) -> Path:
-        if not _SHA256.fullmatch(sha256):
-            raise StorageError(f"{sha256[:80]!r} is not a sha256")
-        return self._directory / sha256[:2] / sha256
+        """Where the blob lies if there is one: for sending it without copying."""
+        return self._directory / _checked(sha256)[:2] / sha256
+
+    def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
+        with self._incoming_file(sha256, limit_bytes) as incoming:
+            for piece in pieces:
+                incoming.write(piece)
+            self._keep(incoming)
+        return incoming.size
+
+    async def receive(self, sha256: str, pieces: AsyncIterable[bytes], *, limit_bytes: int) -> int:
+        with self._incoming_file(sha256, limit_bytes) as incoming:
+            async for piece in pieces:
+                incoming.write(piece)
+            await asyncio.to_thread(self._keep, incoming)
+        return incoming.size
+
+    def open(self, sha256: str) -> BinaryIO:
+        with self._found(sha256):
+            return self.path(sha256).open("rb")
 
     def has(self, sha256: str) -> bool:
         return self.path(sha256).is_file()
 
     def size(self, sha256: str) -> int:
-        with self._errors(sha256):
+        with self._found(sha256):
             return self.path(sha256).stat().st_size
 
-    def read(self, sha256: str) -> bytes:
-        with self._errors(sha256):
-            data = self.path(sha256).read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise StorageError(f"{self.path(sha256)} is damaged: restore it from a backup")
-        return data
-
-    def put(self, data: bytes) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
-        if not self.has(sha256):
-            with self._errors(sha256), self._new_file(sha256) as descriptor:
-                _write_all(descriptor, data)
-        return sha256
-
-    async def write(self, sha256: str, pieces: AsyncIterator[bytes], limit_bytes: int) -> None:
-        digest, size = hashlib.sha256(), 0
-        with self._errors(sha256), self._new_file(sha256) as descriptor:
-            async for piece in pieces:
-                size += len(piece)
-                if size > limit_bytes:
-                    raise WireError(f"more than {limit_bytes} bytes came for {sha256[:12]}…")
-                digest.update(piece)
-                await asyncio.to_thread(_write_all, descriptor, piece)
-            if digest.hexdigest() != sha256:
-                raise WireError(f"the bytes sent have sha256 {digest.hexdigest()[:12]}…, not {sha256[:12]}…")
-
-    @contextmanager
-    def _new_file(self, sha256: str) -> Iterator[int]:
-        """A descriptor whose file takes its name, synced, when the block ends without an error."""
-        final = self.path(sha256)
-        final.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = final.with_name(f".{sha256[:16]}.{secrets.token_hex(8)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
+    def delete(self, sha256: str) -> bool:
+        with _errors_in_words(self._directory):
             try:
-                yield descriptor
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            temporary.replace(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(final.parent)
+                self.path(sha256).unlink()
+            except FileNotFoundError:
+                return False
+        return True
 
     @contextmanager
-    def _errors(self, sha256: str) -> Iterator[None]:
+    def _found(self, sha256: str) -> Iterator[None]:
+        with _errors_in_words(self._directory):
+            try:
+                yield
+            except FileNotFoundError:
+                raise StorageError(f"{self._directory}: there is no blob {sha256}") from None
+
+    @contextmanager
+    def _incoming_file(self, sha256: str, limit_bytes: int) -> Iterator[_Incoming[FileIO]]:
+        """A temporary file that is gone afterwards, unless it was kept under its own name."""
+        name = _checked(sha256)
+        temporary = self._incoming / secrets.token_hex(16)
+        with _errors_in_words(self._directory):
+            file = temporary.open("xb", buffering=0)
         try:
-            yield
-        except OSError as error:
-            raise StorageError(f"{self.path(sha256)} cannot be used: {error.strerror}") from None
+            with file:
+                yield _Incoming(file, name, limit_bytes, self._directory)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _keep(self, incoming: _Incoming[FileIO]) -> None:
+        """Check, make durable, rename: after a power cut the blob is there whole or not at all."""
+        incoming.check()
+        target = self.path(incoming.sha256)
+        with _errors_in_words(self._directory):
+            os.fsync(incoming.file.fileno())
+            target.parent.mkdir(exist_ok=True)
+            _sync_directory(self._directory)
+            Path(str(incoming.file.name)).replace(target)
+            _sync_directory(target.parent)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+class MemoryBlobs:
+    """The same in a dictionary, for tests and emulated fleets."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+
+    def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
+        buffer = BytesIO()
+        incoming = _Incoming(buffer, _checked(sha256), limit_bytes, Path("memory"))
+        for piece in pieces:
+            incoming.write(piece)
+        incoming.check()
+        self._blobs[sha256] = buffer.getvalue()
+        return incoming.size
+
+    async def receive(self, sha256: str, pieces: AsyncIterable[bytes], *, limit_bytes: int) -> int:
+        return self.put(sha256, [piece async for piece in pieces], limit_bytes=limit_bytes)
+
+    def open(self, sha256: str) -> BinaryIO:
+        return BytesIO(self._get(sha256))
+
+    def has(self, sha256: str) -> bool:
+        return _checked(sha256) in self._blobs
+
+    def size(self, sha256: str) -> int:
+        return len(self._get(sha256))
+
+    def delete(self, sha256: str) -> bool:
+        return self._blobs.pop(_checked(sha256), None) is not None
+
+    def _get(self, sha256: str) -> bytes:
+        if not self.has(sha256):
+            raise StorageError(f"there is no blob {sha256}")
+        return self._blobs[sha256]
+
+
+class _Incoming(Generic[F]):
+    """Bytes on their way into a store: counted and hashed as they are written."""
+
+    def __init__(self, file: F, sha256: str, limit_bytes: int, where: Path) -> None:
+        self.file: F = file
+        self.sha256, self.size = sha256, 0
+        self._limit_bytes, self._where, self._hash = limit_bytes, where, hashlib.sha256()
+
+    def write(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self.size > self._limit_bytes:
+            raise WireError(f"blob {self.sha256[:12]}… is longer than the {self._limit_bytes} bytes allowed")
+        self._hash.update(piece)
+        rest = memoryview(piece)
+        with _errors_in_words(self._where):
+            while rest:
+                rest = rest[self.file.write(rest) :]
+
+    def check(self) -> None:
+        found = self._hash.hexdigest()
+        if found != self.sha256:
+            raise WireError(f"blob {self.sha256[:12]}… came with sha256 {found[:12]}…: send it again")
+
+
+def _checked(sha256: str) -> str:
+    if not _SHA256.fullmatch(sha256):
+        raise WireError(f"{sha256[:80]!r} does not name a blob: a name is a sha256 in 64 hex digits")
+    return sha256
 
 
 def _sync_directory(directory: Path) -> None:
@@ -132,3 +206,13 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _errors_in_words(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: {error.strerror}: see that it exists, has room and may be written by this user"
+        ) from error
