@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compile import export_bundle
+    from .load import load_version
     from .request import ExportRequest
     from .verify import verify_bundle
 
-__all__ = ["ExportRequest", "export_bundle", "verify_bundle"]
+__all__ = ["ExportRequest", "export_bundle", "load_version", "verify_bundle"]
 
-_HOMES = {"ExportRequest": "request", "export_bundle": "compile", "verify_bundle": "verify"}
+_HOMES = {
+    "ExportRequest": "request",
+    "export_bundle": "compile",
+    "load_version": "load",
+    "verify_bundle": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:

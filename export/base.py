@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +23,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fedtt.errors import ConfigError
 
@@ -115,10 +118,11 @@ def load_base(source: str, task: TaskKind) -> Base:
         if task == "causal-lm" and not architecture.is_decoder:
             raise ConfigError("task", task, f"only with a decoder; {config.model_type} is an encoder")
         auto = AutoModelForCausalLM if task == "causal-lm" else AutoModel
-        model, info = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         tokenizer = _load_tokenizer(source)
+    model, info = loaded
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
         raise ConfigError("model", source, f"weights for every layer; {missing[0]} and others are missing")
     if hasattr(model, "pooler"):
@@ -142,15 +146,15 @@ def _load_tokenizer(source: str) -> Tokenizer:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' own progress bars and load reports off the terminal."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -158,7 +162,8 @@ def _explained(source: str) -> Iterator[None]:
     """Turn what transformers raises for unusable sources into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        kind = "a directory with config.json, weights and tokenizer" if Path(source).is_dir() else "a hub id"
-        raise ConfigError("model", source, f"{kind} that can be loaded ({reason})") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            "model", source, f"config.json, weights and tokenizer must load ({reason})"
+        ) from error

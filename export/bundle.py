@@ -57,14 +57,15 @@ def check_target(out: Path, *, force: bool) -> None:
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its place when the block ends well, and vanishes when not."""
-    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    stage, old = (out.with_name(f".{out.name}.{uuid4().hex[:8]}") for _ in range(2))
     try:
         stage.mkdir(parents=True)
         yield stage
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         stage.rename(out)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror or error}); choose another") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

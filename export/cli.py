@@ -6,7 +6,7 @@ import contextlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedtt.cli import add_command, print_json
 from fedtt.errors import ConfigError
@@ -117,7 +117,7 @@ def _verify(args: Namespace) -> None:
         if args.json:
             print_json(difference)
         else:
-            print(difference)
+            print(difference.line())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,10 +54,8 @@ def export_bundle(
         base.tokenizer.save(str(stage / _TOKENIZER))
         save_file(spec.layout.unflatten(initial_theta(spec, request.seed)), stage / _FACTORS)
         manifest = _manifest(request, base, spec, stage)
-        differences = ()
-        if verify:
-            report("comparing the graphs with torch")
-            differences = verify_graphs(stage, manifest, model)
+        report("comparing the graphs with torch" if verify else "writing")
+        differences = verify_graphs(stage, manifest, model) if verify else ()
         (stage / MANIFEST).write_bytes(encode_manifest(manifest))
     return summarise(manifest, base, differences)
 
@@ -66,7 +65,8 @@ def _write_graphs(model: AdaptedModel, directory: Path, report: Callable[[str], 
     inputs = random_inputs(model, *TRACED)
     program = trace(TrainingStep(model), tuple(inputs.values()))
     report("converting it to ONNX")
-    step, evaluation = split_graphs(convert(program, list(inputs), model.weights))
+    weights = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    step, evaluation = split_graphs(convert(program, list(inputs), weights))
     write_graphs({_STEP: step, _EVAL: evaluation}, _WEIGHTS, directory)
 
 

@@ -49,12 +49,12 @@ class Head(nn.Module):
     def forward(self, pooled: Tensor, numbers: Tensor) -> Tensor:
         """pooled: (B, H); numbers: the head's part of theta, weight then bias."""
         labels = self._spec.labels
-        weight, bias = numbers.split([numbers.shape[0] - labels, labels])
+        weight, bias = torch.split(numbers, [numbers.shape[0] - labels, labels])
         x = pooled
         if self.rows is not None:
             x = F.normalize(pooled, dim=1) * math.sqrt(pooled.shape[1])
-        logits = self._product(x, weight) + bias
-        return logits if self.rows is None else logits + torch.mm(x, self.rows.t())
+        fixed = 0.0 if self.rows is None else torch.mm(x, self.rows.t())
+        return self._product(x, weight) + fixed + bias
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._spec.matrix is None:

@@ -29,7 +29,7 @@ def tt_halves(numbers: Tensor, matrix: TTMatrix) -> tuple[Tensor, Tensor]:
     that of a single adapter.
     """
     n, shapes = numbers.shape[0], matrix.core_shapes
-    parts = numbers.split([r0 * m * r1 for r0, m, r1 in shapes], dim=1)
+    parts = torch.split(numbers, [r0 * m * r1 for r0, m, r1 in shapes], dim=1)
     cores = [part.reshape(n, *shape) for part, shape in zip(parts, shapes, strict=True)]
     left = cores[0].reshape(n, *cores[0].shape[2:])
     for core in cores[1 : matrix.split]:
@@ -65,7 +65,7 @@ class TTAdapters:
     def hold(self, numbers: Tensor) -> None:
         """Take the adapters' part of theta, (size,): sites one after another, as in the layout."""
         down, up = self._spec.down, self._spec.up
-        downs, ups = numbers.reshape(-1, down.size + up.size).split([down.size, up.size], dim=1)
+        downs, ups = torch.split(numbers.reshape(-1, down.size + up.size), [down.size, up.size], dim=1)
         halves = (*tt_halves(downs, down), *tt_halves(ups, up))
         self._thin = list(zip(*(half.unbind(0) for half in halves), strict=True))
 

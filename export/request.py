@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from fedtt.adapter import AdapterSpec, HeadKind, Site, plan_adapter

@@ -29,17 +29,12 @@ class AdaptedModel(nn.Module):
         self.adapters = TTAdapters(base, spec)
         self.head = Head(spec.head, rows) if spec.head else None
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """All that is frozen, by name: the base's weights and the rows of a label-name head."""
-        return {**dict(self.transformer.named_parameters()), **dict(self.named_buffers())}
-
     def forward(self, theta: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        with self.adapters.holding(theta[: self.adapters.size]):
+        size = self.adapters.size
+        adapters, head = torch.split(theta, [size, theta.shape[0] - size])
+        with self.adapters.holding(adapters):
             output = self.base.run(ids, mask)
-        if self.head is None:
-            return output
-        return cast("Tensor", self.head(pool(output, mask), theta[self.adapters.size :]))
+        return output if self.head is None else cast("Tensor", self.head(pool(output, mask), head))
 
     def loss(self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean negative log-likelihood, (), and the logits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from msgspec import Struct
 from torch import nn
@@ -17,7 +18,7 @@ from .verify import Difference
 __all__ = ["Summary", "render", "summarise"]
 
 _LORA_RANK = 8
-_FORMATS = ("fp32", "int8", "int4")
+Format = Literal["fp32", "int8", "int4"]
 
 
 class Summary(Struct, frozen=True, kw_only=True):
@@ -51,7 +52,7 @@ def summarise(manifest: Manifest, base: Base, differences: Sequence[Difference])
         up_numbers=spec.up.size,
         head_numbers=spec.layout.size - sites * (spec.down.size + spec.up.size),
         trained_numbers=spec.layout.size,
-        round_bytes={form: _round_bytes(form, spec) for form in _FORMATS},
+        round_bytes={form: _round_bytes(form, spec) for form in get_args(Format)},
         lora_numbers=lora,
         lora_round_bytes=4 * lora,
         file_bytes={name: entry.bytes for name, entry in manifest.files.items()},
@@ -59,7 +60,7 @@ def summarise(manifest: Manifest, base: Base, differences: Sequence[Difference])
     )
 
 
-def _round_bytes(form: str, spec: AdapterSpec) -> int:
+def _round_bytes(form: Format, spec: AdapterSpec) -> int:
     return payload_bytes(CodecSpec(quantise=form), spec.layout.everything)
 
 

@@ -54,7 +54,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (..., m, k) times b (..., k, n), leading dimensions broadcast; or b (k, n)."""
     if b.dim() == 2:
         return _linear(a, b.t())
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     a, b = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
     return torch.bmm(a, b).reshape(*lead, a.shape[-2], b.shape[-1])
 

@@ -41,9 +41,13 @@ class Difference(Struct, frozen=True, kw_only=True):
     def largest(self) -> float:
         return max(self.loss, self.grad, self.logits)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.batch, self.tokens
+    def line(self) -> str:
+        """For people; says whether tracing saw this shape."""
+        seen = "traced" if (self.batch, self.tokens) == TRACED else "unseen"
+        return (
+            f"{self.batch:>2} x {self.tokens:<4} {seen}  "
+            f"loss {self.loss:.1e}  grad {self.grad:.1e}  logits {self.logits:.1e}"
+        )
 
 
 def verify_bundle(directory: Path, model: str) -> tuple[Difference, ...]:
