@@ -238,6 +238,7 @@ def _server_url(server: str) -> URL:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
-        return os.strerror(error.os_error.errno)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        code = error.os_error.errno or 0
+        return os.strerror(code) if code > 0 else error.os_error.strerror or str(error)
     return str(error) or type(error).__name__

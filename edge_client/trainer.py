@@ -74,7 +74,8 @@ def train(
         return runtime.gradient(theta, batch)
 
     theta = decode_theta(version, layout, plan.version)
-    result = plan.method.client_step(theta, live, batches, gradient, plan.training)
+    with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused below
+        result = plan.method.client_step(theta, live, batches, gradient, plan.training)
     if not np.isfinite([result.loss_first, result.loss_last]).all():
         raise WireError("the training loss is not finite: lower the learning rate")
     payload, next_residual = _encode(plan, device, live, result.delta, residual)

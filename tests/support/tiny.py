@@ -47,9 +47,9 @@ def tiny_manifest() -> Manifest:
     )
 
 
-def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0) -> Task:
-    """A task on the tiny bundle with version 0 all zero."""
-    manifest = encode_manifest(tiny_manifest())
+def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manifest | None = None) -> Task:
+    """A task on the tiny bundle, or another of its layout, with version 0 all zero."""
+    manifest = encode_manifest(described or tiny_manifest())
     bundle = bundle_digest(manifest)
     tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
     task = tx.add_task(

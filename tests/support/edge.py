@@ -1,0 +1,80 @@
+"""What tests of the edge client share: a small bundle on disk and a model that needs no graph."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from edge_client.bundle import Bundle
+from edge_client.home import Home
+from edge_client.tokens import Batch
+from fedtt.adapter import Theta
+from fedtt.manifest import MANIFEST, FileEntry, Manifest, bundle_digest, encode_manifest
+from tests.support.tiny import tiny_manifest, tiny_spec
+
+__all__ = ["MeanTarget", "locked_home", "small_bundle", "write_small_bundle"]
+
+WORDS = ("[PAD]", "[UNK]", "lights", "on", "off", "please", "now")
+
+
+class MeanTarget:
+    """A Runtime with the loss ½‖θ − t‖², t from the batch's mean label: gradients are known exactly."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def target(self, batch: Batch) -> Theta:
+        assert batch.labels is not None
+        value = np.float32(batch.labels.mean())
+        return np.linspace(value, 1, tiny_spec().layout.size, dtype=np.float32)
+
+    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        self.batches.append(batch)
+        grad = theta - self.target(batch)
+        return float(0.5 * grad @ grad), grad
+
+    def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
+        return np.zeros((len(batch.ids), 2), np.float32)
+
+
+def write_small_bundle(directory: Path, base_bytes: int = 300_000) -> str:
+    """A bundle with a real tokenizer and a base of random bytes; its graphs are never loaded. -> its name."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    contents = {
+        "step.onnx": b"step",
+        "eval.onnx": b"eval",
+        "base.bin": np.random.default_rng(0).bytes(base_bytes),
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "factors.safetensors": b"factors",
+    }
+    files = {n: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for n, data in contents.items()}
+    for name, data in contents.items():
+        (directory / name).write_bytes(data)
+    manifest = encode_manifest(replace(tiny_manifest(), files=files))
+    (directory / MANIFEST).write_bytes(manifest)
+    return bundle_digest(manifest)
+
+
+def small_bundle(directory: Path, **changes: object) -> Bundle:
+    """The same, opened; `changes` are made to its manifest in memory alone."""
+    digest = write_small_bundle(directory, base_bytes=10)
+    manifest: Manifest = replace(tiny_manifest(), **changes)
+    return Bundle(directory=directory, digest=digest, manifest=manifest)
+
+
+@contextmanager
+def locked_home(directory: Path) -> Iterator[Home]:
+    home = Home(directory)
+    with home.lock():
+        yield home

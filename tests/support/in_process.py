@@ -1,0 +1,105 @@
+"""A device's way to the real server without sockets: the aggregator's own service, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from aggregator.auth import token_sha256
+from aggregator.service import Service
+from fedtt.errors import Refused
+from fedtt.manifest import MANIFEST, decode_manifest
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
+from fedtt.seams import Clock
+from fedtt.task import TaskSpec
+from fedtt.wire import encode_theta
+from storage.blobs import FileBlobs
+from storage.memory import MemoryStore
+from storage.records import Token
+from tests.support.tiny import add_task
+
+__all__ = ["TOKEN", "InProcess", "memory_service"]
+
+T = TypeVar("T")
+TOKEN = "an enrolment token"
+
+
+@asynccontextmanager
+async def memory_service(
+    directory: Path, spec: TaskSpec, bundle: Path, clock: Clock
+) -> AsyncIterator[Service]:
+    """The aggregator's service on a memory store, with one task on a bundle and version 0 all zero."""
+    service = Service(MemoryStore(), FileBlobs(directory), clock)
+    data = (bundle / MANIFEST).read_bytes()
+    manifest = decode_manifest(data)
+    for name in manifest.files:
+        service.blobs.put((bundle / name).read_bytes())
+    service.blobs.put(encode_theta(np.zeros(manifest.adapter.layout.size, np.float32)))
+    with service.store.transaction() as tx:
+        tx.put_token(Token(sha256=token_sha256(TOKEN), uses_left=None, expires_at=None))
+        add_task(tx, spec, clock.now(), manifest)
+    service.writer.start()
+    try:
+        yield service
+    finally:
+        await service.writer.stop()
+
+
+class InProcess:
+    """A Transport to a service; the server does what is due after each update."""
+
+    def __init__(self, service: Service, device: str) -> None:
+        self._service, self._device = service, device
+
+    async def enroll(self, message: Enroll) -> Enrolled:
+        return _checked(await self._service.enroll(message))
+
+    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+        answer = await self._service.check_in(self._device, message)
+        if isinstance(answer, Problem):
+            raise Refused(answer)
+        return answer
+
+    async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
+        found = await self._service.read(lambda tx: tx.bundle(bundle))
+        assert found is not None
+        if name == MANIFEST:
+            data = found.manifest
+        else:
+            data = self._service.blobs.read(decode_manifest(found.manifest).files[name].sha256)
+        for start in range(offset, len(data), 100_000):
+            yield data[start : start + 100_000]
+
+    async def version(self, sha256: str, limit_bytes: int) -> bytes:
+        return _checked(await self._service.version(sha256))
+
+    async def upload(self, lease: str, frame: bytes) -> Receipt:
+        admitted = await self._service.admit(self._device, lease, hashlib.sha256(frame).hexdigest())
+        if not isinstance(admitted, tuple):
+            return _checked(admitted)
+        receipt = _checked(await self._service.upload(admitted[0], frame))
+        await self._service.tick()
+        return receipt
+
+    async def receipt(self, lease: str) -> Receipt:
+        return _checked(await self._service.receipt(self._device, lease))
+
+    async def fail(self, lease: str, failure: Failure) -> None:
+        _checked(await self._service.fail(self._device, lease, failure))
+
+    async def leave(self, *, erase: bool) -> None:
+        _checked(await self._service.leave(self._device, erase=erase))
+
+    async def close(self) -> None:
+        pass
+
+
+def _checked(answer: T | Problem) -> T:
+    if isinstance(answer, Problem):
+        raise Refused(answer)
+    return answer

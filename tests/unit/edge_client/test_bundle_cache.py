@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from edge_client import events
+from edge_client.bundle import open_bundle
+from edge_client.bundle_cache import BundleCache
+from edge_client.events import Event
+from edge_client.files import try_lock
+from fedtt.errors import BundleError, Unreachable
+from fedtt.manifest import MANIFEST
+from fedtt.seams import Transport
+from tests.support.clock import VirtualClock
+from tests.support.edge import write_small_bundle
+
+BASE_BYTES = 300_000
+
+
+class Directory:
+    """The bundle half of a Transport: serves a directory, and may break off or damage what it sends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.asked: list[tuple[str, int]] = []
+        self.breaks_after: int | None = None  #: bytes of base.bin
+        self.damages: set[str] = set()
+        self.endless = False
+
+    async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
+        self.asked.append((name, offset))
+        data = (self.directory / name).read_bytes()
+        if name in self.damages:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        sent = 0
+        for start in range(offset, len(data), 50_000):
+            if name == "base.bin" and self.breaks_after is not None and sent >= self.breaks_after:
+                raise Unreachable("the connection broke off")
+            sent += len(data[start : start + 50_000])
+            yield data[start : start + 50_000]
+        while self.endless:
+            yield bytes(50_000)
+
+
+class Place:
+    def __init__(self, tmp_path: Path, limit_bytes: int = 1 << 30) -> None:
+        self.digest = write_small_bundle(tmp_path / "served", BASE_BYTES)
+        self.server = Directory(tmp_path / "served")
+        self.directory = tmp_path / "cache"
+        self.seen: list[Event] = []
+        self.limit_bytes = limit_bytes
+
+    def ensure(self) -> Path:
+        """With a cache made anew, as after a restart."""
+        cache = BundleCache(
+            self.directory, VirtualClock(), limit_bytes=self.limit_bytes, observe=self.seen.append
+        )
+        transport: Transport = self.server  # type: ignore[assignment]  # a cache asks for bundle files alone
+        return asyncio.run(cache.ensure(transport, self.digest)).directory
+
+    def base(self) -> Path:
+        return self.directory / self.digest / "base.bin"
+
+
+def test_a_bundle_is_downloaded_once(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    directory = place.ensure()
+    assert open_bundle(directory).digest == place.digest
+    assert sorted(place.server.asked) == [
+        (n, 0) for n in ("base.bin", "eval.onnx", MANIFEST, "step.onnx", "tokenizer.json")
+    ], "all but the first factors"
+    place.server.asked.clear()
+    place.ensure()
+    assert place.server.asked == []
+
+
+def test_a_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.server.breaks_after = 100_000
+    for kept in (100_000, 200_000):
+        with pytest.raises(Unreachable):
+            place.ensure()
+        assert place.base().with_name("base.bin.part").stat().st_size == kept
+    place.ensure()
+    assert [offset for name, offset in place.server.asked if name == "base.bin"] == [0, 100_000, 200_000]
+    assert place.base().read_bytes() == (tmp_path / "served" / "base.bin").read_bytes()
+
+
+def test_a_stream_that_ends_early_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    served = tmp_path / "served" / "base.bin"
+    whole = served.read_bytes()
+    served.write_bytes(whole[:-1])
+    with pytest.raises(Unreachable, match=f"base.bin broke off after {BASE_BYTES - 1} of {BASE_BYTES} bytes"):
+        place.ensure()
+    served.write_bytes(whole)
+    place.ensure()
+
+
+def test_a_damaged_part_left_by_a_crash_is_thrown_away(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.base().parent.mkdir(parents=True)
+    place.base().with_name("base.bin.part").write_bytes(b"garbage" * 1000)
+    place.ensure()
+    assert [o for n, o in place.server.asked if n == "base.bin"] == [7000, 0]
+    assert events.Redownloading(file="base.bin") in place.seen
+
+
+def test_a_part_longer_than_the_file_begins_anew(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.base().parent.mkdir(parents=True)
+    place.base().with_name("base.bin.part").write_bytes(bytes(BASE_BYTES + 1))
+    place.ensure()
+    assert [o for n, o in place.server.asked if n == "base.bin"] == [0]
+
+
+@pytest.mark.parametrize("name", ["base.bin", MANIFEST])
+def test_a_cached_file_that_is_damaged_is_downloaded_again_with_a_message(tmp_path: Path, name: str) -> None:
+    place = Place(tmp_path)
+    path = place.ensure() / name
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    place.server.asked.clear()
+    place.ensure()
+    assert place.server.asked == [(name, 0)]
+    assert events.Redownloading(file=name) in place.seen
+
+
+def test_a_file_the_server_damages_each_time_is_refused_and_not_kept(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.server.damages = {"base.bin"}
+    with pytest.raises(BundleError, match=r"base\.bin of bundle .* does not match its sha256"):
+        place.ensure()
+    assert not place.base().exists()
+    assert not place.base().with_name("base.bin.part").exists()
+
+
+def test_a_manifest_of_another_bundle_is_refused(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.server.damages = {MANIFEST}
+    with pytest.raises(BundleError, match="does not match the bundle's name"):
+        place.ensure()
+
+
+def test_a_server_that_never_stops_sending_is_cut_off(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.server.endless = True
+    with pytest.raises(BundleError, match="longer than a manifest may be"):
+        place.ensure()
+    place.server.endless = False
+    place.ensure()
+    place.base().unlink()
+    place.server.endless = True
+    with pytest.raises(BundleError, match=f"base.bin .* has {BASE_BYTES + 1} bytes instead of {BASE_BYTES}"):
+        place.ensure()
+
+
+def test_a_bundle_over_the_limit_is_refused_before_it_comes(tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES)
+    with pytest.raises(BundleError, match="raise its limit"):
+        place.ensure()
+    assert [name for name, _ in place.server.asked] == [MANIFEST]
+
+
+def test_the_longest_unused_bundle_makes_room(tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
+    for name in ("older", "old"):
+        (place.directory / name).mkdir(parents=True)
+        (place.directory / name / "base.bin").write_bytes(bytes(BASE_BYTES // 2 + 1))
+    os.utime(place.directory / "older", (1, 1))
+    place.ensure()
+    assert {p.name for p in place.directory.iterdir() if p.is_dir()} == {"old", place.digest}
+
+
+def test_another_process_at_the_same_bundle_is_waited_for(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.directory.mkdir()
+    held = try_lock(place.directory / f"{place.digest}.lock")
+    assert held is not None
+    clock = VirtualClock()
+
+    async def run() -> int:
+        cache = BundleCache(place.directory, clock)
+        waiting = asyncio.create_task(cache.ensure(place.server, place.digest))  # type: ignore[arg-type]
+        while len(clock.slept_s) < 3:
+            await asyncio.sleep(0)
+        before = len(place.server.asked)
+        os.close(held)
+        await waiting
+        return before
+
+    assert asyncio.run(run()) == 0
+
+
+def test_two_devices_of_one_process_share_a_download(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def run() -> None:
+        cache = BundleCache(place.directory, VirtualClock())
+        both = await asyncio.gather(*(cache.ensure(place.server, place.digest) for _ in range(2)))  # type: ignore[arg-type]
+        assert both[0] is both[1]
+
+    asyncio.run(run())
+    assert len(place.server.asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / MANIFEST).unlink(), "is not a bundle: it has no manifest.json"),
+        (lambda d: (d / "base.bin").unlink(), "base.bin is missing"),
+        (lambda d: (d / "base.bin").write_bytes(b"x"), "base.bin has 1 bytes instead of 300000"),
+        (lambda d: (d / "base.bin").write_bytes(bytes(BASE_BYTES)), "base.bin does not match its sha256"),
+        (lambda d: (d / MANIFEST).write_bytes(b"{"), "is not a bundle manifest"),
+    ],
+)
+def test_a_local_bundle_that_is_incomplete_is_a_clear_error(
+    tmp_path: Path, damage: object, message: str
+) -> None:
+    write_small_bundle(tmp_path, BASE_BYTES)
+    damage(tmp_path)  # type: ignore[operator]
+    with pytest.raises(BundleError, match=message):
+        open_bundle(tmp_path)
+
+
+def test_a_bundle_of_another_format_names_both(tmp_path: Path) -> None:
+    write_small_bundle(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 9}))
+    with pytest.raises(BundleError, match="has format 9, this program reads format 1"):
+        open_bundle(tmp_path)
+
+
+def test_a_bundle_without_graphs_for_the_runtime_says_which_it_has(tmp_path: Path) -> None:
+    write_small_bundle(tmp_path)
+    with pytest.raises(BundleError, match="no graphs for executorch: it was exported for onnxruntime"):
+        open_bundle(tmp_path, "executorch")
+
+
+def test_the_first_factors_are_not_needed_on_a_device(tmp_path: Path) -> None:
+    write_small_bundle(tmp_path)
+    (tmp_path / "factors.safetensors").unlink()
+    open_bundle(tmp_path)

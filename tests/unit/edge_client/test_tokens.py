@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from edge_client.tokens import Tokens
+from fedtt.errors import BundleError
+from tests.support.edge import small_bundle
+from tests.support.tiny import tiny_manifest
+
+SPEC = tiny_manifest().tokenization  # min_tokens 3, max_tokens 16, pad_id 0
+
+
+def test_texts_are_padded_to_the_longest_of_the_batch(tmp_path: Path) -> None:
+    batch, cut = Tokens(small_bundle(tmp_path)).batch(["lights on please now", "off"], [1, 0])
+    assert batch.ids.tolist() == [[2, 3, 5, 6], [4, 0, 0, 0]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [1, 0]
+    assert {batch.ids.dtype, batch.mask.dtype, batch.labels.dtype} == {np.dtype(np.int64)}
+    assert cut == 0
+
+
+def test_short_batches_are_padded_to_what_the_graph_needs(tmp_path: Path) -> None:
+    batch, _ = Tokens(small_bundle(tmp_path)).batch(["on"])
+    assert batch.ids.tolist() == [[3, 0, 0]]
+    assert batch.labels is None
+
+
+def test_texts_are_cut_where_the_graph_ends_and_counted(tmp_path: Path) -> None:
+    batch, cut = Tokens(small_bundle(tmp_path)).batch(["on " * 17, "on " * 16])
+    assert batch.ids.shape == (2, 16)
+    assert cut == 1
+
+
+@pytest.mark.parametrize(("asked", "width"), [(5, 5), (99, 16), (1, 3)])
+def test_a_plan_may_cut_earlier_but_never_later(tmp_path: Path, asked: int, width: int) -> None:
+    batch, cut = Tokens(small_bundle(tmp_path), asked).batch(["on " * 50])
+    assert (batch.ids.shape, cut) == ((1, width), 1)
+
+
+def test_settings_inside_the_tokenizer_file_do_not_pad_or_cut(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    bundle = small_bundle(tmp_path)
+    tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))
+    tokenizer.enable_padding(length=12)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(bundle.path("tokenizer.json")))
+    batch, _ = Tokens(bundle).batch(["on off on off"])
+    assert batch.ids.tolist() == [[3, 4, 3, 4]]
+
+
+def test_padding_uses_the_id_of_the_manifest(tmp_path: Path) -> None:
+    batch, _ = Tokens(small_bundle(tmp_path, tokenization=replace(SPEC, pad_id=6))).batch(["on"])
+    assert batch.ids.tolist() == [[3, 6, 6]]
+    assert batch.mask.tolist() == [[1, 0, 0]]
+
+
+def test_ids_become_text_again(tmp_path: Path) -> None:
+    assert Tokens(small_bundle(tmp_path)).text([2, 3]) == "lights on"
+
+
+def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    bundle.path("tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer.json is not a tokenizer this program can read"):
+        Tokens(bundle)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from edge_client.examples import Example
+from edge_client.runtime import Runtime
+from edge_client.tokens import Batch, Tokens
+from edge_client.trainer import Interrupted, LocalUpdate, batch_rows, train
+from fedtt.adapter import Theta
+from fedtt.algorithms import FedTT
+from fedtt.codec import CodecSpec, decode_delta
+from fedtt.errors import DataError, LayoutError, RuntimeFailure, WireError
+from fedtt.messages import Plan
+from fedtt.optimiser import TrainingSpec
+from fedtt.wire import decode_update, encode_theta, layout_tag, version_digest
+from tests.support.edge import MeanTarget, small_bundle
+from tests.support.tiny import tiny_manifest, tiny_spec
+
+LAYOUT = tiny_spec().layout
+VERSION = encode_theta(np.zeros(LAYOUT.size, np.float32))
+EXAMPLES = [Example(f"lights {'on' if n % 2 else 'off'}", n % 2, f"row {n}") for n in range(7)]
+DEVICE = "0123456789abcdef" * 2
+PLAN = Plan(
+    task="t",
+    seed=1,
+    bundle="0" * 64,
+    version=version_digest(VERSION),
+    version_number=0,
+    round=1,
+    live=tuple(range(len(LAYOUT.factors))),
+    training=TrainingSpec(optimiser="sgd", momentum=0.0, learning_rate=0.5, local_steps=3, batch_size=4),
+    codec=CodecSpec(quantise="fp32"),
+    method=FedTT(),
+    min_examples=1,
+)
+INT4 = CodecSpec(quantise="int4", error_feedback=True)
+
+
+def run(
+    tmp_path: Path,
+    plan: Plan = PLAN,
+    *,
+    device: str = DEVICE,
+    runtime: Runtime | None = None,
+    examples: list[Example] = EXAMPLES,
+    residual: bytes = b"",
+    stop: threading.Event | None = None,
+) -> LocalUpdate:
+    return train(
+        plan=plan,
+        device=device,
+        manifest=tiny_manifest(),
+        tokens=Tokens(small_bundle(tmp_path)),
+        runtime=runtime or MeanTarget(),
+        version=VERSION,
+        examples=examples,
+        residual=residual,
+        stop=stop or threading.Event(),
+    )
+
+
+def delta_of(update: LocalUpdate, plan: Plan = PLAN) -> Theta:
+    _, payload = decode_update(update.frame)
+    return decode_delta(plan.codec, LAYOUT.everything, payload)
+
+
+def test_batches_are_shuffled_epochs_with_a_short_last_batch() -> None:
+    rows = list(batch_rows(5, 2, 5, np.random.default_rng(0)))
+    assert [len(r) for r in rows] == [2, 2, 1, 2, 2]
+    assert sorted(np.concatenate(rows[:3]).tolist()) == [0, 1, 2, 3, 4]
+    assert len(set(np.concatenate(rows[3:]).tolist())) == 4
+
+
+def test_batches_larger_than_the_data_hold_all_of_it() -> None:
+    assert [sorted(r.tolist()) for r in batch_rows(3, 10, 2, np.random.default_rng(0))] == [[0, 1, 2]] * 2
+
+
+def test_the_frame_says_what_was_trained(tmp_path: Path) -> None:
+    runtime = MeanTarget()
+    update = run(tmp_path, runtime=runtime)
+    header, _ = decode_update(update.frame)
+    assert header == update.header
+    assert (header.layout, header.examples, header.steps) == (layout_tag(LAYOUT), 7, 3)
+    assert header.loss_last < header.loss_first
+    assert [len(batch.ids) for batch in runtime.batches] == [4, 3, 4]
+    theta = np.zeros(LAYOUT.size, np.float32)
+    for batch in runtime.batches:  # plain SGD by hand: θ ← θ - ½ (θ - t)
+        theta = theta - np.float32(0.5) * (theta - runtime.target(batch))
+    np.testing.assert_allclose(delta_of(update), theta, rtol=1e-6)
+
+
+def test_labels_travel_with_their_texts(tmp_path: Path) -> None:
+    runtime = MeanTarget()
+    run(tmp_path, runtime=runtime)
+    for batch in runtime.batches:
+        assert batch.labels is not None
+        assert [3 if label else 4 for label in batch.labels] == batch.ids[:, 1].tolist()  # on = 3, off = 4
+
+
+@pytest.mark.parametrize("codec", [CodecSpec(quantise="int4", rounding="stochastic"), INT4])
+def test_the_same_training_twice_gives_the_same_bytes(tmp_path: Path, codec: CodecSpec) -> None:
+    plan = replace(PLAN, codec=codec)
+    assert run(tmp_path, plan) == run(tmp_path, plan)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"round": 2}])
+def test_another_seed_or_round_gives_another_order(tmp_path: Path, change: dict[str, int]) -> None:
+    assert run(tmp_path, replace(PLAN, **change)).frame != run(tmp_path).frame
+
+
+def test_another_device_gives_another_order(tmp_path: Path) -> None:
+    assert run(tmp_path, device="f" * 32).frame != run(tmp_path).frame
+
+
+def test_sent_plus_residual_is_what_was_trained_plus_the_old_residual(tmp_path: Path) -> None:
+    plan = replace(PLAN, codec=INT4)
+    old = np.linspace(-0.1, 0.1, LAYOUT.size, dtype=np.float32)
+    update = run(tmp_path, plan, residual=encode_theta(old))
+    rest = np.frombuffer(update.residual, "<f4")
+    np.testing.assert_allclose(delta_of(update, plan) + rest, delta_of(run(tmp_path)) + old, atol=1e-6)
+    assert np.abs(rest).max() > 0
+
+
+def test_only_live_factors_are_sent_and_other_residuals_stay(tmp_path: Path) -> None:
+    plan = replace(PLAN, codec=INT4, live=(1, 2))
+    old = np.full(LAYOUT.size, 0.25, np.float32)
+    update = run(tmp_path, plan, residual=encode_theta(old))
+    rest = np.frombuffer(update.residual, "<f4")
+    start, end = LAYOUT.slices[1].start, LAYOUT.slices[2].stop
+    assert (rest[:start] == 0.25).all()
+    assert (rest[end:] == 0.25).all()
+    assert (rest[start:end] != 0.25).any()
+
+
+def test_without_error_feedback_nothing_is_kept(tmp_path: Path) -> None:
+    assert run(tmp_path).residual == b""
+
+
+def test_texts_longer_than_the_graph_are_counted(tmp_path: Path) -> None:
+    examples = [Example("on " * 20, 1), Example("off", 0)]
+    assert run(tmp_path, examples=examples).cut_texts == 3  # one of the two in each of 3 batches of both
+
+
+def test_too_few_examples_are_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the task needs 8 examples, this device has 7"):
+        run(tmp_path, replace(PLAN, min_examples=8))
+    with pytest.raises(DataError, match="this device has 0"):
+        run(tmp_path, replace(PLAN, min_examples=0), examples=[])
+
+
+def test_a_label_of_another_task_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 9: label 'dim' is not among the task's 2 labels: no, yes"):
+        run(tmp_path, examples=[Example("x", "dim", "row 9")])
+
+
+def test_a_live_set_of_another_layout_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="a live set needs indices"):
+        run(tmp_path, replace(PLAN, live=(10_000,)))
+
+
+def test_a_diverged_training_is_a_clear_error(tmp_path: Path) -> None:
+    plan = replace(PLAN, training=replace(PLAN.training, learning_rate=10.0, local_steps=200))
+    with pytest.raises(WireError, match="not finite"):
+        run(tmp_path, plan)
+
+
+def test_a_graph_that_fails_is_a_clear_error(tmp_path: Path) -> None:
+    class Broken(MeanTarget):
+        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+            raise RuntimeFailure("step.onnx did not run")
+
+    with pytest.raises(RuntimeFailure, match=r"step\.onnx did not run"):
+        run(tmp_path, runtime=Broken())
+
+
+def test_training_stops_between_batches_when_asked(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    class Stopping(MeanTarget):
+        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+            stop.set()
+            return super().gradient(theta, batch)
+
+    runtime = Stopping()
+    with pytest.raises(Interrupted):
+        run(tmp_path, runtime=runtime, stop=stop)
+    assert len(runtime.batches) == 1
