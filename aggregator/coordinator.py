@@ -109,6 +109,8 @@ class Coordinator:
         device = tx.device(device_name)
         if device is None:
             return unknown_device()
+        if device.state is DeviceState.ERASED:
+            return None
         reason = "its device was erased" if erase else "its device left"
         waiting = tx.updates_of(device_name, UpdateState.ACCEPTED)
         tx.settle(self._not_claimed(tx, waiting), UpdateState.DISCARDED, reason=reason)

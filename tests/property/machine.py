@@ -100,7 +100,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.lease_ids = 0
         with self.store.transaction() as tx:
             self.task = add_task(tx, self.spec, self.now)
-            tx.put_token(Token(sha256="t", uses_left=None, expires_at=None))
+            tx.put_token(Token(sha256=digest_of(b"secret"), uses_left=None, expires_at=None))
         self.restart()
         for i in range(DEVICES - 1):
             self.enroll(i, crash=False)
@@ -135,7 +135,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
     def enroll(self, i: int, crash: bool) -> None:
         device = self.devices[i]
         message = Enroll(public_key=device.key, token="secret", client="machine")
-        answer = self._transact(lambda tx: self.coordinator.enroll(tx, self.now, message, "t"), crash=crash)
+        answer = self._transact(
+            lambda tx: self.coordinator.enroll(tx, self.now, message, digest_of(b"secret")), crash=crash
+        )
         if answer is not None:
             assert isinstance(answer, Enrolled)
             device.id = answer.device
