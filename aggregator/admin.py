@@ -18,6 +18,8 @@ from fedtt.messages import Problem, UpdateState
 from fedtt.task import parse_task
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import decode_theta, encode_theta
+from storage.blobs import load as load_blob
+from storage.blobs import save as save_blob
 from storage.records import MAIN, Bundle, Task, TaskState, Version, VersionState
 from storage.store import Transaction
 
@@ -83,12 +85,11 @@ async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | 
 
 def _initial_version(service: Service, manifest: Manifest) -> str:
     """Store the bundle's initial factors as theta's canonical bytes; returns their sha256."""
-    factors = load(service.blobs.read(manifest.files[manifest.initial].sha256))
+    factors = load(load_blob(service.blobs, manifest.files[manifest.initial].sha256))
     theta = manifest.adapter.layout.flatten(factors)
     if not np.isfinite(theta).all():
         raise LayoutError("a factor is NaN or infinite")
-    sha256: str = service.blobs.put(encode_theta(theta))
-    return sha256
+    return save_blob(service.blobs, encode_theta(theta))
 
 
 def _first(task: Task, sha256: str, now: float) -> Version:
@@ -192,7 +193,9 @@ async def version_files(service: Service, name: str, number: int) -> dict[str, b
         return found
     task, version, manifest = found
     layout = manifest.adapter.layout
-    theta = decode_theta(await asyncio.to_thread(service.blobs.read, version.sha256), layout, version.sha256)
+    theta = decode_theta(
+        await asyncio.to_thread(load_blob, service.blobs, version.sha256), layout, version.sha256
+    )
     config = version_config(manifest, task.bundle, task.spec.name, number, version.sha256)
     metadata = {"format": "fedtt", "task": name, "version": str(number), "sha256": version.sha256}
     return {CONFIG: encode_config(config), FACTORS: save(layout.unflatten(theta), metadata=metadata)}

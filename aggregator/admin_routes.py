@@ -50,7 +50,8 @@ async def put_blob(request: web.Request) -> web.Response:
     if (request.content_length or 0) > _BLOB_LIMIT_BYTES:
         raise ProblemError(too_large(_BLOB_LIMIT_BYTES))
     sha256 = request.match_info["sha256"]
-    await request.app[SERVICE].blobs.write(sha256, request.content.iter_any(), _BLOB_LIMIT_BYTES)
+    pieces = request.content.iter_any()
+    await request.app[SERVICE].blobs.receive(sha256, pieces, limit_bytes=_BLOB_LIMIT_BYTES)
     return json_answer({"sha256": sha256}, 201)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 
@@ -13,6 +14,7 @@ from aggregator.problems import bad_signature, malformed, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure
 from fedtt.signature import Signed, content_digest
+from storage.blobs import FileBlobs, load
 
 __all__ = ["add_device_routes", "serve_bundle_file"]
 
@@ -106,7 +108,18 @@ async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
     entry = decode_manifest(bundle.manifest).files.get(name)
     if entry is None:
         raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
-    return web.FileResponse(service.blobs.path(entry.sha256))
+    if isinstance(service.blobs, FileBlobs):
+        return web.FileResponse(service.blobs.path(entry.sha256))
+    return _part(request, await asyncio.to_thread(load, service.blobs, entry.sha256))
+
+
+def _part(request: web.Request, data: bytes) -> web.Response:
+    """What a request's Range asks of bytes that lie in no file."""
+    start = request.http_range.start or 0
+    if not start:
+        return web.Response(body=data)
+    headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+    return web.Response(body=data[start:], status=206, headers=headers)
 
 
 async def healthz(_: web.Request) -> web.Response:

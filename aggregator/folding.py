@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from storage.blobs import Blobs
-
 from aggregator.lifecycle import Fold, Lifecycle
 from fedtt.adapter import LiveSet
 from fedtt.algorithms import Contribution
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.wire import decode_theta, encode_theta
+from storage.blobs import BlobStore, load, save
 from storage.records import Round, Update, UpdateState
 from storage.store import Store
 
@@ -36,7 +35,7 @@ class _Tally:
             yield Contribution(delta=decode_delta(codec, live, update.payload), examples=update.examples)
 
 
-def sum_round(store: Store, blobs: Blobs, lifecycle: Lifecycle, round_: Round) -> Fold:
+def sum_round(store: Store, blobs: BlobStore, lifecycle: Lifecycle, round_: Round) -> Fold:
     """Compute and store version n+1 of a claimed round; the same ledger gives the same bits.
 
     Runs outside any writing transaction and holds one update at a time.
@@ -48,7 +47,7 @@ def sum_round(store: Store, blobs: Blobs, lifecycle: Lifecycle, round_: Round) -
         assert task is not None and base is not None  # noqa: S101, PT018  # foreign keys of a round
         layout = lifecycle.layout(tx, task)
         live = LiveSet(layout, round_.live)
-        theta = decode_theta(blobs.read(base.sha256), layout, base.sha256)
+        theta = decode_theta(load(blobs, base.sha256), layout, base.sha256)
         accepted = tx.updates(round_.task_id, round_.branch, round_.number, UpdateState.ACCEPTED)
         contributions = tally.contributions(accepted, task.spec.codec, live)
         folded = task.spec.method.server_step(theta, live, contributions)
@@ -56,7 +55,7 @@ def sum_round(store: Store, blobs: Blobs, lifecycle: Lifecycle, round_: Round) -
     return Fold(
         task_id=round_.task_id,
         round_number=round_.number,
-        sha256=blobs.put(encode_theta(folded)),
+        sha256=save(blobs, encode_theta(folded)),
         updates=tuple(tally.leases),
         examples=tally.examples,
         loss_first=tally.loss_first / count,

@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.blobs import Blobs
-
 from aggregator.auth import token_sha256
 from aggregator.coordinator import Admission, Coordinator
 from aggregator.folding import sum_round
@@ -21,6 +19,7 @@ from fedtt.codec import payload_bytes
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
 from fedtt.seams import Clock
 from fedtt.wire import update_limit_bytes
+from storage.blobs import BlobStore, load
 from storage.records import Device, Round
 from storage.store import Store, Transaction
 
@@ -33,7 +32,7 @@ _log = logging.getLogger("fedtt.aggregator")
 class Service:
     """One aggregator process over a store; everything it knows lies in the store and the blobs."""
 
-    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+    def __init__(self, store: Store, blobs: BlobStore, clock: Clock) -> None:
         self.store, self.blobs, self.clock = store, blobs, clock
         self.lifecycle = Lifecycle()
         self.coordinator = Coordinator(self.lifecycle)
@@ -112,7 +111,7 @@ class Service:
     async def version(self, sha256: str) -> bytes | Problem:
         if not await self.read(lambda tx: tx.has_version(sha256)):
             return not_found(f"version {sha256[:12]}…")
-        return await asyncio.to_thread(self.blobs.read, sha256)
+        return await asyncio.to_thread(load, self.blobs, sha256)
 
     # rounds
 

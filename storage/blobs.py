@@ -15,7 +15,7 @@ from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from fedtt.errors import StorageError, WireError
 
-__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs"]
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "load", "save"]
 
 F = TypeVar("F", FileIO, BytesIO)
 
@@ -168,6 +168,22 @@ class MemoryBlobs:
         if not self.has(sha256):
             raise StorageError(f"there is no blob {sha256}")
         return self._blobs[sha256]
+
+
+def load(blobs: BlobStore, sha256: str) -> bytes:
+    """All of a blob that is known to be small; raises StorageError where it is missing or damaged."""
+    with blobs.open(sha256) as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StorageError(f"blob {sha256[:12]}… is damaged on disk: restore it from a backup")
+    return data
+
+
+def save(blobs: BlobStore, data: bytes) -> str:
+    """Store bytes durably; returns their sha256."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    blobs.put(sha256, [data], limit_bytes=len(data))
+    return sha256
 
 
 class _Incoming(Generic[F]):
