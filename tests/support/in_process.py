@@ -18,7 +18,7 @@ from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Pr
 from fedtt.seams import Clock
 from fedtt.task import TaskSpec
 from fedtt.wire import encode_theta
-from storage.blobs import FileBlobs
+from storage.blobs import FileBlobs, load, save
 from storage.memory import MemoryStore
 from storage.records import Token
 from tests.support.tiny import add_task
@@ -38,8 +38,8 @@ async def memory_service(
     data = (bundle / MANIFEST).read_bytes()
     manifest = decode_manifest(data)
     for name in manifest.files:
-        service.blobs.put((bundle / name).read_bytes())
-    service.blobs.put(encode_theta(np.zeros(manifest.adapter.layout.size, np.float32)))
+        save(service.blobs, (bundle / name).read_bytes())
+    save(service.blobs, encode_theta(np.zeros(manifest.adapter.layout.size, np.float32)))
     with service.store.transaction() as tx:
         tx.put_token(Token(sha256=token_sha256(TOKEN), uses_left=None, expires_at=None))
         add_task(tx, spec, clock.now(), manifest)
@@ -71,7 +71,7 @@ class InProcess:
         if name == MANIFEST:
             data = found.manifest
         else:
-            data = self._service.blobs.read(decode_manifest(found.manifest).files[name].sha256)
+            data = load(self._service.blobs, decode_manifest(found.manifest).files[name].sha256)
         for start in range(offset, len(data), 100_000):
             yield data[start : start + 100_000]
 
