@@ -1,16 +1,70 @@
-"""Bundles that many tests share, exported once a session."""
+"""Bundles that many tests share, each exported once a session when the first test asks for it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from export import ExportRequest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a hub; read when transformers is imported
 
 TINY_LABELS = ("alarm", "lights off", "pay", "weather")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _offline() -> None:
-    """No test may wait for a hub that cannot be reached."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two blocks, width 32, that reads the words of `tests.support.models.WORDS`."""
+    from tests.support.models import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_request(tiny_model: Path) -> ExportRequest:
+    from export import ExportRequest
+
+    return ExportRequest(
+        model=str(tiny_model), labels=TINY_LABELS, bottleneck=8, rank=2, head_rank=2, max_tokens=32
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """428 trained numbers, 4 labels, at most 32 tokens."""
+    return _export(tiny_request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real MiniLM-L6 at full depth with FedTT's defaults, over the demo's intents."""
+    from export import ExportRequest
+    from export.labels import read_labels
+    from tests.support.models import minilm_directory
+
+    labels = read_labels(Path(__file__).parents[1] / "fleet" / "assistant" / "labels.json")
+    return _export(ExportRequest(model=str(minilm_directory()), labels=labels), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Llama of 260,000 weights for next-token prediction, where the checkout has it beside it."""
+    from export import ExportRequest
+    from tests.support.models import STORIES
+
+    if not STORIES.is_dir():
+        pytest.skip(f"the stories260k decoder is not at {STORIES}")
+    return _export(ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16), tmp_path_factory)
+
+
+def _export(request: ExportRequest, factory: pytest.TempPathFactory) -> Path:
+    """Without the comparison with torch, which tests make where they are about it."""
+    from export import export_bundle
+
+    directory = factory.mktemp("bundles") / "bundle"
+    export_bundle(request, directory, verify=False)
+    return directory

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 __all__ = ["STORIES", "WORDS", "minilm_directory", "save_tiny_model"]
 
-WORDS = (
-    "alarm balance book call cancel card for is light lights long many me morning my music now off on "
-    "pay play please set seven stop table the timer to today tomorrow transfer turn up wake weather what"
-).split()
+_TEXT = """
+alarm balance book call cancel card for is light lights long many me morning my music now off on pay play
+please set seven stop table the timer to today tomorrow transfer turn up wake weather what
+"""
+WORDS = tuple(_TEXT.split())
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
@@ -35,10 +37,11 @@ def save_tiny_model(directory: Path, model_type: str = "bert", *, seed: int = 0)
     auto = AutoModelForCausalLM if model_type in ("llama", "mistral", "qwen2") else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config(config)
+        model = auto.from_config(config)  # type: ignore[no-untyped-call]
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "embed" not in name:
                 torch.nn.init.normal_(weight, std=0.1)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     _tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
