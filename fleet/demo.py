@@ -140,9 +140,7 @@ async def run_demo(
         reports.append(report)
         on_round(report)
 
-    say(
-        f"training on {len(shards)} devices, judging on {len(held_out)} utterances of {_HELD_OUT} other people"
-    )
+    say(f"training on {len(shards)} devices, judging on {len(held_out)} utterances of {_HELD_OUT} others")
     async with server_process(run / "server") as server:
         counts = await federate(
             server=server,
