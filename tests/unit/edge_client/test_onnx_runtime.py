@@ -1,0 +1,106 @@
+"""The runtime on a real exported graph: a two-layer BERT of width 32 with four labels."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from edge_client.bundle import Bundle, open_bundle
+from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
+from edge_client.tokens import Batch, Tokens
+from fedtt.adapter import Theta, initial_theta, plan_adapter
+from fedtt.errors import LayoutError, RuntimeFailure
+
+
+def somewhere(bundle: Bundle) -> Theta:
+    """A theta at which every factor has a gradient."""
+    theta = initial_theta(bundle.manifest.adapter, 0)
+    noise = np.random.default_rng(0).normal(0, 0.1, theta.shape)
+    return theta + noise.astype(np.float32)
+
+
+def batch_of(bundle: Bundle) -> Batch:
+    batch, _ = Tokens(bundle).batch(["set the alarm", "lights off now please", "pay my card"], [0, 1, 2])
+    return batch
+
+
+def test_the_gradient_is_that_of_the_loss(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
+    loss, grad = runtime.gradient(theta, batch)
+    assert (grad.shape, grad.dtype) == (theta.shape, np.dtype(np.float32))
+    direction = (grad / np.linalg.norm(grad)).astype(np.float32)
+    h = np.float32(1e-2)
+    ahead, behind = (runtime.gradient(theta + move, batch)[0] for move in (h * direction, -h * direction))
+    assert (ahead - behind) / (2 * h) == pytest.approx(np.linalg.norm(grad), rel=0.02)
+    assert behind < loss < ahead
+
+
+def test_the_loss_is_that_of_the_evaluation_graph(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
+    logits = runtime.logits(theta, batch).astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert runtime.gradient(theta, batch)[0] == pytest.approx(-log_p[range(3), [0, 1, 2]].mean(), rel=1e-5)
+
+
+def test_several_threads_get_what_one_gets(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    runtimes = onnx_runtimes()
+    theta, batch = somewhere(bundle), batch_of(bundle)
+    _, expected = OnnxRuntime(bundle).gradient(theta, batch)
+    found: list[Theta] = []
+    work = [
+        threading.Thread(target=lambda: found.append(runtimes.open(bundle).gradient(theta, batch)[1]))
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(grad, expected) for grad in found)
+    assert runtimes.open(bundle) is runtimes.open(bundle)
+
+
+def test_a_theta_of_another_size_is_refused(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    with pytest.raises(LayoutError, match="theta has shape"):
+        OnnxRuntime(bundle).gradient(somewhere(bundle)[:-1], batch_of(bundle))
+
+
+def test_a_graph_of_another_layout_is_refused_when_it_is_loaded(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    other = plan_adapter(hidden=8, layers=1, bottleneck=4, rank=2, head_rank=2)
+    foreign = Bundle(
+        directory=bundle.directory, digest=bundle.digest, manifest=replace(bundle.manifest, adapter=other)
+    )
+    with pytest.raises(
+        RuntimeFailure, match=rf"step\.onnx takes a theta of shape .*has {other.layout.size} numbers"
+    ):
+        OnnxRuntime(foreign).gradient(np.zeros(other.layout.size, np.float32), batch_of(bundle))
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph at all"])
+def test_a_damaged_graph_is_a_clear_error(tiny_bundle: Path, tmp_path: Path, content: bytes) -> None:
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    bundle = open_bundle(directory)
+    (directory / "step.onnx").write_bytes(content)
+    with pytest.raises(RuntimeFailure, match=r"step\.onnx cannot be loaded") as caught:
+        OnnxRuntime(bundle).gradient(somewhere(bundle), batch_of(bundle))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_the_graph_cannot_take_is_a_clear_error(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    limit = bundle.manifest.model.vocabulary
+    batch = Batch(
+        ids=np.full((1, 3), limit + 5), mask=np.ones((1, 3), np.int64), labels=np.zeros(1, np.int64)
+    )
+    with pytest.raises(RuntimeFailure, match=r"step\.onnx did not run on a batch of 1x3 tokens"):
+        OnnxRuntime(bundle).gradient(somewhere(bundle), batch)
