@@ -20,7 +20,7 @@ class SqlStore:
     """A ledger in one SQLite file: one writing connection, several that read beside it."""
 
     def __init__(self, path: Path, writer: Engine, reader: Engine) -> None:
-        self._path, self._writer, self._reader = path, writer, reader
+        self.path, self._writer, self._reader = path, writer, reader
 
     @classmethod
     def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0) -> Self:
@@ -47,15 +47,15 @@ class SqlStore:
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
-        with errors_in_words(self._path), self._writer.begin() as connection:
-            tx = SqlTransaction(connection, self._path, readonly=False)
+        with errors_in_words(self.path), self._writer.begin() as connection:
+            tx = SqlTransaction(connection, self.path, readonly=False)
             yield tx
             tx.refuse_if_broken()
 
     @contextmanager
     def reading(self) -> Iterator[SqlTransaction]:
-        with errors_in_words(self._path), self._reader.begin() as connection:
-            yield SqlTransaction(connection, self._path, readonly=True)
+        with errors_in_words(self.path), self._reader.begin() as connection:
+            yield SqlTransaction(connection, self.path, readonly=True)
 
     def maintain(self) -> bool:
         """Move the write-ahead log into the database and empty it, so that no old payload stays in it.
@@ -64,7 +64,7 @@ class SqlStore:
         """
         connection = self._writer.raw_connection()
         try:
-            with errors_in_words(self._path):
+            with errors_in_words(self.path):
                 cursor = connection.cursor()
                 cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 busy: int = cursor.fetchall()[0][0]

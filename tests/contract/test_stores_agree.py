@@ -1,0 +1,157 @@
+"""Random transactions on the in-memory store and on SQLite give the same answers and leave the same state."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtt.errors import StorageError
+from storage.memory import MemoryStore
+from storage.records import MAIN, DeviceState, LeaseState, RoundState, TaskState, UpdateState
+from storage.sql import SqlStore
+from storage.store import Store, Transaction
+from tests.support import ledger
+
+Step = Callable[[Transaction], Any]
+
+NAMES = ("a", "b", "c", "d", "e")
+DEVICES = ("alice", "bob")
+TASKS = ("intents", "replies")
+BRANCHES = (MAIN, "group-1")
+ROUNDS = (1, 2)
+
+
+class Undone(Exception):
+    """Ends a transaction in failure."""
+
+
+def _device_of(name: str) -> str:
+    return ledger.device(DEVICES[NAMES.index(name) % 2]).id
+
+
+def _round_of(name: str) -> int:
+    return ROUNDS[NAMES.index(name) // 3]
+
+
+def _put_device(name: str, state: DeviceState, seen_at: float, examples: int, tx: Transaction) -> None:
+    key = b"" if state is DeviceState.ERASED else bytes(32)
+    tx.put_device(ledger.device(name, state=state, seen_at=seen_at, examples=examples, public_key=key))
+
+
+def _put_task(name: str, state: TaskState, tx: Transaction) -> None:
+    if found := tx.task(name):
+        tx.put_task(ledger.task(name, id=found.id, state=state, reason="test"))
+
+
+def _add_version(branch: str, number: int, tx: Transaction) -> None:
+    tx.add_version(ledger.version(number, branch=branch, round_number=None))
+
+
+def _put_round(number: int, state: RoundState, deadline_at: float | None, tx: Transaction) -> None:
+    closed_at = 999.0 if state in {RoundState.FOLDED, RoundState.ABANDONED} else None
+    tx.put_round(
+        ledger.round_(number, state=state, deadline_at=deadline_at, closed_at=closed_at, reason="test")
+    )
+
+
+def _put_lease(name: str, state: LeaseState, expires_at: float, tx: Transaction) -> None:
+    tx.put_lease(
+        ledger.lease(
+            name, state=state, expires_at=expires_at, device_id=_device_of(name), round_number=_round_of(name)
+        )
+    )
+
+
+def _upload(name: str, payload: bytes, tx: Transaction) -> Any:
+    return ledger.upload(tx, name, payload=payload, device_id=_device_of(name), round_number=_round_of(name))
+
+
+def _settle(names: Sequence[str], folded: bool, tx: Transaction) -> int:
+    leases = [ledger.lease(name).id for name in names]
+    if folded:
+        return tx.settle(leases, UpdateState.FOLDED, folded_into=0)
+    return tx.settle(leases, UpdateState.DISCARDED, reason="test")
+
+
+def _expire(now: float, tx: Transaction) -> int:
+    return tx.expire_leases(now)
+
+
+def _step(change: Callable[..., Any], *arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[Step]:
+    return st.builds(partial, st.just(change), *arguments)
+
+
+names, times = st.sampled_from(NAMES), st.floats(311.0, 1000.0)
+steps = st.one_of(
+    _step(_put_device, st.sampled_from("xyz"), st.sampled_from(DeviceState), times, st.integers(0, 2**53)),
+    _step(lambda name, tx: tx.add_task(ledger.task(name)), st.sampled_from(TASKS)),
+    _step(_put_task, st.sampled_from(TASKS), st.sampled_from(TaskState)),
+    _step(_add_version, st.sampled_from(BRANCHES), st.integers(0, 3)),
+    # at most round 1 is open: that no two are is the schema's business, not the twin's
+    _step(_put_round, st.just(1), st.sampled_from(RoundState), st.none() | times),
+    _step(_put_round, st.just(2), st.sampled_from(list(RoundState)[1:]), st.none() | times),
+    _step(_put_lease, names, st.sampled_from(LeaseState), times),
+    _step(_upload, names, st.binary(min_size=1, max_size=5000)),
+    _step(_settle, st.lists(names), st.booleans()),
+    _step(_expire, times),
+)
+transactions = st.lists(st.tuples(st.lists(steps, max_size=8), st.booleans()), max_size=8)
+
+
+def _start(store: Store) -> None:
+    with store.transaction() as tx:
+        ledger.open_round(tx, DEVICES)
+        tx.put_round(ledger.round_(2, state=RoundState.FOLDING))
+
+
+def _answers(store: Store, changes: list[Step], fails: bool) -> list[Any]:
+    answers = []
+    with suppress(Undone), store.transaction() as tx:
+        for change in changes:
+            try:
+                answers.append(change(tx))
+            except StorageError as error:
+                answers.append(str(error))
+        if fails:
+            raise Undone
+    return answers
+
+
+def _state(store: Store) -> dict[str, Any]:
+    with store.reading() as tx:
+        leases = [tx.lease(ledger.lease(name).id) for name in NAMES]
+        ids = [ledger.device(name).id for name in DEVICES]
+        return {
+            "devices": tx.devices(),
+            "active": tx.active_devices(seen_since=500.0, min_examples=5),
+            "tasks": [tx.tasks(), *(tx.task(name) for name in TASKS)],
+            "versions": [tx.versions(1), *(tx.latest_version(1, branch) for branch in BRANCHES)],
+            "rounds": [tx.rounds(1), tx.latest_round(1, MAIN), *(tx.round(1, MAIN, n) for n in ROUNDS)],
+            "leases": [leases, *(dict(tx.count_leases(1, MAIN, n)) for n in ROUNDS)],
+            "newest": [tx.lease_of(i, 1, MAIN, n) for i in ids for n in ROUNDS],
+            "updates": [list(tx.updates(1, MAIN, n, state)) for n in ROUNDS for state in UpdateState],
+            "counts": [tx.count_updates(1, MAIN, n, state) for n in ROUNDS for state in UpdateState],
+            "by device": [tx.updates_of(i, state) for i in ids for state in UpdateState],
+        }
+
+
+@settings(max_examples=60, deadline=None)
+@given(transactions)
+def test_both_stores_answer_alike(transactions: list[tuple[list[Step], bool]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        memory, sqlite = MemoryStore(), SqlStore.open(Path(directory) / "ledger.db")
+        try:
+            _start(memory)
+            _start(sqlite)
+            for changes, fails in transactions:
+                assert _answers(memory, changes, fails) == _answers(sqlite, changes, fails)
+                assert _state(memory) == _state(sqlite)
+        finally:
+            sqlite.close()
