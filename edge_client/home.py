@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from edge_client.files import storage_errors, try_lock
 from fedtt.errors import StorageError
 
 __all__ = ["Home"]
+
+_LOCK_TRIES = 5  #: `is_running` of another process holds the lock for an instant
 
 
 class Home:
@@ -45,8 +48,11 @@ class Home:
     def lock(self) -> Iterator[None]:
         """Be the only client here; raises StorageError where another one runs."""
         self.create()
-        descriptor = try_lock(self._lock)
-        if descriptor is None:
+        for _ in range(_LOCK_TRIES):
+            if (descriptor := try_lock(self._lock)) is not None:
+                break
+            time.sleep(0.05)
+        else:
             raise StorageError(
                 f"another client is running on {self.directory}: stop it first, or name another --home"
             )

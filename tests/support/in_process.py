@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from aiohttp import web
 
 from aggregator.auth import token_sha256
 from aggregator.service import Service
@@ -23,7 +24,7 @@ from storage.memory import MemoryStore
 from storage.records import Token
 from tests.support.tiny import add_task
 
-__all__ = ["TOKEN", "InProcess", "memory_service"]
+__all__ = ["TOKEN", "InProcess", "listening", "memory_service"]
 
 T = TypeVar("T")
 TOKEN = "an enrolment token"
@@ -48,6 +49,18 @@ async def memory_service(
         yield service
     finally:
         await service.writer.stop()
+
+
+@asynccontextmanager
+async def listening(app: web.Application) -> AsyncIterator[str]:
+    """Serve an application on a free port of this machine; yields its address."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 class InProcess:

@@ -48,14 +48,15 @@ def tiny_manifest() -> Manifest:
 
 
 def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manifest | None = None) -> Task:
-    """A task on the tiny bundle, or another of its layout, with version 0 all zero."""
-    manifest = encode_manifest(described or tiny_manifest())
+    """A task on the tiny bundle, or another, with version 0 all zero."""
+    described = described or tiny_manifest()
+    manifest = encode_manifest(described)
     bundle = bundle_digest(manifest)
     tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
     task = tx.add_task(
         Task(id=0, spec=spec, bundle=bundle, state=TaskState.ACTIVE, reason="", created_at=now)
     )
-    theta = np.zeros(tiny_spec().layout.size, np.float32)
+    theta = np.zeros(described.adapter.layout.size, np.float32)
     tx.add_version(
         Version(
             task_id=task.id,

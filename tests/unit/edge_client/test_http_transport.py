@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -35,21 +34,10 @@ from fedtt.messages import (
 from tests.support.clock import VirtualClock
 from tests.support.device_world import SPEC
 from tests.support.edge import write_small_bundle
-from tests.support.in_process import TOKEN, memory_service
+from tests.support.in_process import TOKEN, listening, memory_service
 
 CHECK_IN = CheckIn(client="test", runtimes=("onnxruntime",), examples=5)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@asynccontextmanager
-async def listening(app: web.Application) -> AsyncIterator[str]:
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 class Real:

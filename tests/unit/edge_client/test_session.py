@@ -1,0 +1,243 @@
+"""What the owner of a device may do, over real sockets against the aggregator's routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from aggregator.app import device_app
+from aggregator.service import Service
+from edge_client import events
+from edge_client.device import DeviceConfig
+from edge_client.events import Event, Step
+from edge_client.examples import ExampleStore
+from edge_client.home import Home
+from edge_client.journal import read_state
+from edge_client.runtime import Runtimes
+from edge_client.session import forget, leave, open_device, supervise
+from fedtt.errors import ConfigError, StorageError, Unreachable
+from fedtt.seams import SystemClock
+from storage.records import DeviceState
+from tests.support.device_world import SPEC
+from tests.support.edge import MeanTarget, write_small_bundle
+from tests.support.in_process import TOKEN, listening, memory_service
+
+
+class Owner:
+    """Somebody with a device, and the server it belongs to."""
+
+    def __init__(self, home: Home, url: str, service: Service) -> None:
+        self.home, self.url, self.service = home, url, service
+        self.seen: list[Event] = []
+
+    async def run(
+        self, until: Callable[[Step], bool] = lambda _: False, url: str | None = None
+    ) -> Step | None:
+        self.home.create()
+        store = ExampleStore(self.home.examples)
+        store.add("lights on", 1)
+        try:
+            async with open_device(
+                self.home.directory,
+                server=url or self.url,
+                examples=store,
+                config=DeviceConfig(token=TOKEN),
+                runtimes=Runtimes(lambda bundle: MeanTarget()),
+                observe=self.seen.append,
+            ) as device:
+                device.consent()
+                return await supervise(device, self.home, until, self.seen.append)
+        finally:
+            store.close()
+
+    async def until_seen(self, kind: type[Event]) -> None:
+        async with asyncio.timeout(10):
+            while not any(isinstance(event, kind) for event in self.seen):
+                await asyncio.sleep(0.01)
+
+    def device_state(self) -> DeviceState:
+        with self.service.store.reading() as tx:
+            (device,) = tx.devices()
+        return device.state
+
+
+def owning(tmp_path: Path, test: Callable[[Owner], Awaitable[None]]) -> None:
+    async def run() -> None:
+        write_small_bundle(tmp_path / "bundle", 1000)
+        async with (
+            memory_service(tmp_path / "blobs", SPEC, tmp_path / "bundle", SystemClock()) as service,
+            listening(device_app(service)) as url,
+        ):
+            await test(Owner(Home(tmp_path / "home"), url, service))
+
+    asyncio.run(run())
+
+
+def acknowledged(step: Step) -> bool:
+    return isinstance(step, events.Acknowledged)
+
+
+def test_a_device_takes_part_over_http_and_says_what_it_cost(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        assert acknowledged_step(await owner.run(acknowledged))
+        ended = owner.seen[-1]
+        assert isinstance(ended, events.Ended)
+        (trained,) = [event for event in owner.seen if isinstance(event, events.Trained)]
+        assert ended.sent_bytes > trained.frame_bytes
+        assert ended.received_bytes > ended.bundle_bytes > 1000
+        assert not owner.home.is_running()
+
+    def acknowledged_step(step: Step | None) -> bool:
+        return step is not None and acknowledged(step)
+
+    owning(tmp_path, test)
+
+
+def test_a_paused_device_rests_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        owner.home.pause(True)
+        running = asyncio.create_task(owner.run(acknowledged))
+        await owner.until_seen(events.Paused)
+        assert not any(isinstance(event, Step) for event in owner.seen)
+        owner.home.pause(False)
+        async with asyncio.timeout(10):
+            await running
+        assert isinstance(owner.seen[-2], events.Acknowledged)
+
+    owning(tmp_path, test)
+
+
+def test_pausing_interrupts_a_device_that_waits(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        running = asyncio.create_task(owner.run())
+        await owner.until_seen(events.Waiting)
+        owner.home.pause(True)
+        await owner.until_seen(events.Paused)
+        owner.home.stop(True)
+        async with asyncio.timeout(10):
+            assert await running is None
+
+    owning(tmp_path, test)
+
+
+def test_leaving_stops_a_running_client_and_withdraws_consent(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        running = asyncio.create_task(owner.run())
+        await owner.until_seen(events.Waiting)
+        assert await leave(owner.home)
+        assert await running is None
+        assert owner.device_state() is DeviceState.LEFT
+        state = read_state(owner.home)
+        assert state is not None
+        assert (state.enrolled, state.consented_at) == (False, None)
+        assert ExampleStore(owner.home.examples).count() == 1
+        assert not await leave(owner.home), "a second time there is nothing to leave"
+
+    owning(tmp_path, test)
+
+
+def test_a_device_that_left_may_come_back_with_a_token(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        await leave(owner.home)
+        await owner.run(lambda step: isinstance(step, events.Enrolled))
+        assert owner.device_state() is DeviceState.ACTIVE
+
+    owning(tmp_path, test)
+
+
+def test_leaving_is_not_half_done_where_the_server_cannot_be_told(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        await unreachable(owner.home)
+        with pytest.raises(Unreachable):
+            await leave(owner.home)
+        state = read_state(owner.home)
+        assert state is not None
+        assert state.enrolled
+
+    owning(tmp_path, test)
+
+
+async def unreachable(home: Home) -> None:
+    """Let the device believe that its server lives where nobody does."""
+    from edge_client.journal import Journal
+
+    with home.lock():
+        Journal(home).update(server="http://127.0.0.1:9")
+
+
+def test_forgetting_deletes_here_and_erases_there_also_while_running(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        running = asyncio.create_task(owner.run())
+        await owner.until_seen(events.Waiting)
+        await forget(owner.home, local_only=False)
+        assert await running is None
+        assert not owner.home.exists
+        assert owner.device_state() is DeviceState.ERASED
+
+    owning(tmp_path, test)
+
+
+def test_forgetting_without_the_server_keeps_just_what_is_needed_to_ask_again(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        await unreachable(owner.home)
+        with pytest.raises(Unreachable, match=r"everything here but the key is deleted.*--local-only"):
+            await forget(owner.home, local_only=False)
+        assert {path.name for path in owner.home.directory.iterdir()} == {"identity.key", "state", "lock"}
+        state = read_state(owner.home)
+        assert state is not None
+        assert (state.residuals, state.consented_at) == ({}, None)
+        await forget(owner.home, local_only=True)
+        assert not owner.home.exists
+
+    owning(tmp_path, test)
+
+
+def test_forgetting_a_device_the_server_no_longer_knows_is_no_error(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        state = read_state(owner.home)
+        assert state is not None
+        await owner.service.leave(state.device, erase=True)
+        await forget(owner.home, local_only=False)
+        assert not owner.home.exists
+
+    owning(tmp_path, test)
+
+
+def test_a_damaged_journal_can_still_be_forgotten_locally(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        owner.home.state.write_bytes(b"damaged")
+        with pytest.raises(StorageError, match="--local-only"):
+            await forget(owner.home, local_only=False)
+        await forget(owner.home, local_only=True)
+        assert not owner.home.exists
+
+    owning(tmp_path, test)
+
+
+def test_a_device_belongs_to_one_server(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        with pytest.raises(ConfigError, match="this device belongs to"):
+            await owner.run(url="http://127.0.0.1:9")
+
+    owning(tmp_path, test)
+
+
+def test_two_clients_on_one_home_are_refused(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        running = asyncio.create_task(owner.run())
+        await owner.until_seen(events.Waiting)
+        with pytest.raises(StorageError, match="another client is running"):
+            await owner.run()
+        owner.home.stop(True)
+        await running
+
+    owning(tmp_path, test)
