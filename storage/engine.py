@@ -14,7 +14,7 @@ from sqlalchemy.pool import QueuePool
 
 from fedtt.errors import StorageError
 
-__all__ = ["database_path", "errors_in_words", "in_words", "sqlite_engine"]
+__all__ = ["database_path", "errors_in_words", "in_words", "prepare_file", "sqlite_engine"]
 
 _OLDEST = (3, 35)  #: the first SQLite with RETURNING
 
@@ -59,6 +59,21 @@ def _from_url(text: str) -> str:
     return url.database or ""
 
 
+def prepare_file(path: Path) -> None:
+    """Make the file, for its owner alone, or see that it may be written; raises StorageError.
+
+    SQLite would open a read-only file all the same, and leave a read-only log beside it.
+    """
+    if path.is_file():
+        if not _writable(path):
+            raise StorageError(f"{path}: {_CAUSES[sqlite3.SQLITE_READONLY]}")
+        return
+    try:
+        path.touch(mode=0o600)
+    except OSError:
+        raise StorageError(f"{path}: {_why_not_opened(path)}") from None
+
+
 def sqlite_engine(path: Path, *, readonly: bool, busy_timeout_s: float) -> Engine:
     """An engine whose transactions are BEGIN IMMEDIATE on one connection, or read-only on several.
 
@@ -75,6 +90,7 @@ def sqlite_engine(path: Path, *, readonly: bool, busy_timeout_s: float) -> Engin
         poolclass=QueuePool,
         pool_size=4 if readonly else 1,
         max_overflow=12 if readonly else 0,
+        pool_timeout=busy_timeout_s,
     )
     begin = "BEGIN" if readonly else "BEGIN IMMEDIATE"
 
@@ -113,12 +129,13 @@ def errors_in_words(path: Path) -> Iterator[None]:
 
 def in_words(error: Exception, path: Path) -> StorageError:
     cause = error.orig if isinstance(error, DBAPIError) else error
+    said = str(cause).partition("\n")[0]
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind, the rest its detail
     if code == sqlite3.SQLITE_CANTOPEN:
         return StorageError(f"{path}: {_why_not_opened(path)}")
     if code == sqlite3.SQLITE_CONSTRAINT:
-        return StorageError(f"{path}: the ledger refuses this row: {cause}")
-    return StorageError(f"{path}: {_CAUSES.get(code, f'the database failed: {cause}')}")
+        return StorageError(f"{path}: the ledger refuses this row: {said}")
+    return StorageError(f"{path}: {_CAUSES.get(code, f'the database failed: {said}')}")
 
 
 def _why_not_opened(path: Path) -> str:
@@ -127,7 +144,10 @@ def _why_not_opened(path: Path) -> str:
         return f"directory {directory} does not exist: create it"
     if path.is_dir():
         return "this is a directory: name a file in it"
-    effective = os.access in os.supports_effective_ids
-    if not os.access(directory, os.W_OK, effective_ids=effective):
+    if not _writable(directory):
         return f"directory {directory} is read-only: give this user write access to it, or choose another"
     return "it cannot be opened: give this user access to the file"
+
+
+def _writable(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -27,7 +27,7 @@ def upgrade(connection: Connection, where: Path) -> None:
     current = MigrationContext.configure(connection).get_current_revision()
     if current == script.get_current_head():
         return
-    if current is None and inspect(connection).get_table_names():
+    if current is None and set(inspect(connection).get_table_names()) - {"alembic_version"}:
         raise StorageError(f"{where}: the database belongs to another program: name another file")
     if current is not None and current not in {known.revision for known in script.walk_revisions()}:
         raise StorageError(

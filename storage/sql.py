@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from sqlalchemy import Engine
 
-from storage.engine import database_path, errors_in_words, sqlite_engine
+from storage.engine import database_path, errors_in_words, prepare_file, sqlite_engine
 from storage.migrate import upgrade
 from storage.sql_transaction import SqlTransaction
 
@@ -30,9 +30,7 @@ class SqlStore:
         busy_timeout_s: how long a transaction waits for another process before it is given up.
         """
         path = database_path(database)
-        if not path.exists():
-            with suppress(OSError):  # SQLite fails the same way, and its error is put into words
-                path.touch(mode=0o600)
+        prepare_file(path)
         writer, reader = (
             sqlite_engine(path, readonly=readonly, busy_timeout_s=busy_timeout_s)
             for readonly in (False, True)

@@ -1,0 +1,228 @@
+"""The schema refuses impossible rows by itself, whatever program writes them; and migrations make it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
+
+from fedtt.errors import StorageError
+from storage.engine import sqlite_engine
+from storage.migrate import downgrade, upgrade
+from storage.models import Base
+from storage.records import DeviceState, RoundState, UpdateState
+from storage.sql import SqlStore
+from storage.store import Transaction
+from tests.support import ledger
+
+OTHER = "other"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqlStore]:
+    store = SqlStore.open(tmp_path / "ledger.db")
+    with store.transaction() as tx:
+        ledger.open_round(tx)
+        tx.put_lease(ledger.lease())
+    yield store
+    store.close()
+
+
+IMPOSSIBLE: dict[str, tuple[str, Callable[[Transaction], object]]] = {
+    "a token used more often than allowed": (
+        "uses_left_counts",
+        lambda tx: tx.put_token(ledger.token(uses_left=-1)),
+    ),
+    "a token not known by a hash": (
+        "sha256_is_sha256",
+        lambda tx: tx.put_token(ledger.token(sha256="secret")),
+    ),
+    "a device named by something else": (
+        "id_is_128_bits",
+        lambda tx: tx.put_device(ledger.device(id="alice")),
+    ),
+    "an erased device with a key": (
+        "erased_has_no_key",
+        lambda tx: tx.put_device(ledger.device(state=DeviceState.ERASED)),
+    ),
+    "an active device without a key": (
+        "erased_has_no_key",
+        lambda tx: tx.put_device(ledger.device(public_key=b"")),
+    ),
+    "a task on a bundle that is not there": (
+        "FOREIGN KEY",
+        lambda tx: tx.add_task(ledger.task(OTHER, bundle=ledger.sha256(OTHER))),
+    ),
+    "a version of no task": ("FOREIGN KEY", lambda tx: tx.add_version(ledger.version(0, task_id=2))),
+    "a later version without a parent": (
+        "later_has_a_parent",
+        lambda tx: tx.add_version(ledger.version(1, parent_sha256="")),
+    ),
+    "a first version made by a round": (
+        "first_has_no_round",
+        lambda tx: tx.add_version(ledger.version(0, branch=OTHER, round_number=1)),
+    ),
+    "a round on a version that is not there": (
+        "FOREIGN KEY",
+        lambda tx: tx.put_round(ledger.round_(2, version_number=1, state=RoundState.FOLDING)),
+    ),
+    "a second open round": ("rounds.task_id, rounds.branch", lambda tx: tx.put_round(ledger.round_(2))),
+    "a deadline before the opening": (
+        "deadline_follows_opening",
+        lambda tx: tx.put_round(ledger.round_(deadline_at=299.0)),
+    ),
+    "a folded round that has not closed": (
+        "ended_has_a_time",
+        lambda tx: tx.put_round(ledger.round_(state=RoundState.FOLDED)),
+    ),
+    "an open round that has closed": (
+        "ended_has_a_time",
+        lambda tx: tx.put_round(ledger.round_(closed_at=400.0)),
+    ),
+    "a round abandoned for no reason": (
+        "abandoned_has_a_reason",
+        lambda tx: tx.put_round(ledger.round_(state=RoundState.ABANDONED, closed_at=400.0)),
+    ),
+    "a lease of a device that is not there": (
+        "FOREIGN KEY",
+        lambda tx: tx.put_lease(ledger.lease(OTHER, device_id=ledger.device(OTHER).id)),
+    ),
+    "a lease in a round that is not there": (
+        "FOREIGN KEY",
+        lambda tx: tx.put_lease(ledger.lease(OTHER, round_number=2)),
+    ),
+    "a lease that expires before it is granted": (
+        "expiry_follows_grant",
+        lambda tx: tx.put_lease(ledger.lease(expires_at=309.0)),
+    ),
+    "an update without a lease": ("FOREIGN KEY", lambda tx: tx.add_update(ledger.update(OTHER))),
+    "an accepted update without a payload": ("one_end", lambda tx: tx.add_update(ledger.update(payload=b""))),
+    "an accepted update that is part of a version": (
+        "one_end",
+        lambda tx: tx.add_update(ledger.update(folded_into=0)),
+    ),
+    "a folded update that kept its payload": (
+        "one_end",
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, folded_into=0)),
+    ),
+    "an update folded into nothing": (
+        "one_end",
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, payload=b"")),
+    ),
+    "an update folded into a version that is not there": (
+        "FOREIGN KEY",
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, payload=b"", folded_into=1)),
+    ),
+    "an update discarded for no reason": (
+        "one_end",
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.DISCARDED, payload=b"")),
+    ),
+    "an update whose loss is not a number": (
+        "NOT NULL",
+        lambda tx: tx.add_update(ledger.update(loss_first=float("nan"))),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_the_schema_refuses(what: str, store: SqlStore) -> None:
+    constraint, write = IMPOSSIBLE[what]
+    with store.transaction() as tx, pytest.raises(StorageError, match=re.escape(constraint)):
+        write(tx)
+
+
+def test_a_refused_row_leaves_the_rest_of_its_transaction_alone(store: SqlStore) -> None:
+    with store.transaction() as tx:
+        tx.put_token(ledger.token())
+        with pytest.raises(StorageError):
+            tx.put_token(ledger.token(uses_left=-1))
+        tx.add_update(ledger.update())
+    with store.reading() as tx:
+        assert tx.token(ledger.sha256("secret")) == ledger.token()
+        assert tx.update(ledger.lease().id) is not None
+
+
+def test_a_state_outside_its_enum_is_refused_even_in_plain_sql(store: SqlStore) -> None:
+    engine = create_engine(f"sqlite:///{store.path}")
+    with engine.begin() as connection, pytest.raises(Exception, match="ck_leases_known_state"):
+        connection.execute(text("UPDATE leases SET state = 'stolen'"))
+    engine.dispose()
+
+
+def test_every_connection_is_durable_strict_and_private(tmp_path: Path) -> None:
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
+    for readonly in (False, True):
+        engine = sqlite_engine(tmp_path / "ledger.db", readonly=readonly, busy_timeout_s=1.0)
+        with engine.begin() as connection:
+            found = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in expected}
+            assert connection.exec_driver_sql("PRAGMA query_only").scalar_one() == readonly
+        engine.dispose()
+        assert found == expected
+
+
+# migrations
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = sqlite_engine(tmp_path / "ledger.db", readonly=False, busy_timeout_s=1.0)
+    yield engine
+    engine.dispose()
+
+
+def _definitions(connection: Connection) -> dict[str, set[str]]:
+    """Table or index -> the parts of its CREATE statement, in no order."""
+    rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    parts = {name: set(re.split(r",?\s*\n\s*", sql)) for name, sql in rows}
+    parts.pop("alembic_version", None)
+    return parts
+
+
+def test_the_migrated_schema_is_the_models_schema(engine: Engine, tmp_path: Path) -> None:
+    plain = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
+    with engine.begin() as migrated, plain.begin() as made:
+        upgrade(migrated, tmp_path)
+        Base.metadata.create_all(made)
+        differences = compare_metadata(
+            MigrationContext.configure(migrated, opts={"compare_type": True}), Base.metadata
+        )
+        assert differences == []
+        assert _definitions(migrated) == _definitions(made)  # CHECKs too, which Alembic does not compare
+    plain.dispose()
+
+
+def test_migrations_go_down_to_nothing_and_up_again(engine: Engine, tmp_path: Path) -> None:
+    with engine.begin() as connection:
+        upgrade(connection, tmp_path)
+        first = _definitions(connection)
+        downgrade(connection, "base")
+        assert inspect(connection).get_table_names() == ["alembic_version"]
+        upgrade(connection, tmp_path)
+        assert _definitions(connection) == first
+
+
+def test_a_migration_that_fails_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    def migrate_and_fail() -> None:
+        with engine.begin() as connection:
+            upgrade(connection, tmp_path)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        migrate_and_fail()
+    with engine.begin() as connection:
+        assert inspect(connection).get_table_names() == []
+
+
+def test_every_column_of_every_table_says_what_it_holds() -> None:
+    source = (Path(__file__).parents[3] / "storage" / "models.py").read_text()
+    silent = [
+        line.strip()
+        for line in source.splitlines()
+        if re.match(r"    \w+: Mapped\[", line) and "#: " not in line
+    ]
+    assert silent == []
