@@ -1,0 +1,201 @@
+"""The commands as a person meets them: what they print, and their status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtt.cli import main
+
+HEAVY = ("onnxruntime", "aiohttp", "tokenizers", "cryptography", "safetensors", "torch", "transformers")
+
+
+def fedtt(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "lights on", "label": "on"}\n{"text": "lights off", "label": "off"}\n')
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, which is all there is of an error."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_importing_the_commands_imports_nothing_heavy() -> None:
+    code = f"import sys, edge_client, edge_client.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_device_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, edge_client.session, edge_client.inference, edge_client.client_commands, onnxruntime;"
+    code += "print([m for m in ('torch', 'transformers', 'onnx', 'sqlalchemy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["client", c] for c in ("run", "add", "status", "pause", "resume", "leave", "forget")]
+    + [["predict"], ["evaluate"]],
+)
+def test_every_command_shows_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert f"examples:\n  fedtt {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_examples_are_added_and_counted(home: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedtt("client", "add", "--home", home, "--text", "wake me", "--label", "on") == 0
+    assert fedtt("client", "add", "--home", home, "--data", rows) == 0
+    assert fedtt("client", "add", "--home", home, "--data", rows, "--json") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["1 examples are kept", "3 examples are kept"]
+    assert json.loads(out[2]) == {"examples": 3}
+
+
+def test_status_says_what_the_device_keeps(
+    home: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedtt("client", "add", "--home", home, "--data", rows)
+    fedtt("client", "pause", "--home", home)
+    capsys.readouterr()
+    assert fedtt("client", "status", "--home", home, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["examples"], found["paused"], found["running"], found["enrolled"]) == (
+        2,
+        True,
+        False,
+        False,
+    )
+    fedtt("client", "resume", "--home", home)
+    capsys.readouterr()
+    assert fedtt("client", "status", "--home", home) == 0
+    assert "paused          False" in capsys.readouterr().out
+
+
+def test_taking_part_needs_a_yes_where_nobody_can_be_asked(
+    home: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDTT_CONSENT", raising=False)
+    run = ("client", "run", "--home", home, "--server", "http://127.0.0.1:9", "--token", "t", "--data", rows)
+    assert fedtt(*run) == 2
+    err = capsys.readouterr().err
+    assert "on your 2 examples" in err
+    assert "Never sent: your texts and their labels." in err
+    assert err.splitlines()[-1].startswith(
+        "fedtt: error: consent = 'unasked' is not allowed: agree with --yes"
+    )
+    assert not (home / "identity.key").exists(), "no key is made before the owner agrees"
+
+
+def test_an_unencrypted_address_is_pointed_out(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDTT_CONSENT", raising=False)
+    fedtt("client", "run", "--home", home, "--server", "http://models.example", "--token", "t")
+    assert "http:// is not encrypted" in capsys.readouterr().err
+    fedtt("client", "run", "--home", home, "--server", "https://models.example", "--token", "t")
+    assert "not encrypted" not in capsys.readouterr().err
+
+
+def test_consent_may_be_given_in_the_environment_and_an_unreachable_server_is_one_line(
+    home: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTT_CONSENT", "yes")
+    run = (
+        "client",
+        "run",
+        "--home",
+        home,
+        "--server",
+        "http://127.0.0.1:9",
+        "--token",
+        "t",
+        "--once",
+        "--json",
+    )
+    assert fedtt(*run) == 2
+    retrying, ended = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (retrying["event"], ended["event"]) == ("retrying", "ended")
+    assert "Connection refused" in retrying["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "--server = None is not allowed: the address of the aggregator, for the first run"),
+        (["run", "--server", "ftp://x", "--yes"], "server = 'ftp://x' is not allowed: an address like https"),
+        (["run", "--server", "http://127.0.0.1:9", "--yes"], "token = '' is not allowed: an enrolment token"),
+        (["run", "--server", "http://127.0.0.1:9", "--data", "none.csv"], "none.csv cannot be read"),
+        (["add", "--data", "none.csv"], "none.csv cannot be read (No such file or directory)"),
+        (["add", "--text", " "], "an example needs a text that is not empty"),
+        (["add", "--data", "none.csv", "--label", "on"], "--label = 'on' is not allowed: goes with --text"),
+        (["status"], "does not exist: name the device's directory with --home"),
+        (["pause"], "does not exist"),
+        (["leave"], "does not exist"),
+        (["forget"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    home: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedtt("client", *arguments, "--home", home) == 2
+    line = error_of(capsys)
+    assert line.startswith("fedtt: error: ")
+    assert message in line
+
+
+def test_a_paused_device_does_not_run_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.mkdir()
+    fedtt("client", "pause", "--home", home)
+    assert fedtt("client", "run", "--home", home, "--server", "http://127.0.0.1:9", "--yes", "--once") == 2
+    assert "is paused by its owner: fedtt client resume" in error_of(capsys)
+
+
+def test_leaving_before_enrolling_is_no_error(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.mkdir()
+    assert fedtt("client", "leave", "--home", home) == 0
+    assert "was not enrolled" in capsys.readouterr().out
+
+
+def test_forgetting_a_device_that_never_enrolled_asks_no_server(
+    home: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedtt("client", "add", "--home", home, "--data", rows)
+    assert fedtt("client", "forget", "--home", home) == 0
+    assert not home.exists()
+
+
+def test_a_directory_that_is_no_version_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedtt("predict", tmp_path, "hello") == 2
+    assert "is not a version: it has no config.json" in error_of(capsys)
+    assert fedtt("evaluate", tmp_path, tmp_path / "none.csv") == 2
+    assert "none.csv cannot be read" in error_of(capsys)
+
+
+def test_the_public_names_are_sorted_and_all_there() -> None:
+    import edge_client
+
+    assert edge_client.__all__ == sorted(edge_client.__all__)
+    for name in edge_client.__all__:
+        assert getattr(edge_client, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = edge_client.nothing
