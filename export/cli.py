@@ -109,7 +109,7 @@ def _export(args: Namespace) -> None:
 def _verify(args: Namespace) -> None:
     with _progress() as report:
         report("loading torch")
-        from .verify import verify_bundle
+        from .verify import TOLERANCE, verify_bundle
 
         report(f"comparing {args.bundle} with {args.model}")
         differences = verify_bundle(args.bundle, args.model)
@@ -118,6 +118,8 @@ def _verify(args: Namespace) -> None:
             print_json(difference)
         else:
             print(difference.line())
+    if not args.json:
+        print(f"largest difference {max(d.largest for d in differences):.1e}, allowed {TOLERANCE:.0e}")
 
 
 @contextlib.contextmanager

@@ -74,10 +74,15 @@ def test_a_staged_directory_replaces_the_old_one_when_all_is_well(bundle: Path) 
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
-def test_a_failure_leaves_the_old_bundle_and_nothing_else(bundle: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staged(bundle) as stage:
+def _fail(out: Path) -> None:
+    with staged(out) as stage:
         (stage / "half").write_text("half")
         raise ZeroDivisionError
+
+
+def test_a_failure_leaves_the_old_bundle_and_nothing_else(bundle: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _fail(bundle)
     read_bundle(bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 

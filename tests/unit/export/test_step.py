@@ -33,7 +33,7 @@ def test_the_functional_gradient_is_that_of_autograd(family: str, tmp_path: Path
     loss, gradient, _ = TrainingStep(model)(theta, ids, mask, labels)
     leaf = theta.clone().requires_grad_()
     expected = F.cross_entropy(model(leaf, ids, mask), labels)
-    expected.backward()
+    expected.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
     assert gradient.count_nonzero() == theta.numel()
@@ -71,9 +71,5 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradient(tmp_path: Path
     theta, ids, mask, labels = random_inputs(model, 4, 9).values()
     other = torch.where(mask == 1, ids, 5)
     assert not torch.equal(ids, other)
-    for a, b in zip(
-        TrainingStep(model)(theta, ids, mask, labels),
-        TrainingStep(model)(theta, other, mask, labels),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    step = TrainingStep(model)
+    torch.testing.assert_close(step(theta, other, mask, labels), step(theta, ids, mask, labels))

@@ -23,7 +23,6 @@ def test_flat_products_multiply_as_matmul_does(left: tuple[int, ...], right: tup
     a, b = torch.randn(left), torch.randn(right)
     expected = a @ b
     with FlatProducts():
-        assert torch.equal(torch.matmul(a, b).isfinite(), expected.isfinite())
         torch.testing.assert_close(a @ b, expected)
         torch.testing.assert_close(torch.matmul(a, b), expected)
 
