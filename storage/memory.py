@@ -59,6 +59,9 @@ class MemoryStore:
             if tx.undo_log:
                 raise StorageError("a reading transaction wrote; this is a bug in the caller")
 
+    def maintain(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

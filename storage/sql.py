@@ -56,10 +56,7 @@ class SqlStore:
             yield SqlTransaction(connection, self.path, readonly=True)
 
     def maintain(self) -> bool:
-        """Move the write-ahead log into the database and empty it, so that no old payload stays in it.
-
-        Returns False where a reader was in the way: call again later. Must not be called in a transaction.
-        """
+        """Move the write-ahead log into the database and empty it, so that no old payload stays in it."""
         connection = self._writer.raw_connection()
         try:
             with errors_in_words(self.path):

@@ -132,4 +132,11 @@ class Store(Protocol):
         """Read one consistent state; writing is an error."""
         ...
 
+    def maintain(self) -> bool:
+        """Wipe what settled payloads have left in logs, outside any transaction; call it after each fold.
+
+        Returns False where a reader was in the way: call again later.
+        """
+        ...
+
     def close(self) -> None: ...

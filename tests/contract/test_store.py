@@ -287,6 +287,14 @@ class StoreContract:
             assert tx.update(b.lease_id) == replace(b, state=FOLDED, payload=b"", folded_into=1)
             assert tx.update(c.lease_id) == replace(c, state=DISCARDED, payload=b"", reason="too late")
 
+    def test_maintenance_after_a_fold_loses_nothing(self, store: Store) -> None:
+        with store.transaction() as tx:
+            a, b = (ledger.upload(tx, name) for name in "ab")
+            tx.settle([a.lease_id], FOLDED, folded_into=0)
+        assert store.maintain()
+        with store.reading() as tx:
+            assert list(tx.updates(1, MAIN, 1, ACCEPTED)) == [b]
+
     # transactions
 
     def test_after_an_error_nothing_of_the_transaction_remains(self, store: Store) -> None:
