@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import save_file
-from transformers import LlamaForCausalLM
 
 from export import load_version
 from export.bundle import read_bundle
@@ -69,13 +69,13 @@ def test_a_loaded_classifier_can_be_trained_on(tiny_bundle: Path, tiny_model: Pa
 def test_a_decoder_loads_as_a_transformers_model_that_generates(stories_bundle: Path, tmp_path: Path) -> None:
     theta = _save_version(stories_bundle, tmp_path / "version")
     model, tokenizer = load_version(tmp_path / "version", str(STORIES))
-    assert isinstance(model, LlamaForCausalLM)
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
     expected = _graph_logits(stories_bundle, theta, inputs["input_ids"], inputs["attention_mask"])
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
-    written = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    generate: Any = model.generate
+    written = generate(**inputs, max_new_tokens=5, do_sample=False)
     assert written.shape[1] == inputs["input_ids"].shape[1] + 5
 
 
