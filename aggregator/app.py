@@ -73,7 +73,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
     Raises StorageError where the directory or database cannot be used, ConfigError where a port is taken.
     """
     _make_directory(config.data)
-    store = SqlStore.open(config.database or f"sqlite:///{config.data / 'fedtt.db'}")
+    store = SqlStore.open(config.database or config.data / "fedtt.db")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(store.close)
         service = Service(store, FileBlobs(config.data / "blobs"), SystemClock())

@@ -124,6 +124,7 @@ class Service:
         fold = await asyncio.to_thread(sum_round, self.store, self.blobs, self.lifecycle, round_)
         version = await self.writer.run(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
         if version is not None:
+            await self.writer.maintain()
             _log.info(
                 "round %d folded %d updates into version %d", round_.number, version.updates, version.number
             )

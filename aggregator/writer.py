@@ -54,6 +54,10 @@ class Writer:
             raise QueueFullError(f"{self._queue.maxsize} changes wait already; come back later") from None
         return await pending.future
 
+    async def maintain(self) -> None:
+        """Have settled payloads leave the disk, between two commits."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.maintain)
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._loop())
 
