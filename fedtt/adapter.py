@@ -12,11 +12,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from fedtt.errors import ConfigError, LayoutError
@@ -48,16 +48,16 @@ class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     kind: HeadKind
-    labels: int
+    labels: Annotated[int, Meta(ge=2, le=2**20)]
     matrix: TTMatrix | None = None  #: hidden -> labels (padded), for the two TT kinds
 
 
 class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """TT adapters h + up(gelu(down(h))) at `sites` of the last `depth` blocks (LoRETTA, eq. 4; FedTT §3)."""
 
-    hidden: int  #: width of the model
-    layers: int  #: its blocks
-    depth: int  #: how many of the last blocks carry adapters
+    hidden: Annotated[int, Meta(ge=1, le=2**20)]  #: width of the model
+    layers: Annotated[int, Meta(ge=1, le=2**12)]  #: its blocks
+    depth: Annotated[int, Meta(ge=1, le=2**12)]  #: how many of the last blocks carry adapters
     sites: tuple[Site, ...]  #: where in a block
     down: TTMatrix  #: hidden -> bottleneck
     up: TTMatrix  #: bottleneck -> hidden; its last core starts at zero

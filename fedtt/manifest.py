@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fedtt.adapter import AdapterSpec
-from fedtt.errors import BundleError
+from fedtt.errors import BundleError, LayoutError
 
 __all__ = [
     "FORMAT",
@@ -26,6 +26,7 @@ __all__ = [
     "ModelInfo",
     "Tokenization",
     "bundle_digest",
+    "check_format",
     "decode_manifest",
     "encode_manifest",
 ]
@@ -102,22 +103,27 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
     """Read and check a manifest; raises BundleError with what is wrong and what to do."""
     if len(data) > MANIFEST_LIMIT_BYTES:
         raise BundleError(f"{where} has {len(data)} bytes, at most {MANIFEST_LIMIT_BYTES} are read")
+    check_format(data, where, "a bundle manifest")
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        _check(manifest, where)
+    except (msgspec.DecodeError, UnicodeDecodeError, LayoutError) as error:
+        raise BundleError(f"{where} is not a valid manifest: {error}; export it again") from None
+    return manifest
+
+
+def check_format(data: bytes, where: str, what: str) -> None:
+    """Refuse bytes that are no JSON object of this format, whatever else is in them; raises BundleError."""
     try:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{where} is not a bundle manifest: {error}; export or download it again") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{where} is not {what}: {error}; export or download it again") from None
     if bytes(found.get("format", b"")) != str(FORMAT).encode():
         version = bytes(found.get("format", b"none")).decode(errors="replace")[:20]
         raise BundleError(
             f"{where} has format {version}, this program reads format {FORMAT}: "
-            "export the model again, or use the release of fedtt that wrote it"
+            "export or download it again, or use the release of fedtt that wrote it"
         )
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{where} is not a valid manifest: {error}") from None
-    _check(manifest, where)
-    return manifest
 
 
 def _check(manifest: Manifest, where: str) -> None:

@@ -15,12 +15,13 @@ from msgspec import Meta, Struct
 
 from fedtt.algorithms import Method
 from fedtt.codec import CodecSpec
-from fedtt.errors import WireError
+from fedtt.errors import ConfigError, WireError
 from fedtt.optimiser import TrainingSpec
 
 __all__ = [
     "MEDIA_TYPE",
     "MESSAGE_LIMIT_BYTES",
+    "STATUS",
     "CheckIn",
     "CheckInAnswer",
     "Code",
@@ -28,6 +29,7 @@ __all__ = [
     "Enrolled",
     "Failure",
     "FailureCode",
+    "Message",
     "Plan",
     "Problem",
     "Receipt",
@@ -213,7 +215,7 @@ def decode(data: bytes, kind: type[M]) -> M:
         raise WireError(f"a message has {len(data)} bytes, at most {MESSAGE_LIMIT_BYTES} are read")
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
         raise WireError(f"not a valid message: {error}") from None
 
 

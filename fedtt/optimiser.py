@@ -48,9 +48,9 @@ class Optimiser:
             self._m = np.float32(spec.momentum) * self._m + grad
             theta -= eta * self._m
             return
-        b1, b2 = np.float32(spec.momentum), np.float32(spec.second_moment)
-        self._m = b1 * self._m + (1 - b1) * grad
-        self._v = b2 * self._v + (1 - b2) * grad * grad
-        m_hat = self._m / np.float32(1 - spec.momentum**self.steps)
-        v_hat = self._v / np.float32(1 - spec.second_moment**self.steps)
+        b1, b2 = spec.momentum, spec.second_moment  # 1 - β in float64: in float32 it is 1e-5 off for 0.999
+        self._m = np.float32(b1) * self._m + np.float32(1 - b1) * grad
+        self._v = np.float32(b2) * self._v + np.float32(1 - b2) * grad * grad
+        m_hat = self._m / np.float32(1 - b1**self.steps)
+        v_hat = self._v / np.float32(1 - b2**self.steps)
         theta -= eta * m_hat / (np.sqrt(v_hat) + np.float32(1e-8))

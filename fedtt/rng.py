@@ -2,7 +2,7 @@
 
 The generator is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
 key = (seed, purpose), counter = (0, 0, round, device). Counters of 64 bits leave 2^128 draws to each
-address before two streams could meet. Golden vectors: `tests/unit/test_rng.py`.
+address before two streams could meet. Golden vectors: `tests/unit/fedtt/test_rng.py`.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from fedtt.errors import LayoutError
@@ -40,6 +40,9 @@ __all__ = [
 
 Array = NDArray[np.floating[Any]]
 
+#: Bounds for foreign specs: with them no layout can count past 64 bits.
+Modes = Annotated[tuple[Annotated[int, Meta(ge=1, le=2**16)], ...], Meta(min_length=1, max_length=16)]
+
 _TYPICAL_MODE = 8
 _LARGEST_MODE = 16
 
@@ -47,9 +50,9 @@ _LARGEST_MODE = 16
 class TTMatrix(Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of a TT matrix: modes of both directions and the largest rank."""
 
-    in_modes: tuple[int, ...]
-    out_modes: tuple[int, ...]
-    rank: int
+    in_modes: Modes
+    out_modes: Modes
+    rank: Annotated[int, Meta(ge=1, le=2**12)]
 
     def __post_init__(self) -> None:
         if not self.in_modes or not self.out_modes or min(self.modes) < 1 or self.rank < 1:

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import BundleError
-from fedtt.manifest import Manifest, ModelInfo
+from fedtt.manifest import FORMAT, Manifest, ModelInfo, check_format
 
 __all__ = ["CONFIG", "FACTORS", "VersionConfig", "decode_config", "encode_config", "version_config"]
 
@@ -23,7 +23,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 class VersionConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names everything needed to load the factors back into a model."""
 
-    format: Literal[1] = 1
+    format: Literal[1] = FORMAT
     task_name: str
     version_number: int
     version_sha256: Sha256  #: of theta, float32 little-endian, in the order of the layout
@@ -57,6 +57,7 @@ def decode_config(data: bytes, where: str = CONFIG) -> VersionConfig:
     """Read the config of a version directory; raises BundleError with what is wrong."""
     if len(data) > _LIMIT_BYTES:
         raise BundleError(f"{where} has {len(data)} bytes, at most {_LIMIT_BYTES} are read")
+    check_format(data, where, "a version's config")
     try:
         return msgspec.json.decode(data, type=VersionConfig)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

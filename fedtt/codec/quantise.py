@@ -6,7 +6,7 @@ b bits (8 or 4), q = 2^(b-1) - 1 levels each side, scale s = max|x| / q as bfloa
     then        int8: one byte a value; int4: two values a byte, the first in the low nibble
 
 32 bits means plain little-endian float32 without a scale. Values are two's complement; -2^(b-1) and a
-padding nibble other than 0 are refused, so that every payload has one meaning and one form.
+padding nibble other than 0 are refused, and so is a negative scale: no bit is free to carry anything.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def decode(bits: int, data: bytes, size: int) -> Factor:
     if bits == 32:
         return np.frombuffer(data, "<f4").astype(np.float32)
     scale = np.frombuffer(b"\0\0" + data[:_SCALE_BYTES], "<f4").astype(np.float32)
+    if np.signbit(scale[0]):
+        raise WireError("the payload's scale is negative")
     body = np.frombuffer(data, np.int8, offset=_SCALE_BYTES)
     q = body if bits == 8 else _unpack_nibbles(body, size)
     if q.size and q.min() == -(2 ** (bits - 1)):
