@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,20 +87,32 @@ def test_graphs_run_the_same_with_the_settings_that_save_memory(
     assert loss == pytest.approx(float(expected_loss), rel=TOLERANCE)
 
 
-def test_the_same_request_gives_the_same_bytes_in_another_process(
+def test_the_command_line_makes_the_same_bytes_in_another_process(
     tiny_bundle: Path, tiny_request: ExportRequest, tmp_path: Path
 ) -> None:
-    """Under another hash seed, in another directory, on one thread."""
-    code = (
-        "import torch; from pathlib import Path; from export import *; torch.set_num_threads(1)\n"
-        f"export_bundle({tiny_request!r}, Path('again'), verify=False)"
+    """Under another hash seed, in another directory, replacing a bundle; and prints its figures."""
+    (tmp_path / "labels.json").write_text(json.dumps(TINY_LABELS))
+    shutil.copytree(tiny_bundle, tmp_path / "again")
+    (tmp_path / "again" / "leftover").write_text("of the old bundle")
+    options = "--labels labels.json --out again --force --no-verify --json --bottleneck 8 --rank 2"
+    more = "--head-rank 2 --max-tokens 32 --bottleneck-modes 8 --depth all --sites attention,mlp"
+    found = subprocess.run(
+        [sys.executable, "-m", "fedtt", "export", tiny_request.model, *options.split(), *more.split()],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
     )
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert sorted(p.name for p in tiny_bundle.iterdir()) == sorted(
+        p.name for p in (tmp_path / "again").iterdir()
+    )
     for path in tiny_bundle.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-    first, second = (d / MANIFEST for d in (tiny_bundle, tmp_path / "again"))
-    assert bundle_digest(first.read_bytes()) == bundle_digest(second.read_bytes())
+    summary = json.loads(found.stdout)
+    assert summary["bundle_sha256"] == bundle_digest((tiny_bundle / MANIFEST).read_bytes())
+    assert summary["trained_numbers"] == 428  # 4 sites x (48 + 48) + head 40 + 4
+    assert found.stderr == ""
 
 
 def test_no_file_holds_a_path_of_this_machine(tiny_bundle: Path, tiny_model: Path) -> None:
