@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from aggregator.problems import conflict_name, malformed, not_found
+from aggregator.problems import conflict_name, conflict_state, malformed, not_found
 from aggregator.service import Service
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
@@ -153,7 +153,13 @@ async def change_task(service: Service, name: str, state: TaskState) -> Row | Pr
             task = lifecycle.stop(tx, service.clock.now(), name, reason)
         else:
             task = lifecycle.set_active(tx, name, state, reason if state is TaskState.PAUSED else "")
-        return _unknown(name) if task is None else _task_row(tx, task)
+        if task is None:
+            return _unknown(name)
+        return (
+            _task_row(tx, task)
+            if task.state is state
+            else conflict_state(name, task.state.value, state.value)
+        )
 
     return await service.write(change)
 

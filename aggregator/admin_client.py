@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 
 from fedtt.errors import BundleError, FedttError, Unreachable
-from fedtt.manifest import MANIFEST, bundle_digest, decode_manifest
+from fedtt.manifest import MANIFEST, FileEntry, bundle_digest, decode_manifest
 from fedtt.version_config import CONFIG, FACTORS
 
 __all__ = ["AdminClient"]
@@ -59,6 +60,10 @@ class AdminClient:
         """One request whose answer is JSON."""
         return msgspec.json.decode(await self.call(method, path))
 
+    async def task(self, name: str, below: str = "", method: str = "GET") -> Any:
+        """A task, or what lies below it: "/rounds", "/versions", or with POST a change to it."""
+        return await self.rows(f"/tasks/{quote(name, safe='')}{below}", method)
+
     async def send_bundle(self, directory: Path, progress: Progress | None = None) -> str:
         """Upload the files of a bundle that the server lacks, then register it; returns its sha256."""
         try:
@@ -69,21 +74,26 @@ class AdminClient:
             ) from None
         manifest = decode_manifest(manifest_bytes, str(directory / MANIFEST))
         for name, entry in manifest.files.items():
+            _check_file(directory / name, entry.bytes)
+        for name, entry in manifest.files.items():
             if await self.call("HEAD", f"/blobs/{entry.sha256}") != b"200":
-                pieces = _pieces(directory / name, entry.bytes, progress)
-                await self.call("PUT", f"/blobs/{entry.sha256}", pieces)
+                await self._send_file(directory / name, entry, progress)
         await self.call("POST", "/bundles", manifest_bytes)
         return bundle_digest(manifest_bytes)
+
+    async def _send_file(self, path: Path, entry: FileEntry, progress: Progress | None) -> None:
+        try:
+            await self.call("PUT", f"/blobs/{entry.sha256}", _pieces(path, entry.bytes, progress))
+        except FedttError as error:
+            raise BundleError(f"{path} could not be sent: {error}") from None
 
     async def create_task(self, text: str, bundle: str) -> Any:
         return msgspec.json.decode(await self.call("POST", "/tasks", text.encode(), bundle=bundle))
 
     async def download_version(self, task: str, number: int, directory: Path) -> None:
         """Write factors and config of a version into a directory."""
-        files = {
-            name: await self.call("GET", f"/tasks/{task}/versions/{number}/{name}")
-            for name in (CONFIG, FACTORS)
-        }
+        version = f"/tasks/{quote(task, safe='')}/versions/{number}"
+        files = {name: await self.call("GET", f"{version}/{name}") for name in (CONFIG, FACTORS)}
         await asyncio.to_thread(_write, directory, files)
 
     async def download_bundle(self, sha256: str, directory: Path) -> None:
@@ -112,6 +122,16 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
             (directory / name).write_bytes(data)
     except OSError as error:
         raise FedttError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+def _check_file(path: Path, size: int) -> None:
+    """Raises BundleError where a file is missing or cut short, before a large bundle is sent."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; export the bundle again") from None
+    if found != size:
+        raise BundleError(f"{path} has {found} bytes, its manifest says {size}: export the bundle again")
 
 
 async def _pieces(path: Path, size: int, progress: Progress | None) -> AsyncIterator[bytes]:

@@ -55,10 +55,10 @@ async def list_tasks(client: AdminClient, args: argparse.Namespace) -> None:
 
 async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
     if args.change != "show":
-        _print_rows([await client.rows(f"/tasks/{args.name}/{args.change}", "POST")], args, _TASK_COLUMNS)
+        _print_rows([await client.task(args.name, f"/{args.change}", "POST")], args, _TASK_COLUMNS)
         return
-    task = await client.rows(f"/tasks/{args.name}")
-    rounds = await client.rows(f"/tasks/{args.name}/rounds")
+    task = await client.task(args.name)
+    rounds = await client.task(args.name, "/rounds")
     if args.json:
         print_json(task | {"rounds": rounds})
         return
@@ -67,16 +67,16 @@ async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
 
 
 async def list_versions(client: AdminClient, args: argparse.Namespace) -> None:
-    _print_rows(await client.rows(f"/tasks/{args.task}/versions"), args, _VERSION_COLUMNS)
+    _print_rows(await client.task(args.task, "/versions"), args, _VERSION_COLUMNS)
 
 
 async def download_version(client: AdminClient, args: argparse.Namespace) -> None:
     number = args.number
     if number is None:
-        number = (await client.rows(f"/tasks/{args.task}"))["version"]
+        number = (await client.task(args.task))["version"]
     await client.download_version(args.task, number, args.out)
     if not args.no_bundle:
-        bundle = (await client.rows(f"/tasks/{args.task}"))["bundle"]
+        bundle = (await client.task(args.task))["bundle"]
         await client.download_bundle(bundle, args.out / "bundle")
     if args.json:
         print_json({"task": args.task, "version": number, "path": str(args.out)})

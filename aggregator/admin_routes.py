@@ -10,8 +10,8 @@ from aiohttp.typedefs import Handler, Middleware
 from aggregator import admin
 from aggregator.auth import same_token
 from aggregator.device_routes import serve_bundle_file
-from aggregator.handling import SERVICE, ProblemError, checked, json_answer, read_body
-from aggregator.problems import forbidden, malformed, not_found, too_large
+from aggregator.handling import SERVICE, ProblemError, body_pieces, checked, json_answer, read_body
+from aggregator.problems import forbidden, malformed, not_found
 from fedtt.manifest import MANIFEST_LIMIT_BYTES
 from fedtt.messages import Problem
 from storage.records import TaskState
@@ -47,10 +47,8 @@ async def has_blob(request: web.Request) -> web.Response:
 
 async def put_blob(request: web.Request) -> web.Response:
     """Store one file of a bundle under its sha256; sending it again is harmless."""
-    if (request.content_length or 0) > _BLOB_LIMIT_BYTES:
-        raise ProblemError(too_large(_BLOB_LIMIT_BYTES))
     sha256 = request.match_info["sha256"]
-    pieces = request.content.iter_any()
+    pieces = body_pieces(request, _BLOB_LIMIT_BYTES)
     await request.app[SERVICE].blobs.receive(sha256, pieces, limit_bytes=_BLOB_LIMIT_BYTES)
     return json_answer({"sha256": sha256}, 201)
 

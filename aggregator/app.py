@@ -11,24 +11,26 @@ from pathlib import Path
 
 from aiohttp import web
 from msgspec import Struct
-from storage.blobs import FileBlobs
 
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
 from aggregator.auth import token_sha256
+from aggregator.data_directory import sole_server
 from aggregator.device_routes import add_device_routes
-from aggregator.handling import SERVICE, answer, problems_as
+from aggregator.handling import BODY_S, SERVICE, answer, problems_as
 from aggregator.service import Service
 from aggregator.token_files import secret_file
-from fedtt.errors import ConfigError, StorageError
+from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
+from storage.blobs import FileBlobs
 from storage.records import Token
 from storage.sql import SqlStore
 
 __all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "serving"]
 
 _HEADER_LIMIT_BYTES = 4096
-_KEEPALIVE_S = 30.0
 _BACKLOG = 1024
+BODY_LIMIT_S = 60.0
+_LINGER_S = 2.0  #: for which the rest of a refused body is read, so that its sender sees the refusal
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -40,6 +42,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     admin_host: str = "127.0.0.1"
     admin_port: int = 8441  #: for people; 0 picks a free one
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
+    idle_s: float = 30.0  #: after which a connection without a whole request is closed
+    body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
 
 
 class Listening(Struct, frozen=True, kw_only=True):
@@ -52,16 +56,17 @@ class Listening(Struct, frozen=True, kw_only=True):
     service: Service
 
 
-def device_app(service: Service) -> web.Application:
-    app = web.Application(middlewares=[problems_as(answer)])
-    app[SERVICE] = service
+def device_app(service: Service, *, body_s: float = BODY_LIMIT_S) -> web.Application:
+    app = web.Application(middlewares=[problems_as(answer, candid=False)])
+    app[SERVICE], app[BODY_S] = service, body_s
     add_device_routes(app)
     return app
 
 
-def admin_app(service: Service, admin_token: str) -> web.Application:
-    app = web.Application(middlewares=[problems_as(admin_problem), require_token(token_sha256(admin_token))])
-    app[SERVICE] = service
+def admin_app(service: Service, admin_token: str, *, body_s: float = BODY_LIMIT_S) -> web.Application:
+    secret = require_token(token_sha256(admin_token))
+    app = web.Application(middlewares=[problems_as(admin_problem, candid=True), secret])
+    app[SERVICE], app[BODY_S] = service, body_s
     add_admin_routes(app)
     return app
 
@@ -72,9 +77,9 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
 
     Raises StorageError where the directory or database cannot be used, ConfigError where a port is taken.
     """
-    _make_directory(config.data)
-    store = SqlStore.open(config.database or config.data / "fedtt.db")
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(sole_server(config.data))
+        store = SqlStore.open(config.database or config.data / "fedtt.db")
         stack.callback(store.close)
         service = Service(store, FileBlobs(config.data / "blobs"), SystemClock())
         service.writer.start()
@@ -83,9 +88,11 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         enrolment_token = secret_file(config.data / "enrolment-token")
         token = Token(sha256=token_sha256(enrolment_token), uses_left=None, expires_at=None)
         await service.writer.run(lambda tx: tx.put_token(token))
-        url = await _listen(stack, device_app(service), config.host, config.port, "--port")
+        devices = device_app(service, body_s=config.body_s)
+        people = admin_app(service, admin_token, body_s=config.body_s)
+        url = await _listen(stack, devices, config.host, config.port, config.idle_s)
         admin_url = await _listen(
-            stack, admin_app(service, admin_token), config.admin_host, config.admin_port, "--admin-port"
+            stack, people, config.admin_host, config.admin_port, config.idle_s, "admin-"
         )
         keeper = asyncio.create_task(service.run())
         stack.push_async_callback(_cancel, keeper)
@@ -98,22 +105,21 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         )
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise StorageError(
-            f"the data directory {path} cannot be made: {error.strerror}; choose one with --data"
-        ) from None
-
-
 async def _listen(
-    stack: contextlib.AsyncExitStack, app: web.Application, host: str, port: int, option: str
+    stack: contextlib.AsyncExitStack,
+    app: web.Application,
+    host: str,
+    port: int,
+    idle_s: float,
+    option: str = "",
 ) -> str:
+    """Serve an application until the stack is left; `option` begins the names of its two options."""
     runner = web.AppRunner(
         app,
         access_log=None,
-        keepalive_timeout=_KEEPALIVE_S,
+        keepalive_timeout=idle_s,
+        lingering_time=_LINGER_S,
+        auto_decompress=False,  # a few bytes could unpack to gigabytes
         max_line_size=_HEADER_LIMIT_BYTES,
         max_field_size=_HEADER_LIMIT_BYTES,
     )
@@ -123,11 +129,19 @@ async def _listen(
     try:
         await site.start()
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        allowed = "a free one: stop the program that uses it, or choose another" if taken else str(error)
-        raise ConfigError(option, port, allowed, host) from None
+        raise _not_listening(error, host, port, option) from None
     bound = runner.addresses[0][1]
     return f"http://{host}:{bound}"
+
+
+def _not_listening(error: OSError, host: str, port: int, option: str) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        allowed = "a free one: stop the program that uses it, or choose another"
+        return ConfigError(f"--{option}port", port, allowed, host)
+    if error.errno == errno.EACCES:
+        return ConfigError(f"--{option}port", port, "one that this user may open, such as 8440", host)
+    allowed = f"an address of this machine ({error.strerror or error})"
+    return ConfigError(f"--{option}host", host, allowed)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -53,7 +53,7 @@ def verify(claim: Signed, signature: bytes, device: Device | None, now: float) -
 
 def token_sha256(token: str) -> str:
     """Tokens are kept as hashes alone."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
 
 
 def same_token(given: str, sha256: str) -> bool:

@@ -158,10 +158,10 @@ def _run(action: Action, args: argparse.Namespace) -> None:
 
 
 def _token(path: Path) -> str:
-    if token := os.environ.get("FEDTT_ADMIN_TOKEN"):
-        return token
+    if given := os.environ.get("FEDTT_ADMIN_TOKEN"):
+        return _token_text(given, "FEDTT_ADMIN_TOKEN", "…")
     try:
-        return path.read_text().strip()
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             "--token-file",
@@ -169,6 +169,14 @@ def _token(path: Path) -> str:
             f"a readable file ({error.strerror}), such as admin-token in the server's data directory, "
             "or set FEDTT_ADMIN_TOKEN",
         ) from None
+    return _token_text(data.decode(errors="replace").strip(), "--token-file", str(path))
+
+
+def _token_text(text: str, field: str, shown: str) -> str:
+    """The token, if it can be one; `shown` stands for it in the error."""
+    if not (text.isascii() and text.isprintable() and text):
+        raise ConfigError(field, shown, "one line with the token that `fedtt serve` wrote to admin-token")
+    return text
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from aggregator.problems import (
     unknown_device,
     unknown_lease,
 )
+from aggregator.promised import promised
 from fedtt.adapter import FactorLayout, LiveSet
 from fedtt.messages import (
     CheckIn,
@@ -206,8 +207,7 @@ class Coordinator:
 
     @staticmethod
     def _work(tx: Transaction, now: float, task: Task, round_: Round, lease: Lease) -> Work:
-        version = tx.version(task.id, MAIN, lease.version_number)
-        assert version is not None  # noqa: S101  # rounds are opened on versions that exist
+        version = promised(tx.version(task.id, MAIN, lease.version_number), "a lease's version")
         plan = Plan(
             task=task.spec.name,
             seed=task.spec.seed,
@@ -234,11 +234,9 @@ class Coordinator:
             return unknown_lease(lease_id)
         if known := tx.update(lease_id):
             return receipt_of(known) if known.digest == digest else conflict(lease_id)
-        task = tx.task_by_id(lease.task_id)
-        current = tx.latest_round(lease.task_id, lease.branch)
-        granted = tx.round(lease.task_id, lease.branch, lease.round_number)
-        assert task is not None  # noqa: S101  # foreign keys of a lease
-        assert current is not None and granted is not None  # noqa: S101, PT018  # likewise
+        task = promised(tx.task_by_id(lease.task_id), "a lease's task")
+        current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
+        granted = promised(tx.round(lease.task_id, lease.branch, lease.round_number), "a lease's round")
         if task.state in {TaskState.STOPPED, TaskState.FINISHED}:
             return stale(f"task {task.spec.name!r} is {task.state.value}")
         if not self._is_active(tx, device_name):
@@ -268,8 +266,7 @@ class Coordinator:
         again = self.admit(tx, lease.device_id, lease.id, digest)
         if not isinstance(again, Admission):
             return again
-        current = tx.latest_round(lease.task_id, lease.branch)
-        assert current is not None  # noqa: S101  # admit has seen it
+        current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
         update = tx.add_update(
             Update(
                 sequence=0,

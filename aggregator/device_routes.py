@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 
 from aiohttp import web
 
 from aggregator.auth import claim_of, verify
 from aggregator.handling import SERVICE, ProblemError, answer, checked, read_body, read_message
-from aggregator.problems import bad_signature, malformed, not_found
+from aggregator.problems import bad_signature, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure
-from fedtt.signature import Signed, content_digest
+from fedtt.signature import Signed, content_digest, hex_digest
 from storage.blobs import FileBlobs, load
 
 __all__ = ["add_device_routes", "serve_bundle_file"]
@@ -50,20 +48,11 @@ async def check_in(request: web.Request) -> web.Response:
 async def upload(request: web.Request) -> web.Response:
     claim = await _sender(request)
     service, lease = request.app[SERVICE], request.match_info["lease"]
-    digest = _hex_digest(claim.digest)
-    admitted = await service.admit(claim.device, lease, digest)
+    admitted = await service.admit(claim.device, lease, hex_digest(claim.digest))
     if not isinstance(admitted, tuple):
         return answer(checked(admitted))
     admission, limit_bytes = admitted
     return answer(checked(await service.upload(admission, await _signed_body(request, claim, limit_bytes))))
-
-
-def _hex_digest(header: str) -> str:
-    """Content-Digest's sha-256 as hex, by which the ledger knows an update."""
-    try:
-        return base64.b64decode(header.removeprefix("sha-256=:").removesuffix(":"), validate=True).hex()
-    except binascii.Error:
-        raise ProblemError(malformed("Content-Digest must be sha-256=:<base64>:")) from None
 
 
 async def receipt(request: web.Request) -> web.Response:

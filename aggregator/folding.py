@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from aggregator.lifecycle import Fold, Lifecycle
+from aggregator.promised import promised
 from fedtt.adapter import LiveSet
 from fedtt.algorithms import Contribution
 from fedtt.codec import CodecSpec, decode_delta
+from fedtt.errors import WireError
 from fedtt.wire import decode_theta, encode_theta
 from storage.blobs import BlobStore, load, save
 from storage.records import Round, Update, UpdateState
@@ -38,19 +42,22 @@ class _Tally:
 def sum_round(store: Store, blobs: BlobStore, lifecycle: Lifecycle, round_: Round) -> Fold:
     """Compute and store version n+1 of a claimed round; the same ledger gives the same bits.
 
-    Runs outside any writing transaction and holds one update at a time.
+    Runs outside any writing transaction and holds one update at a time. Raises WireError where the sum is
+    not finite: each update is, and one of a hostile device may still be as large as a float can be.
     """
     tally = _Tally()
     with store.reading() as tx:
-        task = tx.task_by_id(round_.task_id)
-        base = tx.version(round_.task_id, round_.branch, round_.version_number)
-        assert task is not None and base is not None  # noqa: S101, PT018  # foreign keys of a round
+        task = promised(tx.task_by_id(round_.task_id), "a round's task")
+        base = promised(tx.version(round_.task_id, round_.branch, round_.version_number), "a round's version")
         layout = lifecycle.layout(tx, task)
         live = LiveSet(layout, round_.live)
         theta = decode_theta(load(blobs, base.sha256), layout, base.sha256)
         accepted = tx.updates(round_.task_id, round_.branch, round_.number, UpdateState.ACCEPTED)
         contributions = tally.contributions(accepted, task.spec.codec, live)
-        folded = task.spec.method.server_step(theta, live, contributions)
+        with np.errstate(over="ignore", invalid="ignore"):
+            folded = task.spec.method.server_step(theta, live, contributions)
+    if not np.isfinite(folded).all():
+        raise WireError(f"the sum of its {len(tally.leases)} updates is not finite")
     count = max(1, len(tally.leases))
     return Fold(
         task_id=round_.task_id,

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from aggregator.problems import malformed, not_found, too_large
+from aggregator.problems import internal, malformed, not_allowed, not_found, storage_failed, too_large
 from aggregator.service import Service
-from fedtt.errors import FedttError, WireError
+from fedtt.errors import FedttError, StorageError, WireError
 from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, decode, encode
 
 __all__ = [
+    "BODY_S",
     "SERVICE",
     "ProblemError",
     "answer",
+    "body_pieces",
     "checked",
     "json_answer",
     "problems_as",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 SERVICE = web.AppKey("service", Service)
-BODY_TIMEOUT_S = 60.0
+BODY_S = web.AppKey("body_s", float)
 _BUSY_RETRY_S = 2
 _log = logging.getLogger("fedtt.aggregator")
 
@@ -51,21 +53,32 @@ def checked(value: M | Problem) -> M:
     return value
 
 
-async def read_body(request: web.Request, limit_bytes: int) -> bytes:
-    """The body, of at most `limit_bytes`, within a minute, and never decompressed."""
+async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """The body as it comes: at most `limit_bytes` of it, and never decompressed."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ProblemError(malformed("Content-Encoding is not taken: send the body as it is"))
     if (request.content_length or 0) > limit_bytes:
         raise ProblemError(too_large(limit_bytes))
-    body = bytearray()
+    received = 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for piece in request.content.iter_any():
+        async for piece in request.content.iter_any():
+            received += len(piece)
+            if received > limit_bytes:
+                raise ProblemError(too_large(limit_bytes))
+            yield piece
+    except (ConnectionError, web.RequestPayloadError):
+        raise ProblemError(malformed(f"the body broke off after {received} bytes")) from None
+
+
+async def read_body(request: web.Request, limit_bytes: int) -> bytes:
+    """The whole body, which may take as long as the listener allows."""
+    body, allowed_s = bytearray(), request.app[BODY_S]
+    try:
+        async with asyncio.timeout(allowed_s):
+            async for piece in body_pieces(request, limit_bytes):
                 body += piece
-                if len(body) > limit_bytes:
-                    raise ProblemError(too_large(limit_bytes))
     except TimeoutError:
-        raise ProblemError(malformed(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s")) from None
+        raise ProblemError(malformed(f"the body did not arrive within {allowed_s:g} s")) from None
     return bytes(body)
 
 
@@ -84,8 +97,11 @@ def json_answer(value: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
 
 
-def problems_as(render: Render) -> Middleware:
-    """Middleware: every refusal is a Problem in the listener's own format."""
+def problems_as(render: Render, *, candid: bool) -> Middleware:
+    """Middleware: every refusal is a Problem in the listener's own format.
+
+    candid: whether whoever asks may read what is wrong with the server's own files.
+    """
 
     def refuse(problem: Problem) -> web.Response:
         response = render(problem, STATUS[problem.code])
@@ -102,16 +118,25 @@ def problems_as(render: Render) -> Middleware:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            problem = not_found(f"{request.method} {request.path[:100]}")
-            return render(problem, error.status)
+            return _unrouted(request, error, render)
+        except StorageError as error:
+            _log.error("%s %s failed: %s", request.method, request.path, error)
+            return refuse(storage_failed(str(error) if candid else ""))
         except FedttError as error:
             _log.warning("%s %s refused: %s", request.method, request.path, error)
             return refuse(malformed(str(error)))
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
-            detail = "the server met a bug; nothing was changed"
-            return refuse(
-                Problem(code=Code.INTERNAL, detail=detail, remedy="report it with the server's log")
-            )
+            return refuse(internal())
 
     return middleware
+
+
+def _unrouted(request: web.Request, error: web.HTTPException, render: Render) -> web.Response:
+    """No route takes this path, or none takes this method on it."""
+    if not isinstance(error, web.HTTPMethodNotAllowed):
+        return render(not_found(f"{request.method} {request.path[:100]}"), error.status)
+    allowed = ", ".join(sorted(error.allowed_methods))
+    response = render(not_allowed(request.method, request.path[:100], allowed), error.status)
+    response.headers["Allow"] = allowed
+    return response

@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import rules
+from aggregator.promised import promised
 from fedtt.adapter import FactorLayout
 from fedtt.manifest import Manifest, decode_manifest
 from storage.records import (
@@ -51,8 +52,7 @@ class Lifecycle:
 
     def manifest(self, tx: Transaction, task: Task) -> Manifest:
         if task.bundle not in self._manifests:
-            bundle = tx.bundle(task.bundle)
-            assert bundle is not None  # noqa: S101  # a task's bundle is a foreign key
+            bundle = promised(tx.bundle(task.bundle), "a task's bundle")
             self._manifests[task.bundle] = decode_manifest(bundle.manifest)
         return self._manifests[task.bundle]
 
@@ -72,8 +72,7 @@ class Lifecycle:
         if last is not None and last.state is RoundState.FOLDING:
             return None
         number = (last.number if last else 0) + 1
-        base = tx.latest_version(task.id, MAIN)
-        assert base is not None  # noqa: S101  # a task is created together with version 0
+        base = promised(tx.latest_version(task.id, MAIN), "a task's first version")
         spec = task.spec
         population = tx.active_devices(seen_since=now - SEEN_WITHIN_S, min_examples=spec.min_examples)
         round_ = Round(
@@ -107,14 +106,23 @@ class Lifecycle:
                     tx.put_round(round_)
                 case rules.Due.ABANDON:
                     why = f"{accepted} of at least {task.spec.rounds.quorum} updates came by the deadline"
-                    self._abandon(tx, now, round_, why)
-                    task = self._give_up(tx, task)
-                    self._open_next(tx, now, task)
+                    self._go_on_without(tx, now, task, round_, why)
                 case rules.Due.NOTHING:
                     pass
             if round_.state is RoundState.FOLDING:
                 folding.append(round_)
         return folding
+
+    def give_up_fold(self, tx: Transaction, now: float, claimed: Round, why: str) -> None:
+        """Abandon a round whose sum makes no version, so that it does not wait for ever."""
+        round_ = tx.round(claimed.task_id, claimed.branch, claimed.number)
+        task = promised(tx.task_by_id(claimed.task_id), "a round's task")
+        if round_ is not None and round_.state is RoundState.FOLDING:
+            self._go_on_without(tx, now, task, round_, why)
+
+    def _go_on_without(self, tx: Transaction, now: float, task: Task, round_: Round, why: str) -> None:
+        self._abandon(tx, now, round_, why)
+        self._open_next(tx, now, self._give_up(tx, task))
 
     def _abandon(self, tx: Transaction, now: float, round_: Round, why: str) -> None:
         tx.put_round(replace(round_, state=RoundState.ABANDONED, closed_at=now, reason=why))
@@ -142,8 +150,7 @@ class Lifecycle:
         task = tx.task_by_id(fold.task_id)
         if round_ is None or task is None or round_.state is not RoundState.FOLDING:
             return None
-        base = tx.version(fold.task_id, MAIN, round_.version_number)
-        assert base is not None  # noqa: S101  # rounds are opened on versions that exist
+        base = promised(tx.version(fold.task_id, MAIN, round_.version_number), "a round's version")
         version = Version(
             task_id=task.id,
             branch=MAIN,

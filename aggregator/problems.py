@@ -11,8 +11,15 @@ __all__ = [
     "clock_skew",
     "conflict",
     "conflict_name",
+    "conflict_state",
     "forbidden",
+    "internal",
+    "malformed",
+    "not_allowed",
+    "not_found",
     "stale",
+    "storage_failed",
+    "too_large",
     "unknown_device",
     "unknown_lease",
 ]
@@ -81,6 +88,20 @@ def not_found(what: str) -> Problem:
     return Problem(code=Code.NOT_FOUND, detail=f"there is no {what} here"[:500])
 
 
+def not_allowed(method: str, path: str, allowed: str) -> Problem:
+    return Problem(
+        code=Code.NOT_FOUND, detail=f"{method[:20]} is not taken at {path}", remedy=f"use {allowed}"
+    )
+
+
+def storage_failed(why: str) -> Problem:
+    return Problem(
+        code=Code.BUSY,
+        detail=(why or "the server cannot use its storage now; nothing was changed")[:500],
+        remedy="send the same again once whoever runs the server has seen to it",
+    )
+
+
 def too_large(limit_bytes: int) -> Problem:
     return Problem(
         code=Code.TOO_LARGE,
@@ -100,6 +121,14 @@ def forbidden() -> Problem:
 def conflict_name(name: str) -> Problem:
     return Problem(
         code=Code.CONFLICT, detail=f"a task named {name!r} exists already", remedy="choose another name"
+    )
+
+
+def conflict_state(name: str, state: str, wanted: str) -> Problem:
+    return Problem(
+        code=Code.CONFLICT,
+        detail=f"task {name!r} is {state} and cannot be {wanted}",
+        remedy="create a task with a new name to go on",
     )
 
 

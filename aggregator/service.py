@@ -16,6 +16,7 @@ from aggregator.problems import busy, not_found
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
+from fedtt.errors import StorageError, WireError
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
 from fedtt.seams import Clock
 from fedtt.wire import update_limit_bytes
@@ -101,7 +102,7 @@ class Service:
 
     async def fail(self, device_name: str, lease: str, failure: Failure) -> Problem | None:
         _log.info(
-            "device %s gave lease %s back: %s %s", device_name, lease, failure.code.value, failure.detail
+            "device %s gave lease %s back: %s %r", device_name, lease, failure.code.value, failure.detail
         )
         return await self.write(lambda tx: self.coordinator.fail(tx, device_name, lease))
 
@@ -118,10 +119,18 @@ class Service:
     async def tick(self) -> None:
         """Expire leases, close rounds that are due, sum and publish what waits for it."""
         for round_ in await self.writer.run(lambda tx: self.lifecycle.advance(tx, self.clock.now())):
-            await self._fold(round_)
+            try:
+                await self._fold(round_)
+            except StorageError as error:  # other tasks go on
+                _log.error("round %d waits for its sum: %s", round_.number, error)
 
     async def _fold(self, round_: Round) -> None:
-        fold = await asyncio.to_thread(sum_round, self.store, self.blobs, self.lifecycle, round_)
+        try:
+            fold = await asyncio.to_thread(sum_round, self.store, self.blobs, self.lifecycle, round_)
+        except WireError as error:  # the same updates would fail in the same way for ever
+            why = str(error)
+            await self.writer.run(lambda tx: self.lifecycle.give_up_fold(tx, self.clock.now(), round_, why))
+            return
         version = await self.writer.run(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
         if version is not None:
             await self.writer.maintain()
@@ -134,6 +143,9 @@ class Service:
         while True:
             try:
                 await self.tick()
+            except StorageError as error:
+                _log.error("rounds wait: %s", error)
+                await self.clock.sleep(interval_s)
             except Exception:
                 _log.exception("a tick failed; the ledger is as before and the next tick tries again")
                 await self.clock.sleep(interval_s)

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from fedtt.errors import WireError
 
-__all__ = ["Signed", "content_digest", "parse_signature", "signature_base", "signature_headers"]
+__all__ = ["Signed", "content_digest", "hex_digest", "parse_signature", "signature_base", "signature_headers"]
 
 _COVERED = '("@method" "@authority" "@path" "content-digest")'
 _INPUT = re.compile(
@@ -24,6 +24,7 @@ _INPUT = re.compile(
     + r';created=(?P<created>0|[1-9][0-9]{0,11});keyid="(?P<key>[0-9a-f]{32})";alg="ed25519"'
 )
 _VALUE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{85}[AQgw]==):")
+_DIGEST = re.compile(r"sha-256=:(?P<value>[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=):")
 
 
 class Signed(Struct, frozen=True, kw_only=True):
@@ -42,8 +43,16 @@ def content_digest(body: bytes) -> str:
     return f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"
 
 
+def hex_digest(header: str) -> str:
+    """The sha-256 of a Content-Digest header in hex; raises WireError for any other header."""
+    found = _DIGEST.fullmatch(header)
+    if found is None:
+        raise WireError("Content-Digest must be sha-256=:<base64 of 32 bytes>:")
+    return base64.b64decode(found["value"]).hex()
+
+
 def signature_base(signed: Signed) -> bytes:
-    """The bytes that are signed (RFC 9421 §2.5)."""
+    """The bytes that are signed (RFC 9421 §2.5); what is no text in a request stands as its raw bytes."""
     lines = {
         "@method": signed.method,
         "@authority": signed.authority.lower(),
@@ -51,7 +60,7 @@ def signature_base(signed: Signed) -> bytes:
         "content-digest": signed.digest,
         "@signature-params": _params(signed),
     }
-    return "\n".join(f'"{name}": {value}' for name, value in lines.items()).encode()
+    return "\n".join(f'"{name}": {value}' for name, value in lines.items()).encode(errors="surrogateescape")
 
 
 def signature_headers(signed: Signed, signature: bytes) -> dict[str, str]:
@@ -71,6 +80,7 @@ def parse_signature(
     method: str, authority: str, path: str, digest: str, signature_input: str, signature: str
 ) -> tuple[Signed, bytes]:
     """The claim of a request's headers and its 64 bytes; raises WireError unless they follow the profile."""
+    hex_digest(digest)
     params, value = _INPUT.fullmatch(signature_input), _VALUE.fullmatch(signature)
     if params is None or value is None:
         raise WireError("Signature-Input and Signature must follow the profile in docs/protocol.md")
