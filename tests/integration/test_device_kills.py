@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge_client import files
+from edge_client.events import Step
 from edge_client.journal import State, Trained, read_state
 from edge_client.tokens import Batch
 from fedtt.adapter import Theta
@@ -18,6 +19,8 @@ from tests.support.device_world import SPEC, World, device_world
 from tests.support.edge import MeanTarget
 
 ROUNDS = 2  #: so that a residual is carried from one update into the next
+
+PATIENCE_S = 3000.0  #: of virtual time; a life without mishap takes 20
 
 
 class KilledError(BaseException):
@@ -73,10 +76,15 @@ async def live(directory: Path, death: Death, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(files, "publish", publish)
         monkeypatch.setattr("edge_client.bundle_cache.publish", publish)
-        while world.version()[0] < ROUNDS or acknowledged(world) < ROUNDS:
+        give_up_at = world.clock.now() + PATIENCE_S
+
+        def over(_: Step | None = None) -> bool:
+            return world.version()[0] == ROUNDS == acknowledged(world) or world.clock.now() > give_up_at
+
+        while not over():
             with contextlib.suppress(KilledError):
                 device, _ = world.device(before=death.point, after=death.point)
-                await device.run(until=lambda _: world.version()[0] == ROUNDS == acknowledged(world))
+                await device.run(until=over)
         state = read_state(world.home)
         assert state is not None
         return End(world, state)
