@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtt.algorithms import FedAvg, FedTT
+from fedtt.codec import CodecSpec
+from fedtt.errors import WireError
+from fedtt.messages import (
+    MESSAGE_LIMIT_BYTES,
+    STATUS,
+    CheckIn,
+    CheckInAnswer,
+    Code,
+    Enroll,
+    Enrolled,
+    Failure,
+    FailureCode,
+    Message,
+    Plan,
+    Problem,
+    Receipt,
+    Retired,
+    UpdateState,
+    Wait,
+    Work,
+    decode,
+    device_id,
+    encode,
+)
+from fedtt.optimiser import TrainingSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+ANSWER = cast("type[CheckInAnswer]", CheckInAnswer)
+quick = settings(deadline=None, max_examples=25)
+
+WORK = Work(
+    lease="0123456789abcdef" * 2,
+    expires_in_s=600.0,
+    plan=Plan(
+        task="assistant",
+        seed=7,
+        bundle="b" * 64,
+        version="c" * 64,
+        version_number=3,
+        round=5,
+        live=(0, 1, 200),
+        training=TrainingSpec(),
+        codec=CodecSpec(),
+        method=FedTT(),
+        min_examples=8,
+    ),
+)
+
+hexes = st.text("0123456789abcdef", min_size=32, max_size=32)
+sha256s = st.text("0123456789abcdef", min_size=64, max_size=64)
+_characters = st.characters(codec="utf-8")
+names, texts = st.text(_characters, max_size=100), st.text(_characters, max_size=500)
+counts, seconds = st.integers(0, 2**53), st.floats(0, 1e9)
+codecs = st.sampled_from([CodecSpec(), CodecSpec(quantise="int8", error_feedback=True)])
+methods = st.sampled_from([FedTT(), FedAvg(weighting="uniform", max_examples=3)])
+trainings = st.sampled_from([TrainingSpec(), TrainingSpec(optimiser="sgd", max_tokens=32)])
+plans = st.builds(
+    Plan,
+    task=names,
+    seed=counts,
+    bundle=sha256s,
+    version=sha256s,
+    version_number=counts,
+    round=counts,
+    live=st.lists(counts, min_size=1, max_size=20).map(tuple),
+    training=trainings,
+    codec=codecs,
+    method=methods,
+    min_examples=counts,
+)
+MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
+    Enroll: st.builds(Enroll, public_key=st.binary(min_size=32, max_size=32), token=names, client=names),
+    Enrolled: st.builds(Enrolled, device=hexes),
+    CheckIn: st.builds(
+        CheckIn, client=names, runtimes=st.lists(names, max_size=8).map(tuple), examples=counts
+    ),
+    Plan: plans,
+    Work: st.builds(Work, lease=hexes, expires_in_s=seconds, plan=plans),
+    Wait: st.builds(Wait, retry_after_s=seconds, reason=texts),
+    Retired: st.builds(Retired, reason=texts),
+    Failure: st.builds(Failure, code=st.sampled_from(FailureCode), detail=texts),
+    Receipt: st.builds(
+        Receipt,
+        lease=hexes,
+        digest=sha256s,
+        state=st.sampled_from(UpdateState),
+        reason=texts,
+        version_number=st.none() | counts,
+    ),
+    Problem: st.builds(
+        Problem,
+        code=st.sampled_from(Code),
+        detail=texts,
+        remedy=texts,
+        now=st.none() | st.floats(allow_nan=False),
+    ),
+}
+every = pytest.mark.parametrize("kind", list(MESSAGES), ids=lambda kind: kind.__name__)
+
+
+def fields(message: Message) -> dict[str, Any]:
+    return cast("dict[str, Any]", msgspec.msgpack.decode(encode(message)))
+
+
+def refusal(data: bytes, kind: Any) -> str:
+    """The one line with which bytes are refused."""
+    with pytest.raises(WireError) as error:
+        decode(data, kind)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_there_is_a_round_trip_for_every_message() -> None:
+    assert set(MESSAGES) == set(Message.__subclasses__())
+
+
+@every
+@given(data=st.data())
+@quick
+def test_every_message_comes_back_as_it_went(kind: type[Message], data: st.DataObject) -> None:
+    message = data.draw(MESSAGES[kind])
+    assert decode(encode(message), kind) == message
+
+
+@every
+@given(data=st.data())
+@settings(deadline=None, max_examples=3)
+def test_unknown_missing_and_foreign_fields_are_refused_by_name(
+    kind: type[Message], data: st.DataObject
+) -> None:
+    message = fields(data.draw(MESSAGES[kind]))
+    assert message["type"] == kind.__name__.lower()
+    assert "unknown field `extra`" in refusal(msgspec.msgpack.encode({**message, "extra": 1}), kind)
+    foreign = msgspec.msgpack.encode({**message, "type": "parcel"})
+    assert "Invalid value 'parcel' - at `$.type`" in refusal(foreign, kind)
+    for name in message:
+        no_field_takes_it = msgspec.msgpack.encode({**message, name: True})
+        assert f"`$.{name}`" in refusal(no_field_takes_it, kind)
+    required = [f.name for f in msgspec.structs.fields(kind) if f.required]
+    for name in required:
+        rest = {key: value for key, value in message.items() if key != name}
+        assert f"missing required field `{name}`" in refusal(msgspec.msgpack.encode(rest), kind)
+
+
+@pytest.mark.parametrize(
+    "message", [WORK, Wait(retry_after_s=1.0), Retired()], ids=lambda m: type(m).__name__
+)
+def test_an_answer_to_a_check_in_is_told_apart_by_its_type(message: CheckInAnswer) -> None:
+    assert decode(encode(message), ANSWER) == message
+
+
+def test_an_answer_of_another_union_is_refused() -> None:
+    assert "Invalid value 'enrolled'" in refusal(encode(Enrolled(device="a" * 32)), ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("lease", "0123"),
+        ("lease", "0" * 31 + "G"),
+        ("expires_in_s", -1.0),
+        ("expires_in_s", float("nan")),
+        ("plan.bundle", "B" * 64),
+        ("plan.live", []),
+        ("plan.round", -1),
+        ("plan.round", 2**60),
+        ("plan.task", "x" * 101),
+        ("plan.training.learning_rate", 0.0),
+        ("plan.training.local_steps", 0),
+        ("plan.codec.quantise", "int2"),
+        ("plan.method.weighting", "size"),
+        ("plan.method.name", "fedprox"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_place(path: str, value: object) -> None:
+    message = fields(WORK)
+    *sections, name = path.split(".")
+    place = message
+    for section in sections:
+        place = place[section]
+    place[name] = value
+    assert f"`$.{path}" in refusal(msgspec.msgpack.encode(message), Work)
+
+
+def test_a_codec_that_contradicts_itself_is_refused_as_a_message() -> None:
+    message = fields(WORK)
+    message["plan"]["codec"] |= {"rounding": "stochastic", "error_feedback": True}
+    assert "codec.error_feedback = True is not allowed" in refusal(msgspec.msgpack.encode(message), Work)
+
+
+def test_a_message_over_the_limit_is_refused_before_it_is_read() -> None:
+    assert refusal(bytes(MESSAGE_LIMIT_BYTES + 1), Work) == (
+        "a message has 16385 bytes, at most 16384 are read"  # 16·1024 + 1
+    )
+
+
+def test_every_prefix_of_a_message_is_refused() -> None:
+    data = encode(WORK)
+    for end in range(len(data)):
+        refusal(data[:end], Work)
+    refusal(data + b"\0", Work)
+
+
+@given(st.binary(max_size=200))
+@quick
+def test_any_bytes_give_a_message_or_a_wire_error(data: bytes) -> None:
+    for kind in (ANSWER, Problem, Receipt):
+        try:
+            message = decode(data, kind)
+        except WireError:
+            continue
+        assert decode(encode(message), kind) == message
+
+
+def test_deep_nesting_is_refused_like_any_other_nonsense() -> None:
+    refusal(b"\x91" * MESSAGE_LIMIT_BYTES, Work)
+    refusal(b"\x81\xa4plan" + b"\x81\xa1x" * 5000, Work)
+
+
+def test_the_largest_plan_of_a_large_model_fits_into_a_message() -> None:
+    live = tuple(range(32 * 2 * 12 + 5))  # 32 blocks of 2 sites of 6 + 6 cores, and a head of 5 factors
+    plan = msgspec.structs.replace(WORK.plan, live=live)
+    assert decode(encode(msgspec.structs.replace(WORK, plan=plan)), Work).plan.live == live
+
+
+def test_every_refusal_has_one_http_status_of_an_error() -> None:
+    assert set(STATUS) == set(Code)
+    assert all(400 <= status < 600 for status in STATUS.values())
+
+
+def test_the_golden_work_is_written_and_read_byte_for_byte() -> None:
+    golden = bytes.fromhex((GOLDEN / "work.hex").read_text())
+    assert encode(WORK) == golden
+    assert decode(golden, ANSWER) == WORK
+
+
+def test_a_devices_name_is_the_beginning_of_its_keys_hash() -> None:
+    assert device_id(bytes(32)) == hashlib.sha256(bytes(32)).hexdigest()[:32]

@@ -1,0 +1,213 @@
+"""Task files: what is refused and how, and docs/task.md held against the types it describes."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import msgspec
+import pytest
+from msgspec import NODEFAULT, Struct
+
+from fedtt.algorithms import FedAvg, FedTT, Method
+from fedtt.codec import CodecSpec
+from fedtt.errors import ConfigError
+from fedtt.task import RoundSpec, TaskSpec, TrainingSpec, parse_task
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "task.md").read_text()
+EXAMPLE = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)[0]
+LEAST = 'name = "t"\n[rounds]\ncount = 3\ncohort = 4\n'
+SECTIONS: dict[str, type[Struct]] = {
+    "The task": TaskSpec,
+    "`[rounds]`": RoundSpec,
+    "`[training]`": TrainingSpec,
+    "`[method]`": FedTT,
+    "`[codec]`": CodecSpec,
+}
+
+
+def documented(section: str) -> dict[str, list[str]]:
+    """setting -> [default, allowed, meaning] of one table of the document."""
+    text = DOCUMENT.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `"))
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def with_setting(path: str, value: str) -> str:
+    """The smallest task file with one setting given or changed."""
+    section, _, name = path.rpartition(".")
+    raw = {"": {"name": '"t"'}, "rounds": {"count": "3", "cohort": "4"}}
+    if section == "method":
+        raw["method"] = {"name": '"fedtt"'}
+    raw.setdefault(section, {})[name] = value
+    return "\n".join(
+        line
+        for part, settings in raw.items()
+        for line in ([f"[{part}]"] if part else []) + [f"{k} = {v}" for k, v in settings.items()]
+    )
+
+
+def test_the_least_a_task_file_needs() -> None:
+    spec = parse_task(LEAST)
+    assert spec == TaskSpec(name="t", rounds=RoundSpec(count=3, cohort=4))
+    assert (spec.method, spec.codec, spec.training) == (FedTT(), CodecSpec(), TrainingSpec())
+    assert spec.rounds.closes_at == 4
+    assert spec.rounds.lease_lasts_s == 600.0
+
+
+def test_the_example_of_the_document_says_every_setting_once_and_means_it() -> None:
+    spec, raw = parse_task(EXAMPLE), tomllib.loads(EXAMPLE)
+    assert raw == msgspec.to_builtins(spec)
+    assert (spec.rounds.closes_at, spec.rounds.lease_lasts_s) == (10, 1800.0)
+
+
+def test_the_readmes_example_is_a_task() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    assert [parse_task(block, "README.md").method for block in blocks] == [FedTT()]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_document_lists_every_setting_with_its_default(section: str) -> None:
+    rows = documented(section)
+    known = {f.name: f for f in msgspec.structs.fields(SECTIONS[section]) if not _is_section(f.type)}
+    tag = ["name"] if section == "`[method]`" else []
+    assert list(rows) == tag + list(known)
+    for name, field in known.items():
+        default = rows[name][0]
+        if field.default is NODEFAULT:
+            assert default == "must be given"
+        elif field.default is not None:
+            value = tomllib.loads(f"x = {default.strip('`')}")["x"]
+            assert (value, type(value)) == (field.default, type(field.default))
+
+
+def _is_section(kind: Any) -> bool:
+    return any(isinstance(k, type) and issubclass(k, Struct) for k in (kind, *get_args(kind)))
+
+
+class Range(NamedTuple):
+    """A row of the document whose setting lies between two numbers."""
+
+    path: str
+    real: bool
+    above: bool  #: whether the lower end itself is out
+    low: str
+    below: bool  #: and the upper
+    high: str
+
+
+def _ranges() -> list[Range]:
+    pattern = re.compile(r"(above )?(\d+) … (below )?(\d+)")
+    return [
+        Range(
+            f"{section.strip('`[]')}.{name}".removeprefix("The task."),
+            "." in default,
+            bool(a),
+            low,
+            bool(b),
+            high,
+        )
+        for section in SECTIONS
+        for name, (default, allowed, _) in documented(section).items()
+        for a, low, b, high in pattern.findall(allowed)
+    ]
+
+
+def test_the_ranges_of_sixteen_numbers_stand_in_the_document() -> None:
+    assert len(_ranges()) == 16  # 2 of the task, 6 of rounds, 7 of training, 1 of the method
+
+
+@pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: row.path)
+def test_the_ranges_of_the_document_are_those_that_are_checked(documented_range: Range) -> None:
+    path, real, above, low, below, high = documented_range
+    before, after = _neighbours(low, real)
+    last, beyond = _neighbours(high, real)
+    for value in (after if above else low, last if below else high):
+        parse_task(with_setting(path, value))
+    for value in (low if above else before, high if below else beyond):
+        with pytest.raises(ConfigError, match=re.escape(f"task: {path} = ")):
+            parse_task(with_setting(path, value))
+
+
+def _neighbours(number: str, real: bool) -> tuple[str, str]:
+    """The numbers next to one, below and above: whole ones, or float64."""
+    if real:
+        return repr(math.nextafter(float(number), -math.inf)), repr(math.nextafter(float(number), math.inf))
+    return str(int(number) - 1), str(int(number) + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("name", '"My Task"', "name = 'My Task' is not allowed: Expected `str` matching regex"),
+        ("name", '""', "name = '' is not allowed"),
+        ("seed", "-1", "seed = -1 is not allowed: Expected `int` >= 0"),
+        ("sed", "1", "sed = 1 is not allowed: known settings here are name, rounds, seed, "),
+        ("rounds.count", "0", "rounds.count = 0 is not allowed: Expected `int` >= 1"),
+        ("rounds.cohort", "2.5", "rounds.cohort = 2.5 is not allowed: Expected `int`, got `float`"),
+        ("rounds.cohort", '"4"', "rounds.cohort = '4' is not allowed: Expected `int`, got `str`"),
+        ("rounds.cohrt", "4", "rounds.cohrt = 4 is not allowed: known settings here are count, cohort, "),
+        ("rounds.buffer", "5", "rounds.buffer = 5 is not allowed: a number from 1 to rounds.cohort = 4"),
+        ("rounds.quorum", "5", "rounds.quorum = 5 is not allowed: a number from 1 to rounds.buffer = 4"),
+        ("rounds.lease_s", "601", "rounds.lease_s = 601.0 is not allowed: at most rounds.deadline_s = 600"),
+        ("rounds.deadline_s", "nan", "rounds.deadline_s = nan is not allowed: Expected `float` > 0.0"),
+        ("rounds.deadline_s", "2024-01-01", "rounds.deadline_s = datetime.date(2024, 1, 1) is not allowed"),
+        ("training.learning_rate", "inf", "training.learning_rate = inf is not allowed"),
+        ("training.optimiser", '"adam"', "training.optimiser = 'adam' is not allowed: one of 'adamw', 'sgd'"),
+        ("training.lr", "0.1", "training.lr = 0.1 is not allowed: known settings here are optimiser, "),
+        ("training.local_steps", "true", "training.local_steps = True is not allowed: Expected `int`"),
+        ("method.name", '"fedprox"', "method.name = 'fedprox' is not allowed: one of 'fedavg', 'fedtt'"),
+        (
+            "method.weighting",
+            '"size"',
+            "method.weighting = 'size' is not allowed: one of 'examples', 'uniform'",
+        ),
+        ("method.max_examples", "0", "method.max_examples = 0 is not allowed: Expected `int` >= 1"),
+        ("codec.quantise", '"int2"', "codec.quantise = 'int2' is not allowed: one of 'fp32', 'int4', 'int8'"),
+        ("codec.bits", "4", "codec.bits = 4 is not allowed: known settings here are quantise, "),
+        ("codec.error_feedback", "1", "codec.error_feedback = 1 is not allowed: Expected `bool`, got `int`"),
+    ],
+)
+def test_each_refusal_names_file_field_value_and_what_is_allowed(
+    path: str, value: str, complaint: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_task(with_setting(path, value), "task.toml")
+    assert str(error.value).startswith(f"task.toml: {complaint}")
+    assert "\n" not in str(error.value)
+    assert error.value.field == path
+
+
+def test_settings_that_contradict_each_other_are_refused_with_the_file() -> None:
+    text = LEAST + '[codec]\nrounding = "stochastic"\nerror_feedback = true\n'
+    with pytest.raises(ConfigError, match=r"^task\.toml: codec\.error_feedback = True .*'nearest'"):
+        parse_task(text, "task.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", r"task: name = None is not allowed: it must be given"),
+        ('name = "t"', r"task: rounds = None is not allowed: it must be given"),
+        ('name = "t"\nrounds = 3', r"task: rounds = 3 is not allowed: Expected `object`"),
+        ('name = "t"\n[rounds]\ncount = 3', r"task: rounds\.cohort = None is not allowed: it must be given"),
+        (LEAST + '[method]\nweighting = "uniform"', r"task: method\.name = None .*it must be given"),
+        (LEAST + "[privacy]", r"task: privacy = \{\} is not allowed: known settings here are name, "),
+        ("name = t", r"task = '…' is not allowed: valid TOML \(.*line 1, column 8"),
+        ("#" * 65_537, r"task = '65537 characters' is not allowed: at most 65536 bytes"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{complaint}"):
+        parse_task(text)
+
+
+@pytest.mark.parametrize("kind", get_args(Method))
+def test_every_method_of_the_union_can_be_named_in_a_task(kind: type[FedAvg]) -> None:
+    name = str(kind.__struct_config__.tag)
+    assert type(parse_task(with_setting("method.name", f'"{name}"')).method) is kind
+    assert f'`"{name}"`' in documented("`[method]`")["name"][1]
