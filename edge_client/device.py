@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import assert_never
 
+from msgspec.structs import replace
+
 from edge_client import events
 from edge_client.backoff import Backoff
-from edge_client.bundle import Bundle
 from edge_client.bundle_cache import BundleCache
 from edge_client.events import Observer, Step
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased, Trained, residual_key
+from edge_client.local_training import LocalTraining
 from edge_client.runtime import Runtimes
-from edge_client.tokens import Tokens
-from edge_client.trainer import LocalUpdate, address, train
+from edge_client.trainer import address
 from fedtt.errors import (
     BundleError,
     ConfigError,
@@ -104,8 +104,9 @@ class Device:
         self.config, self.journal = config, journal
         self._public_key, self._name = public_key, device_id(public_key)
         self._transport, self._examples = transport, examples
-        self._bundles, self._runtimes = bundles, runtimes
-        self._clock, self._observe, self._executor = clock or SystemClock(), observe, executor
+        self._runtime_names = (runtimes.name,)
+        self._training = LocalTraining(self._name, transport, examples, bundles, runtimes, executor)
+        self._clock, self._observe = clock or SystemClock(), observe
         self._backoff = Backoff(
             device=address(self._name),
             seed=config.seed,
@@ -184,9 +185,7 @@ class Device:
 
     async def _check_in(self) -> Step:
         answer = await self._transport.check_in(
-            CheckIn(
-                client=self.config.client, runtimes=(self._runtimes.name,), examples=self._examples.count()
-            )
+            CheckIn(client=self.config.client, runtimes=self._runtime_names, examples=self._examples.count())
         )
         match answer:
             case Wait():
@@ -220,55 +219,26 @@ class Device:
             why = f"training was cut short {leased.attempts} times"
             return await self._give_up(lease, FailureCode.OTHER, why)
         try:
-            bundle, version = await self._fetch(leased.work)
-            return await self._train(leased, bundle, version)
+            return await self._train(leased)
         except (BundleError, DataError, LayoutError, RuntimeFailure, WireError) as error:
             return await self._give_up(lease, _FAILURES[type(error)], str(error))
 
-    async def _fetch(self, work: Work) -> tuple[Bundle, bytes]:
-        plan = work.plan
-        try:
-            bundle = await self._bundles.ensure(self._transport, plan.bundle)
-            size = bundle.manifest.adapter.layout.size
-            version = await self._transport.version(plan.version, 4 * size)
-        except WireError as error:
-            raise Unreachable(f"the download broke off: {error}") from None
-        except Refused as error:
-            if error.problem.code is Code.NOT_FOUND:
-                raise BundleError(f"the server has lost what its plan names: {error}") from None
-            raise
-        if hashlib.sha256(version).hexdigest() != plan.version:
-            raise BundleError(f"version {plan.version[:12]}… does not match its sha256")
-        return bundle, version
-
-    async def _train(self, leased: Leased, bundle: Bundle, version: bytes) -> Step:
-        plan, started = leased.work.plan, time.perf_counter()
+    async def _train(self, leased: Leased) -> Step:
+        lease, plan = leased.work.lease, leased.work.plan
+        bundle, version = await self._training.fetch(plan)
         key = residual_key(plan.task, bundle.manifest.layout_sha256) if plan.codec.error_feedback else ""
-        residual = self.journal.state.residuals.get(key, b"")
-
-        def work(stop: threading.Event) -> LocalUpdate:
-            return train(
-                plan=plan,
-                device=self._name,
-                manifest=bundle.manifest,
-                tokens=Tokens(bundle, plan.training.max_tokens),
-                runtime=self._runtimes.open(bundle),
-                version=version,
-                examples=self._examples.read(),
-                residual=residual,
-                stop=stop,
-            )
-
-        self.journal.update(phase=_attempt(leased, leased.attempts + 1))
+        self.journal.update(phase=replace(leased, attempts=leased.attempts + 1))
+        started = time.perf_counter()
         try:
-            update = await self._in_thread(work)
+            residual = self.journal.state.residuals.get(key, b"")
+            update = await self._training.run(plan, bundle, version, residual)
         except asyncio.CancelledError:
             self.journal.update(phase=leased)  # a clean stop is no crash
             raise
-        lease, header = leased.work.lease, update.header
         self.journal.update(
             phase=Trained(lease=lease, frame=update.frame, residual_key=key, residual=update.residual)
         )
+        header = update.header
         return events.Trained(
             lease=lease,
             examples=header.examples,
@@ -279,18 +249,6 @@ class Device:
             frame_bytes=len(update.frame),
             wall_s=time.perf_counter() - started,
         )
-
-    async def _in_thread(self, work: Callable[[threading.Event], LocalUpdate]) -> LocalUpdate:
-        """Run beside the event loop; when cancelled, wait for the work to stop at its next batch."""
-        stop = threading.Event()
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work, stop)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            stop.set()
-            await asyncio.wait([future])
-            future.exception()  # seen: it is Interrupted, or came too late to matter
-            raise
 
     async def _give_up(self, lease: str, code: FailureCode, detail: str) -> Step:
         """Give a lease back, if the server can be told; it expires by itself where not."""
@@ -315,7 +273,3 @@ class Device:
             raise WireError("the receipt is for another update than the one sent")
         self.journal.commit(receipt)
         return events.Acknowledged(receipt=receipt)
-
-
-def _attempt(leased: Leased, attempts: int) -> Leased:
-    return Leased(work=leased.work, expires_at=leased.expires_at, attempts=attempts)
