@@ -59,7 +59,7 @@ def _add_task(parser: ArgumentParser) -> None:
 def _add_adapter(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=int, default=5, help="of the adapters (%(default)s)")
-    group.add_argument("--bottleneck", type=int, default=64, help="their inner width (%(default)s)")
+    group.add_argument("--bottleneck", type=int, help="their inner width (64, or the model's if less)")
     group.add_argument("--depth", type=_depth, help="adapt only the last blocks, or 'all' (default)")
     group.add_argument("--sites", type=_names, default=("attention", "mlp"), help="attention,mlp (default)")
     group.add_argument("--head-rank", type=int, default=10, help="of a tensorised head (%(default)s)")

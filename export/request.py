@@ -22,7 +22,7 @@ class ExportRequest:
     labels: tuple[str, ...] = ()  #: names in order of their index; none for causal-lm
     head: HeadKind | None = "label-names"  #: of a classifier; ignored for causal-lm
     rank: int = 5
-    bottleneck: int = 64
+    bottleneck: int | None = None
     depth: int | None = None  #: how many of the last blocks are adapted; None for all
     sites: tuple[Site, ...] = ("attention", "mlp")
     head_rank: int = 10

@@ -56,8 +56,8 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     """TT adapters h + up(gelu(down(h))) at `sites` of the last `depth` blocks (LoRETTA, eq. 4; FedTT §3)."""
 
     hidden: Annotated[int, Meta(ge=1, le=2**20)]  #: width of the model
-    layers: Annotated[int, Meta(ge=1, le=2**12)]  #: its blocks
-    depth: Annotated[int, Meta(ge=1, le=2**12)]  #: how many of the last blocks carry adapters
+    layers: Annotated[int, Meta(ge=1, le=2**10)]  #: its blocks
+    depth: Annotated[int, Meta(ge=1, le=2**10)]  #: how many of the last blocks carry adapters
     sites: tuple[Site, ...]  #: where in a block
     down: TTMatrix  #: hidden -> bottleneck
     up: TTMatrix  #: bottleneck -> hidden; its last core starts at zero
@@ -186,7 +186,7 @@ def plan_adapter(
     layers: int,
     depth: int | None = None,
     sites: tuple[Site, ...] = ("attention", "mlp"),
-    bottleneck: int = 64,
+    bottleneck: int | None = None,
     rank: int = 5,
     hidden_modes: tuple[int, ...] | None = None,
     bottleneck_modes: tuple[int, ...] | None = None,
@@ -194,11 +194,14 @@ def plan_adapter(
     labels: int = 0,
     head_rank: int = 10,
 ) -> AdapterSpec:
-    """A spec with modes planned for each direction; FedTT's defaults (bottleneck 64, rank 5, all blocks).
+    """A spec with modes planned for each direction; FedTT's defaults: rank 5, all blocks, bottleneck 64.
+
+    A model narrower than 64 has its own width for a bottleneck where none is named.
 
     Raises ConfigError where modes do not multiply to their dimension or a number is out of range.
     """
     depth = layers if depth is None else depth
+    bottleneck = min(64, hidden) if bottleneck is None else bottleneck
     ranges = {
         "depth": (depth, 1, layers),
         "bottleneck": (bottleneck, 1, hidden),

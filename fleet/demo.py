@@ -49,7 +49,7 @@ name = "fedtt"
 quantise = "int4"
 error_feedback = true
 """
-_HELD_OUT = 12  #: users whose utterances are never trained on
+_HELD_OUT = 15  #: users whose utterances are never trained on
 
 
 class DemoOptions(Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
 
     directory: Path
     rounds: int = 20
-    devices: int = 28
+    devices: int = 30
     seed: int = 0
     model: str | None = None  #: None for the MiniLM-L6 encoder of the demo extra
     fresh: bool = False  #: export again and forget earlier runs
@@ -186,7 +186,7 @@ async def _bundle(options: DemoOptions, say: Callable[[str], None]) -> Path:
     labels.write_text(json.dumps({"labels": assistant()[1]}))
     arguments = (
         *("-m", "fedtt", "export", _model(options.model), "--task", "sequence-classification"),
-        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "64", "--force", "--json"),
+        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "40", "--force", "--json"),
     )
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
