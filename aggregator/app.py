@@ -119,13 +119,14 @@ async def _listen(
         access_log=None,
         keepalive_timeout=idle_s,
         lingering_time=_LINGER_S,
+        shutdown_timeout=5.0,
         auto_decompress=False,  # a few bytes could unpack to gigabytes
         max_line_size=_HEADER_LIMIT_BYTES,
         max_field_size=_HEADER_LIMIT_BYTES,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, shutdown_timeout=5.0)
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
     try:
         await site.start()
     except OSError as error:

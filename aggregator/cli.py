@@ -186,6 +186,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # bytes that are no HTTP are no news
     config = ServerConfig(
         data=args.data,
         host=args.host,

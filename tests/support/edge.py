@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -47,16 +48,20 @@ class MeanTarget:
 
 
 def write_small_bundle(directory: Path, base_bytes: int = 300_000) -> str:
-    """A bundle with a real tokenizer and a base of random bytes; its graphs are never loaded. -> its name."""
+    """A bundle with a real tokenizer, first factors all zero and a base of random bytes; -> its name.
+
+    Its graphs are never loaded.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
+    layout = tiny_spec().layout
     contents = {
         "step.onnx": b"step",
         "eval.onnx": b"eval",
         "base.bin": np.random.default_rng(0).bytes(base_bytes),
         "tokenizer.json": tokenizer.to_str().encode(),
-        "factors.safetensors": b"factors",
+        "factors.safetensors": save(layout.unflatten(np.zeros(layout.size, np.float32))),
     }
     files = {n: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for n, data in contents.items()}
     for name, data in contents.items():

@@ -1,0 +1,176 @@
+"""Messages, bodies and connections that are no protocol: bounded in length and time, refused in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from fedtt.messages import (
+    MESSAGE_LIMIT_BYTES,
+    Code,
+    encode,
+)
+from fedtt.wire import update_limit_bytes
+from tests.support.served import CHECK_IN, LAYOUT, Attacked, Peer, frame_of, refused
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_accepted_is_lost")]
+
+NOWHERE = "/v1/leases/" + "0" * 32
+NOBODY = "0" * 64
+
+
+# messages and bodies
+
+MESSAGES = {
+    "unknown field `surprise`": {
+        "type": "checkin",
+        "client": "",
+        "runtimes": [],
+        "examples": 1,
+        "surprise": 1,
+    },
+    "field `examples`": {"type": "checkin", "client": "", "runtimes": []},
+    "Invalid value 'enroll'": {"type": "enroll", "client": "", "runtimes": [], "examples": 1},
+    "at `$.examples`": {"type": "checkin", "client": "", "runtimes": [], "examples": -1},
+    "at `$.runtimes`": {"type": "checkin", "client": "", "runtimes": ["x"] * 9, "examples": 1},
+    "at `$.client`": {"type": "checkin", "client": "x" * 101, "runtimes": [], "examples": 1},
+}
+
+
+@pytest.mark.parametrize("said", MESSAGES)
+async def test_a_message_that_is_not_the_protocols_is_refused_with_the_field(device: Peer, said: str) -> None:
+    answer = await device.request("POST", "/v1/check-in", msgspec.msgpack.encode(MESSAGES[said]))
+    refused(answer, Code.MALFORMED, "not a valid message", said)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc1", b"{}", b"\x91" * 10_000, b"\xdf\xff\xff\xff\xff", encode(CHECK_IN)[:-1]]
+)
+async def test_bytes_that_are_no_message_are_refused(device: Peer, body: bytes) -> None:
+    refused(await device.request("POST", "/v1/check-in", body), Code.MALFORMED, "not a valid message")
+
+
+async def pieces(data: bytes) -> AsyncIterator[bytes]:
+    """A body whose length is not announced."""
+    yield data
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_message_over_the_limit_is_cut_off(place: Attacked, announced: bool) -> None:
+    data = bytes(MESSAGE_LIMIT_BYTES + 1)
+    answer = await place.server.raw("POST", "/v1/enroll", data if announced else pieces(data))
+    refused(answer, Code.TOO_LARGE, "longer than the 16384 bytes this call takes")
+    short = await place.server.raw("POST", "/v1/enroll", data[:-1] if announced else pieces(data[:-1]))
+    refused(short, Code.MALFORMED)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_an_update_may_be_as_long_as_its_plan_needs_and_no_longer(
+    place: Attacked, device: Peer, announced: bool
+) -> None:
+    limit = update_limit_bytes(4 * LAYOUT.size)
+    path, data = f"/v1/leases/{(await device.work()).lease}/update", bytes(limit + 1)
+    headers = device.signed("PUT", path, data)
+    answer = await place.server.raw("PUT", path, data if announced else pieces(data), headers)
+    refused(answer, Code.TOO_LARGE, f"longer than the {limit} bytes", "send what the plan asks for")
+
+
+async def _pour(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.005)
+
+
+async def test_an_endless_body_is_answered_and_cut(place: Attacked) -> None:
+    reader, writer = await place.server.connect()
+    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    said = asyncio.create_task(reader.read(4096))
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionError):
+            await _pour(writer)
+    assert b"413" in said.result().split(b"\r\n")[0]
+    assert b"longer than the 16384 bytes" in said.result()
+    writer.close()
+
+
+async def test_a_compressed_body_is_not_unpacked(place: Attacked, device: Peer) -> None:
+    bomb = gzip.compress(bytes(10_000_000))
+    assert len(bomb) < MESSAGE_LIMIT_BYTES
+    for coding in ("gzip", "deflate", "br", "nonsense"):
+        answer = await place.server.raw("POST", "/v1/enroll", bomb, {"Content-Encoding": coding})
+        refused(answer, Code.MALFORMED, "Content-Encoding is not taken: send the body as it is")
+    path = f"/v1/leases/{(await device.work()).lease}/update"
+    headers = device.signed("PUT", path, bomb)
+    refused(await place.server.raw("PUT", path, bomb, headers | {"Content-Encoding": "gzip"}), Code.MALFORMED)
+
+
+async def test_a_body_that_is_not_the_signed_one_is_refused(device: Peer) -> None:
+    answer = await device.request("POST", "/v1/check-in", encode(CHECK_IN), claimed=b"something else")
+    refused(answer, Code.BAD_SIGNATURE, "Content-Digest does not match the body")
+    work = await device.work()
+    path, frame = f"/v1/leases/{work.lease}/update", frame_of(work.plan)
+    swapped = await device.request("PUT", path, frame_of(work.plan, examples=1000), claimed=frame)
+    refused(swapped, Code.BAD_SIGNATURE, "Content-Digest does not match the body")
+
+
+# the network
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/en", b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_a_connection_without_a_whole_request_is_closed(place: Attacked, begun: bytes) -> None:
+    reader, writer = await place.server.connect()
+    writer.write(begun)
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(place: Attacked) -> None:
+    reader, writer = await place.server.connect()
+    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+    async with asyncio.timeout(5):
+        said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert b"the body did not arrive within 0.3 s" in said
+    writer.close()
+
+
+async def test_a_sender_that_hangs_up_is_no_bug_of_the_server(
+    place: Attacked, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        for begun in (b"half", b""):
+            _, writer = await place.server.connect()
+            writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + begun)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.close()
+        await asyncio.sleep(0.1)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_headers_without_end_are_cut_off(place: Attacked) -> None:
+    reader, writer = await place.server.connect()
+    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 20_000)
+    async with asyncio.timeout(5):
+        assert b" 400 " in (await reader.read()).split(b"\r\n")[0]
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v2/check-in", "/v1/leases/1/update", "/v1/../etc/passwd", "/v1/%ff%00", "//v1/check-in"]
+)
+async def test_a_path_that_is_not_there_is_a_typed_404(place: Attacked, path: str) -> None:
+    refused(await place.server.raw("GET", path), Code.NOT_FOUND, "there is no GET", "here")
+
+
+async def test_a_wrong_method_is_a_typed_405_that_names_the_right_one(place: Attacked) -> None:
+    answer = await place.server.raw("GET", "/v1/enroll")
+    refused(answer, Code.NOT_FOUND, "GET is not taken at /v1/enroll", "use POST", status=405)
+    assert answer.headers["Allow"] == "POST"
