@@ -11,18 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import msgspec
 
 from fedtt.errors import FedttError
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-__all__ = ["Run", "add_command", "add_group", "main", "print_json"]
+__all__ = ["Commands", "Run", "add_command", "add_group", "main", "print_json"]
 
 GROUP = "fedtt.commands"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int | None]  #: returns the exit status, None for 0
 
 

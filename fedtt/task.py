@@ -82,7 +82,7 @@ def parse_task(text: str, where: str = "task") -> TaskSpec:
         raise ConfigError(where, f"{len(text)} characters", f"at most {_SIZE_LIMIT_BYTES} bytes")
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(where, "…", f"valid TOML ({error})") from None
     try:
         return msgspec.convert(raw, TaskSpec, strict=True)

@@ -23,8 +23,17 @@ from fedtt.task import TaskSpec
 from storage.columns import Count, Id, Json, Number, Reason, Seconds, Sha256, one_of, sha256_check
 from storage.records import DeviceState, LeaseState, RoundState, TaskState, UpdateState, VersionState
 
-__all__ = ["Base", "BundleRow", "DeviceRow", "LeaseRow", "RoundRow", "TaskRow", "TokenRow"]
-__all__ += ["UpdateRow", "VersionRow"]
+__all__ = [
+    "Base",
+    "BundleRow",
+    "DeviceRow",
+    "LeaseRow",
+    "RoundRow",
+    "TaskRow",
+    "TokenRow",
+    "UpdateRow",
+    "VersionRow",
+]
 
 _NAMES = {
     "pk": "pk_%(table_name)s",

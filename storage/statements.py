@@ -32,6 +32,36 @@ from storage.records import (
     Version,
 )
 
+__all__ = [
+    "Rows",
+    "active_devices",
+    "add_task",
+    "add_update",
+    "all_tasks",
+    "bundles",
+    "count_leases",
+    "count_updates",
+    "devices",
+    "devices_after",
+    "expire_leases",
+    "latest_round",
+    "latest_version",
+    "lease_of",
+    "leases",
+    "newest_rounds",
+    "page_of_updates",
+    "rounds",
+    "settle",
+    "task_by_name",
+    "tasks",
+    "tokens",
+    "updates",
+    "updates_of",
+    "version_named",
+    "versions",
+    "versions_of",
+]
+
 R = TypeVar("R", bound=msgspec.Struct)
 
 

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedtt.errors import BundleError
+from fedtt.manifest import (
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    bundle_digest,
+    decode_manifest,
+    encode_manifest,
+)
+from tests.support.tiny import tiny_manifest
+
+Tree = dict[str, Any]
+
+
+def refusal(data: bytes) -> str:
+    """The one line with which a manifest is refused."""
+    with pytest.raises(BundleError) as error:
+        decode_manifest(data, "bundle/manifest.json")
+    assert str(error.value).startswith("bundle/manifest.json ")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def changed(change: Callable[[Tree], object]) -> bytes:
+    """The tiny manifest with something wrong in it."""
+    tree: Tree = msgspec.json.decode(encode_manifest(tiny_manifest()))
+    change(tree)
+    return msgspec.json.encode(tree)
+
+
+def test_a_manifest_comes_back_as_it_went_and_its_bytes_are_canonical() -> None:
+    data = encode_manifest(tiny_manifest())
+    assert decode_manifest(data) == tiny_manifest()
+    assert encode_manifest(decode_manifest(data)) == data
+    assert data.startswith(b'{\n  "format": 1,\n  "task": "sequence-classification"')
+    assert data.endswith(b"}\n")
+
+
+def test_a_bundles_name_is_the_hash_of_its_manifest() -> None:
+    data = encode_manifest(tiny_manifest())
+    assert bundle_digest(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_the_tiny_manifest_holds_with_any_key_order() -> None:
+    assert decode_manifest(changed(lambda m: m.update(reversed(list(m.items()))))) == tiny_manifest()
+
+
+@pytest.mark.parametrize(
+    ("version", "shown"), [(2, "format 2"), ("1", 'format "1"'), (None, "format null"), ([], r"format []")]
+)
+def test_another_format_is_refused_with_both_versions_and_what_to_do(version: Any, shown: str) -> None:
+    complaint = refusal(changed(lambda m: m.update(format=version, invented_later=True)))
+    assert f"has {shown}, this program reads format 1: export or download it again" in complaint
+
+
+def test_a_manifest_without_a_format_says_so() -> None:
+    assert "has format none" in refusal(changed(lambda m: m.pop("format")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "",
+        "..",
+        "a\0b",
+        "a\nb",
+        "x" * 101,
+        "ü.bin",
+        MANIFEST,
+        "a b",
+    ],
+)
+def test_a_file_name_that_could_leave_the_directory_or_hide_is_refused(name: str) -> None:
+    entry = {"sha256": "0" * 64, "bytes": 1}
+    assert "names are plain, without directories" in refusal(
+        changed(lambda m: m["files"].update({name: entry}))
+    )
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "eval.onnx", "tokenizer.json", "factors.safetensors"])
+def test_a_file_that_is_used_but_not_listed_is_refused_by_name(name: str) -> None:
+    assert f"does not list {name!r} among its files" in refusal(changed(lambda m: m["files"].pop(name)))
+
+
+def test_labels_that_do_not_match_the_head_are_refused_with_both_counts() -> None:
+    complaint = refusal(changed(lambda m: m.update(labels=["no", "yes", "maybe"])))
+    assert "names 3 labels, its head has 2" in complaint
+
+
+def test_a_layout_that_its_adapter_does_not_have_is_refused() -> None:
+    assert "another factor layout" in refusal(changed(lambda m: m.update(layout_sha256="0" * 64)))
+    assert "another factor layout" in refusal(changed(lambda m: m["adapter"]["down"].update(rank=1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m: m.update(extra=1), "unknown field `extra`"),
+        (lambda m: m.pop("opset"), "missing required field `opset`"),
+        (lambda m: m.update(task="translation"), "`$.task`"),
+        (lambda m: m["files"]["base.bin"].update(sha256="F" * 64), "`$.files[...].sha256`"),
+        (lambda m: m["files"]["base.bin"].update(bytes=-1), "`$.files[...].bytes`"),
+        (lambda m: m["graphs"].update(tensorrt=m["graphs"]["onnxruntime"]), "'tensorrt'"),
+        (lambda m: m["adapter"].update(kind="lora"), "`$.adapter.kind`"),
+        (lambda m: m["adapter"].update(sites=["ffn"]), "`$.adapter.sites[0]`"),
+        (lambda m: m["adapter"].update(sites=["mlp", "mlp"]), "same name"),
+    ],
+)
+def test_what_is_not_a_manifests_is_refused_with_its_place(
+    change: Callable[[Tree], object], complaint: str
+) -> None:
+    assert complaint in refusal(changed(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda a: a.update(depth=10**12), "`$.adapter.depth`"),
+        (lambda a: a.update(layers=10**12), "`$.adapter.layers`"),
+        (lambda a: a.update(hidden=10**12), "`$.adapter.hidden`"),
+        (lambda a: a["down"].update(rank=10**9), "`$.adapter.down.rank`"),
+        (lambda a: a["down"].update(rank=0), "`$.adapter.down.rank`"),
+        (lambda a: a["up"].update(in_modes=[10**9]), "`$.adapter.up.in_modes[0]`"),
+        (lambda a: a["up"].update(in_modes=[0]), "`$.adapter.up.in_modes[0]`"),
+        (lambda a: a["up"].update(in_modes=[1] * 100_000), "`$.adapter.up.in_modes`"),
+        (lambda a: a["up"].update(out_modes=[]), "`$.adapter.up.out_modes`"),
+        (lambda a: a["head"].update(labels=10**18), "`$.adapter.head.labels`"),
+    ],
+)
+def test_a_hostile_adapter_is_refused_before_its_layout_is_counted(
+    change: Callable[[Tree], object], complaint: str
+) -> None:
+    assert complaint in refusal(changed(lambda m: change(m["adapter"])))
+
+
+def test_the_largest_adapter_that_is_read_can_be_counted_in_64_bits() -> None:
+    def grow(manifest: Tree) -> None:
+        modes = [2**16] * 16
+        matrix = {"in_modes": modes, "out_modes": modes, "rank": 2**12}
+        manifest["adapter"].update(layers=2**10, depth=2**10, hidden=2**20, down=matrix, up=matrix)
+        manifest["adapter"]["head"].update(labels=2**20)
+
+    assert "another factor layout" in refusal(changed(grow))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"null", b"[]", b'"\xff"', b"\xff\xfe", b"{" * 10_000, b'{"format":1,"x":' + b"[" * 900_000],
+)
+def test_bytes_that_are_no_manifest_are_refused(data: bytes) -> None:
+    assert "is not a bundle manifest" in refusal(data)
+
+
+def test_a_manifest_over_the_limit_is_refused_before_it_is_read() -> None:
+    padding = b" " * (MANIFEST_LIMIT_BYTES + 1)
+    assert "has 1048577 bytes, at most 1048576 are read" in refusal(padding)  # 2**20 + 1
