@@ -160,8 +160,9 @@ def test_a_program_whose_extra_is_missing_stays_visible_and_says_how_to_get_it(
 
 
 def test_a_mistake_of_the_caller_reaches_the_terminal_as_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FEDTT_ADMIN_TOKEN", "not asked for before the file is read")
     task = tmp_path / "task.toml"
     task.write_text('name = "t"\n[rounds]\ncount = 0\ncohort = 1\n')
     assert main(["task", "create", str(task), "--bundle", str(tmp_path)]) == 2

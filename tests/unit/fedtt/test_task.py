@@ -198,6 +198,7 @@ def test_settings_that_contradict_each_other_are_refused_with_the_file() -> None
         (LEAST + '[method]\nweighting = "uniform"', r"task: method\.name = None .*it must be given"),
         (LEAST + "[privacy]", r"task: privacy = \{\} is not allowed: known settings here are name, "),
         ("name = t", r"task = '…' is not allowed: valid TOML \(.*line 1, column 8"),
+        ("x = " + "[" * 60_000, r"task = '…' is not allowed: valid TOML \("),
         ("#" * 65_537, r"task = '65537 characters' is not allowed: at most 65536 bytes"),
     ],
 )
