@@ -83,6 +83,7 @@ def federated(
         "loss": last["loss"],
         "rounds": rounds,
         "participations": counts.participations,
+        "acknowledged": counts.acknowledged,
         "uplink_bytes_per_participation": round(counts.frame_bytes / done, 1),
         "uplink_body_bytes_per_participation": round(counts.sent_bytes / done, 1),
         "downlink_bytes_per_participation": round(counts.received_bytes / done, 1),

@@ -20,7 +20,7 @@ def register(commands: Commands) -> None:
     demo = add_command(
         commands,
         "demo",
-        about="export a real encoder, train it on 30 devices over loopback HTTP, and try the result",
+        about="export a real encoder, train it on 45 devices over loopback HTTP, and try the result",
         examples="""
             fedtt demo
             fedtt demo --rounds 5 --json
@@ -31,7 +31,7 @@ def register(commands: Commands) -> None:
     add, default = demo.add_argument, "(default %(default)s)"
     add("--dir", type=Path, default=Path("demo-run"), help=f"where bundle, run and result go {default}")
     add("--rounds", type=int, default=20, help=f"rounds to train {default}")
-    add("--devices", type=int, default=30, help=f"devices that train, at most 45 {default}")
+    add("--devices", type=int, default=45, help=f"devices that train, at most 45 {default}")
     add("--seed", type=int, default=0, help=f"of sampling, batches and first factors {default}")
     add("--model", help="encoder directory or hub id (default the MiniLM-L6 of the demo extra)")
     add("--fresh", action="store_true", help="export again even if a bundle is there")

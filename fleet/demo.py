@@ -39,7 +39,7 @@ retry_s = 1
 
 [training]
 learning_rate = 1e-2
-local_steps = 8
+local_steps = 4
 batch_size = 16
 
 [method]
@@ -57,7 +57,7 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
 
     directory: Path
     rounds: int = 20
-    devices: int = 30
+    devices: int = 45
     seed: int = 0
     model: str | None = None  #: None for the MiniLM-L6 encoder of the demo extra
     fresh: bool = False  #: export again and forget earlier runs
@@ -82,6 +82,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     devices: int
     rounds: int
     participations: int
+    acknowledged: int
     uplink_bytes_per_participation: float  #: update frames
     downlink_bytes_per_participation: float  #: versions, plans and other answers; bundles apart
     bundle_bytes: int  #: downloaded once for all devices of this machine
@@ -161,6 +162,7 @@ async def run_demo(
         devices=len(shards),
         rounds=options.rounds,
         participations=counts.participations,
+        acknowledged=counts.acknowledged,
         uplink_bytes_per_participation=counts.frame_bytes / done,
         downlink_bytes_per_participation=counts.received_bytes / done,
         bundle_bytes=counts.bundle_bytes,

@@ -12,7 +12,7 @@ from fleet.demo import RoundReport
 
 __all__ = ["RoundDisplay"]
 
-_BAR = 30
+_BAR = 20
 
 
 class RoundDisplay:
@@ -39,8 +39,8 @@ class RoundDisplay:
     def show(self, report: RoundReport) -> None:
         bar = "█" * round(_BAR * report.accuracy)
         self._console.print(
-            f"round {report.round:3d}  {report.accuracy:6.1%} [green]{bar:<{_BAR}}[/green] "
-            f"loss {report.loss:.3f}  {report.updates:2d} updates  {report.uplink_bytes / 1000:7.1f} kB up  "
+            f"round {report.round:3d} {report.accuracy:6.1%} [green]{bar:<{_BAR}}[/green] "
+            f"loss {report.loss:.2f}, {report.updates:2d} updates,{report.uplink_bytes / 1000:7.0f} kB up,"
             f"{report.wall_s:4.0f} s",
             highlight=False,
         )

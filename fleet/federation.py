@@ -60,8 +60,9 @@ class Shard:
 class Counts:
     """What the devices did and what travelled, in bytes of bodies."""
 
-    participations: int = 0
-    frame_bytes: int = 0  #: updates as sent
+    participations: int = 0  #: updates trained and sent, also those that came too late for their round
+    acknowledged: int = 0  #: of them
+    frame_bytes: int = 0  #: of them all
     steps: int = 0
     sent_bytes: int = 0  #: all request bodies
     received_bytes: int = 0  #: all answer bodies but bundle files
@@ -71,10 +72,11 @@ class Counts:
     def observe(self, event: events.Event) -> None:
         match event:
             case events.Trained():
+                self.participations += 1
                 self.frame_bytes += event.frame_bytes
                 self.steps += event.steps
             case events.Acknowledged():
-                self.participations += 1
+                self.acknowledged += 1
             case events.Ended():
                 self.sent_bytes += event.sent_bytes
                 self.received_bytes += event.received_bytes - event.bundle_bytes
