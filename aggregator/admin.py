@@ -155,11 +155,10 @@ async def change_task(service: Service, name: str, state: TaskState) -> Row | Pr
             task = lifecycle.set_active(tx, name, state, reason if state is TaskState.PAUSED else "")
         if task is None:
             return _unknown(name)
-        return (
-            _task_row(tx, task)
-            if task.state is state
-            else conflict_state(name, task.state.value, state.value)
-        )
+        if task.state is not state:
+            wanted = "resumed" if state is TaskState.ACTIVE else state.value
+            return conflict_state(name, task.state.value, wanted)
+        return _task_row(tx, task)
 
     return await service.write(change)
 

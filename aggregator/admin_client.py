@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
@@ -74,18 +75,13 @@ class AdminClient:
             ) from None
         manifest = decode_manifest(manifest_bytes, str(directory / MANIFEST))
         for name, entry in manifest.files.items():
-            _check_file(directory / name, entry.bytes)
+            await asyncio.to_thread(_check_file, directory / name, entry)
         for name, entry in manifest.files.items():
             if await self.call("HEAD", f"/blobs/{entry.sha256}") != b"200":
-                await self._send_file(directory / name, entry, progress)
+                pieces = _pieces(directory / name, entry.bytes, progress)
+                await self.call("PUT", f"/blobs/{entry.sha256}", pieces)
         await self.call("POST", "/bundles", manifest_bytes)
         return bundle_digest(manifest_bytes)
-
-    async def _send_file(self, path: Path, entry: FileEntry, progress: Progress | None) -> None:
-        try:
-            await self.call("PUT", f"/blobs/{entry.sha256}", _pieces(path, entry.bytes, progress))
-        except FedttError as error:
-            raise BundleError(f"{path} could not be sent: {error}") from None
 
     async def create_task(self, text: str, bundle: str) -> Any:
         return msgspec.json.decode(await self.call("POST", "/tasks", text.encode(), bundle=bundle))
@@ -124,14 +120,15 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
         raise FedttError(f"{directory} cannot be written: {error.strerror}") from None
 
 
-def _check_file(path: Path, size: int) -> None:
-    """Raises BundleError where a file is missing or cut short, before a large bundle is sent."""
+def _check_file(path: Path, entry: FileEntry) -> None:
+    """Raises BundleError where a file is missing or damaged, before anything of a bundle is sent."""
     try:
-        found = path.stat().st_size
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}; export the bundle again") from None
-    if found != size:
-        raise BundleError(f"{path} has {found} bytes, its manifest says {size}: export the bundle again")
+    if found != entry.sha256:
+        raise BundleError(f"{path} does not match its sha256 in {MANIFEST}: export the bundle again")
 
 
 async def _pieces(path: Path, size: int, progress: Progress | None) -> AsyncIterator[bytes]:

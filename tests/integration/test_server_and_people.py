@@ -254,19 +254,11 @@ async def test_a_bundle_is_checked_before_it_is_sent(place: Attacked, bundle: Pa
         BundleError, match=r"nowhere/manifest.json cannot be read: No such file .* is it a bundle"
     ):
         await place.server.admin.send_bundle(bundle / "nowhere")
-    (bundle / "base.bin").write_bytes(bytes(999))
-    with pytest.raises(BundleError, match=r"base.bin has 999 bytes, its manifest says 1000: export"):
+    (bundle / "base.bin").write_bytes(bytes(1000))
+    with pytest.raises(BundleError, match=r"base.bin does not match its sha256 in manifest.json: export"):
         await place.server.admin.send_bundle(bundle)
     (bundle / "base.bin").unlink()
     with pytest.raises(BundleError, match=r"base.bin cannot be read: No such file or directory; export"):
-        await place.server.admin.send_bundle(bundle)
-
-
-async def test_a_damaged_file_is_named_when_the_server_refuses_it(place: Attacked, bundle: Path) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_bytes())
-    manifest["files"]["base.bin"]["sha256"] = NOBODY
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"base.bin could not be sent: blob 000000000000… came with sha256"):
         await place.server.admin.send_bundle(bundle)
 
 

@@ -24,7 +24,7 @@ from fedtt.wire import version_digest
 from storage.blobs import FileBlobs, load
 from storage.records import MAIN, RoundState
 from storage.sql import SqlStore
-from tests.support.served import LAYOUT, Peer, Served, frame_of, served, task_text, until
+from tests.support.served import LAYOUT, Peer, Served, frame_of, refused, served, task_text, until
 
 Delta = NDArray[np.float32]
 
@@ -151,6 +151,15 @@ async def test_a_task_that_was_stopped_takes_nothing_more_and_discards_what_wait
             "round 1 was abandoned: the task was stopped",
         )
         await stale(b, b_work, "task 'lights' is stopped")
+
+
+async def test_a_task_that_is_finished_says_so_when_it_is_resumed(tmp_path: Path) -> None:
+    async with served(tmp_path, task_text(cohort=1, count=1)) as server, server.device() as peer:
+        await peer.update()
+        await version(server, 1)
+        assert (await server.admin.task("lights"))["state"] == "finished"
+        answer = await server.people("POST", "/tasks/lights/resume")
+        refused(answer, Code.CONFLICT, "task 'lights' is finished and cannot be resumed", "with a new name")
 
 
 async def test_updates_whose_sum_is_not_finite_end_their_round_and_no_more(tmp_path: Path) -> None:
