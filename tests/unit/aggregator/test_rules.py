@@ -1,0 +1,104 @@
+"""The protocol's decisions, each by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from aggregator import rules
+from fedtt.task import RoundSpec
+from storage.records import LeaseState, RoundState
+from tests.support.ledger import lease, round_
+
+SPEC = RoundSpec(count=9, cohort=10, buffer=6, quorum=2, deadline_s=100.0, retry_s=20.0)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "now", "expected"),
+    [
+        (0, 399.9, rules.Due.NOTHING),
+        (5, 399.9, rules.Due.NOTHING),
+        (6, 301.0, rules.Due.FOLD),
+        (2, 400.0, rules.Due.FOLD),
+        (1, 400.0, rules.Due.ABANDON),
+        (0, 1e9, rules.Due.ABANDON),
+    ],
+)
+def test_a_round_closes_when_its_buffer_is_full_or_at_its_deadline(
+    accepted: int, now: float, expected: rules.Due
+) -> None:
+    assert rules.due(SPEC, round_(deadline_at=400.0), accepted, now) is expected
+
+
+@pytest.mark.parametrize("state", [RoundState.FOLDING, RoundState.FOLDED, RoundState.ABANDONED])
+def test_a_round_that_is_not_open_closes_no_more(state: RoundState) -> None:
+    assert rules.due(SPEC, round_(deadline_at=400.0, state=state), 6, 1e9) is rules.Due.NOTHING
+
+
+def test_a_round_without_a_lease_waits_for_ever() -> None:
+    assert rules.due(SPEC, round_(deadline_at=None), 0, 1e12) is rules.Due.NOTHING
+
+
+def test_a_seat_is_taken_by_every_lease_that_was_not_given_back() -> None:
+    assert rules.free_seats(SPEC, {}) == 10
+    leases = {LeaseState.ACTIVE: 3, LeaseState.UPLOADED: 2, LeaseState.EXPIRED: 1, LeaseState.FAILED: 50}
+    assert rules.free_seats(SPEC, leases) == 4  # 10 - 3 - 2 - 1
+
+
+@pytest.mark.parametrize(("now", "is_open"), [(300.0, False), (324.9, False), (325.0, True)])
+def test_seats_are_for_the_invited_during_a_quarter_of_the_deadline(now: float, is_open: bool) -> None:
+    full = round_(invited=tuple("abcdefghij"))
+    assert rules.seat_open_to_all(SPEC, full, now) is is_open
+    assert rules.seat_open_to_all(SPEC, round_(invited=tuple("abcdefghi")), now)
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "current", "held", "why"),
+    [
+        (0, {}, {}, None),
+        (0, {"number": 2}, {}, "its round 1 has closed, now round 2 is open"),
+        (0, {"number": 2, "version_number": 1}, {}, "it was trained from version 0, now 1 is current"),
+        (1, {"number": 2, "version_number": 1}, {}, None),
+        (1, {"number": 3, "version_number": 2}, {}, "it was trained from version 0, now 2 is current"),
+        (0, {"state": RoundState.FOLDING}, {}, "the task takes no more updates"),
+        (0, {}, {"state": LeaseState.EXPIRED}, None),
+        (0, {}, {"state": LeaseState.FAILED}, "the lease was given back"),
+    ],
+)
+def test_an_update_is_refused_for_one_reason(
+    max_staleness: int, current: dict[str, Any], held: dict[str, Any], why: str | None
+) -> None:
+    spec = RoundSpec(count=9, cohort=10, max_staleness=max_staleness)
+    assert rules.refusal(spec, round_(**current), lease(**held)) == why
+
+
+POPULATION = [f"{n:016x}" * 2 for n in range(50)]
+
+
+def test_a_small_population_is_invited_whole() -> None:
+    assert rules.sample(1, 1, POPULATION[:10], 10) == tuple(POPULATION[:10])
+
+
+def test_a_sample_is_the_same_for_the_same_round_and_another_for_the_next() -> None:
+    first = rules.sample(1, 1, POPULATION, 10)
+    assert first == rules.sample(1, 1, POPULATION, 10)
+    assert len(set(first)) == 10
+    assert first != rules.sample(1, 2, POPULATION, 10)
+    assert first != rules.sample(2, 1, POPULATION, 10)
+
+
+def test_every_device_is_invited_as_often_as_the_others() -> None:
+    rounds = 2000
+    counts = Counter(name for number in range(rounds) for name in rules.sample(7, number, POPULATION, 10))
+    # binomial with p = 10/50 over 2000 rounds: 400 in the mean, standard deviation √(2000·0.2·0.8) = 18
+    assert len(counts) == 50
+    assert all(abs(count - 400) < 5 * 18 for count in counts.values())
+
+
+def test_devices_are_told_to_come_back_at_different_times_around_the_tasks_own() -> None:
+    times = [rules.retry_after_s(SPEC, 1, 1, name) for name in POPULATION]
+    assert all(10.0 <= time < 30.0 for time in times)  # half to one and a half of 20 s
+    assert len(set(times)) == 50
+    assert rules.retry_after_s(SPEC, 1, 1, POPULATION[3]) == times[3]

@@ -1,0 +1,58 @@
+"""An update is checked for what its task asked for before it is acknowledged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aggregator.update_check import check_update
+from fedtt.adapter import LiveSet
+from fedtt.codec import CodecSpec, encode_delta, payload_bytes
+from fedtt.messages import Code, Problem
+from fedtt.wire import UpdateHeader, encode_update, layout_tag
+from tests.support.tiny import tiny_spec
+
+LAYOUT = tiny_spec().layout
+LIVE = tuple(range(len(LAYOUT.everything.indices)))
+HEADER = UpdateHeader(layout=layout_tag(LAYOUT), examples=3, steps=2, loss_first=1.0, loss_last=0.5)
+
+
+def payload_of(codec: CodecSpec, live: tuple[int, ...] = LIVE) -> bytes:
+    chosen = LiveSet(LAYOUT, live)
+    delta = np.linspace(-1, 1, chosen.size, dtype=np.float32)
+    return encode_delta(codec, chosen, delta, np.random.default_rng(0))
+
+
+def problem_of(payload: bytes, codec: CodecSpec, live: tuple[int, ...] = LIVE) -> Problem:
+    answer = check_update(encode_update(HEADER, payload), LAYOUT, live, codec)
+    assert isinstance(answer, Problem)
+    return answer
+
+
+@pytest.mark.parametrize("quantise", ["fp32", "int8", "int4"])
+def test_a_sound_update_comes_back_as_header_and_payload(quantise: str) -> None:
+    codec = CodecSpec(quantise=quantise)  # type: ignore[arg-type]
+    payload = payload_of(codec)
+    assert check_update(encode_update(HEADER, payload), LAYOUT, LIVE, codec) == (HEADER, payload)
+
+
+def test_the_payload_of_another_live_set_is_for_another_layout() -> None:
+    codec = CodecSpec(quantise="int8")
+    found = problem_of(payload_of(codec), codec, LIVE[:2])
+    assert found.code is Code.WRONG_LAYOUT
+    assert f"with {payload_bytes(codec, LiveSet(LAYOUT, LIVE[:2]))}" in found.detail
+
+
+@pytest.mark.parametrize("quantise", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [b"\x80\x7f", b"\xc0\x7f", b"\x7f\x7f"])  # inf, NaN, the greatest bfloat16
+def test_a_scale_that_makes_a_factor_infinite_is_refused(quantise: str, scale: bytes) -> None:
+    codec = CodecSpec(quantise=quantise)  # type: ignore[arg-type]
+    assert problem_of(scale + payload_of(codec)[2:], codec).code is Code.NOT_FINITE
+
+
+def test_integers_that_no_encoder_writes_are_refused() -> None:
+    codec = CodecSpec(quantise="int8")
+    payload = bytearray(payload_of(codec))
+    payload[2] = 0x80  # -128
+    found = problem_of(bytes(payload), codec)
+    assert "-128, which 8-bit values never take" in found.detail
