@@ -55,6 +55,7 @@ def federated(
             "updates": version["updates"],
             "train_loss": version["loss_last"],
             "uplink_bytes": counts.frame_bytes,
+            "downlink_bytes": counts.downlink_bytes,
             "wall_s": round(time.monotonic() - started, 1),
         }
         if number % judge_every == 0 or number == rounds:
@@ -85,9 +86,9 @@ def federated(
         "participations": counts.participations,
         "acknowledged": counts.acknowledged,
         "uplink_bytes_per_participation": round(counts.frame_bytes / done, 1),
-        "uplink_body_bytes_per_participation": round(counts.sent_bytes / done, 1),
-        "downlink_bytes_per_participation": round(counts.received_bytes / done, 1),
-        "bundle_bytes": counts.bundle_bytes,
+        "uplink_body_bytes_per_participation": round(counts.traffic.sent_bytes / done, 1),
+        "downlink_bytes_per_participation": round(counts.downlink_bytes / done, 1),
+        "bundle_bytes": counts.traffic.bundle_bytes,
         "retries_and_failures": len(counts.errors),
         "wall_s": round(time.monotonic() - started, 1),
     }

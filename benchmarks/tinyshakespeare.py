@@ -23,7 +23,7 @@ count = {rounds}
 cohort = 10
 quorum = 8
 deadline_s = 600
-retry_s = 1
+retry_s = 3
 
 [training]
 learning_rate = 1e-2
@@ -48,7 +48,7 @@ def lines(path: Path) -> list[tuple[str, Example]]:
 
 def main() -> None:
     parser = arguments("tinyshakespeare", "Federated next-token training on tinyshakespeare.")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     data, model = shared_data("data/tinyshakespeare"), shared_data("models/stories260k")
     by_speaker: dict[str, list[Example]] = defaultdict(list)
@@ -58,7 +58,7 @@ def main() -> None:
     test = [example for _, example in lines(data / "test_unseen_users.jsonl.gz")]
     options = ("--task", "causal-lm", "--max-tokens", "128", "--bottleneck", "32")
     bundle = exported("stories260k", str(model), *options)
-    rounds = 3 if args.quick else args.rounds
+    rounds = 2 if args.quick else args.rounds
     with reporting("tinyshakespeare", args.out) as report:
         figures = federated(
             report,

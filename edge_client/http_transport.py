@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import aiohttp
@@ -34,7 +35,7 @@ from fedtt.messages import (
 )
 from fedtt.seams import Clock
 
-__all__ = ["HttpTransport"]
+__all__ = ["HttpTransport", "Traffic"]
 
 M = TypeVar("M")
 _GATEWAY = {502, 503, 504}  #: what proxies say when the server behind them did not answer
@@ -51,6 +52,15 @@ class _Request(Struct, frozen=True, kw_only=True):
     total_s: float | None = None  #: for the whole exchange; None where its length is not bounded
 
 
+@dataclass
+class Traffic:
+    """What went over the wire, in bytes of bodies."""
+
+    sent_bytes: int = 0  #: requests: messages and frames
+    received_bytes: int = 0  #: answers: messages, versions and bundle files
+    bundle_bytes: int = 0  #: the part of them that was bundle files
+
+
 class HttpTransport:
     """A Transport to one server; make and close it inside one event loop."""
 
@@ -63,14 +73,14 @@ class HttpTransport:
         clock_offset_s: float = 0.0,
         on_clock_offset: Callable[[float], None] = lambda _: None,
         timeout_s: float = 60.0,
+        traffic: Traffic | None = None,
     ) -> None:
+        """traffic: counters to add to, which several transports may share."""
         self._base = _server_url(server)
         self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
         self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
         self._session: aiohttp.ClientSession | None = None
-        self.sent_bytes = 0  #: request bodies: messages and frames
-        self.received_bytes = 0  #: answer bodies: messages, versions and bundle files
-        self.bundle_bytes = 0  #: the part of them that was bundle files
+        self.traffic = Traffic() if traffic is None else traffic
 
     async def enroll(self, message: Enroll) -> Enrolled:
         return await self._message("POST", "v1/enroll", encode(message), Enrolled, signed=False)
@@ -86,8 +96,8 @@ class HttpTransport:
             if offset and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
                 raise WireError(f"{self._base}: asked for {name} from byte {offset}, another part came")
             async for piece in response.content.iter_chunked(1 << 16):
-                self.received_bytes += len(piece)
-                self.bundle_bytes += len(piece)
+                self.traffic.received_bytes += len(piece)
+                self.traffic.bundle_bytes += len(piece)
                 yield piece
 
     async def version(self, sha256: str, limit_bytes: int) -> bytes:
@@ -182,7 +192,7 @@ class HttpTransport:
                 body=request.body,
                 created=int(self._clock.now() + self._offset_s),
             )
-        self.sent_bytes += len(request.body)
+        self.traffic.sent_bytes += len(request.body)
         return await self._open_session().request(
             request.method,
             url,
@@ -214,7 +224,7 @@ class HttpTransport:
             data += piece
             if len(data) > limit_bytes:
                 raise WireError(f"{self._base} answered with more than {limit_bytes} bytes: not the protocol")
-        self.received_bytes += len(data)
+        self.traffic.received_bytes += len(data)
         return bytes(data)
 
     def _foreign(self, response: aiohttp.ClientResponse) -> WireError | Unreachable:

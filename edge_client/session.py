@@ -13,7 +13,7 @@ from edge_client.device import Device, DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
 from edge_client.examples import Examples
 from edge_client.home import Home
-from edge_client.http_transport import HttpTransport
+from edge_client.http_transport import HttpTransport, Traffic
 from edge_client.identity import Identity
 from edge_client.journal import Idle, Journal, read_state
 from edge_client.onnx_runtime import onnx_runtimes
@@ -28,7 +28,9 @@ POLL_S = 0.5  #: how often a running client looks at the switches
 _STOP_WAIT_S = 60.0  #: a running client ends at its next batch at the latest
 
 
-def open_transport(home: Home, journal: Journal, server: str, clock: Clock) -> HttpTransport:
+def open_transport(
+    home: Home, journal: Journal, server: str, clock: Clock, traffic: Traffic | None = None
+) -> HttpTransport:
     """A transport signed with the home's key, that remembers the server's clock in the journal."""
     known = journal.state
     if known.device and known.server != server:
@@ -47,6 +49,7 @@ def open_transport(home: Home, journal: Journal, server: str, clock: Clock) -> H
         clock,
         clock_offset_s=known.clock_offset_s,
         on_clock_offset=remember,
+        traffic=traffic,
     )
     if known.server != server:
         journal.update(server=server)
@@ -64,18 +67,19 @@ async def open_device(
     threads: int = 1,
     runtimes: Runtimes | None = None,
     executor: Executor | None = None,
+    traffic: Traffic | None = None,
     clock: Clock | None = None,
     observe: Observer = ignore,
 ) -> AsyncIterator[Device]:
     """A device over HTTP that lives in `home`, alone there until the context ends.
 
     cache: a directory of bundles that several devices may share; None keeps them in the home.
-    runtimes, executor: likewise shared by the devices of one process; None makes them for this one.
+    runtimes, executor, traffic: likewise shared by the devices of one process; None makes them for this one.
     """
     place, time = Home(home), clock or SystemClock()
     with place.lock():
         journal = Journal(place)
-        transport = open_transport(place, journal, server, time)
+        transport = open_transport(place, journal, server, time, traffic)
         try:
             yield Device(
                 config,
@@ -93,9 +97,9 @@ async def open_device(
             await transport.close()
             observe(
                 Ended(
-                    sent_bytes=transport.sent_bytes,
-                    received_bytes=transport.received_bytes,
-                    bundle_bytes=transport.bundle_bytes,
+                    sent_bytes=transport.traffic.sent_bytes,
+                    received_bytes=transport.traffic.received_bytes,
+                    bundle_bytes=transport.traffic.bundle_bytes,
                 )
             )
 

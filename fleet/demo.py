@@ -71,6 +71,7 @@ class RoundReport(Struct, frozen=True, kw_only=True):
     loss: float
     updates: int
     uplink_bytes: int  #: frames so far
+    downlink_bytes: int  #: versions, plans and other answers so far
     wall_s: float
 
 
@@ -136,6 +137,7 @@ async def run_demo(
             loss=found.loss,
             updates=version["updates"],
             uplink_bytes=counts.frame_bytes,
+            downlink_bytes=counts.downlink_bytes,
             wall_s=time.monotonic() - started,
         )
         reports.append(report)
@@ -164,8 +166,8 @@ async def run_demo(
         participations=counts.participations,
         acknowledged=counts.acknowledged,
         uplink_bytes_per_participation=counts.frame_bytes / done,
-        downlink_bytes_per_participation=counts.received_bytes / done,
-        bundle_bytes=counts.bundle_bytes,
+        downlink_bytes_per_participation=counts.downlink_bytes / done,
+        bundle_bytes=counts.traffic.bundle_bytes,
         wall_s=time.monotonic() - started,
         result=str(result),
     )

@@ -40,8 +40,8 @@ class RoundDisplay:
         bar = "█" * round(_BAR * report.accuracy)
         self._console.print(
             f"round {report.round:3d} {report.accuracy:6.1%} [green]{bar:<{_BAR}}[/green] "
-            f"loss {report.loss:.2f}, {report.updates:2d} updates,{report.uplink_bytes / 1000:7.0f} kB up,"
-            f"{report.wall_s:4.0f} s",
+            f"{report.updates:2d} updates,{report.uplink_bytes / 1e6:5.1f} MB up,"
+            f"{report.downlink_bytes / 1e6:6.1f} MB down,{report.wall_s:4.0f} s",
             highlight=False,
         )
         self._progress.update(self._task, completed=report.round, description=f"round {report.round + 1}")

@@ -22,6 +22,7 @@ from aggregator.admin_client import AdminClient
 from edge_client import events
 from edge_client.device import DeviceConfig
 from edge_client.examples import Example
+from edge_client.http_transport import Traffic
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.session import open_device
 from fedtt.errors import FedttError
@@ -58,16 +59,19 @@ class Shard:
 
 @dataclass
 class Counts:
-    """What the devices did and what travelled, in bytes of bodies."""
+    """What the devices did and what travelled."""
 
     participations: int = 0  #: updates trained and sent, also those that came too late for their round
     acknowledged: int = 0  #: of them
     frame_bytes: int = 0  #: of them all
     steps: int = 0
-    sent_bytes: int = 0  #: all request bodies
-    received_bytes: int = 0  #: all answer bodies but bundle files
-    bundle_bytes: int = 0
+    traffic: Traffic = field(default_factory=Traffic)  #: of all of them, while they live
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Versions, plans and other answers; bundles apart."""
+        return self.traffic.received_bytes - self.traffic.bundle_bytes
 
     def observe(self, event: events.Event) -> None:
         match event:
@@ -77,10 +81,6 @@ class Counts:
                 self.steps += event.steps
             case events.Acknowledged():
                 self.acknowledged += 1
-            case events.Ended():
-                self.sent_bytes += event.sent_bytes
-                self.received_bytes += event.received_bytes - event.bundle_bytes
-                self.bundle_bytes += event.bundle_bytes
             case events.GaveUp():
                 self.errors.append(event.detail)
             case events.Retrying():
@@ -167,6 +167,7 @@ async def _run_devices(
             cache=directory / "bundles",
             runtimes=runtimes,
             executor=executor,
+            traffic=counts.traffic,
             observe=counts.observe,
         ) as device:
             device.consent()

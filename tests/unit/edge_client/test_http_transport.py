@@ -143,7 +143,7 @@ def test_bundle_files_come_whole_or_from_an_offset(tmp_path: Path) -> None:
         assert await read("base.bin", 150_000) == base[150_000:]
         manifest = await read(MANIFEST, 0)
         assert hashlib.sha256(manifest).hexdigest() == work.plan.bundle
-        assert real.transport.bundle_bytes == 200_000 + 50_000 + len(manifest)
+        assert real.transport.traffic.bundle_bytes == 200_000 + 50_000 + len(manifest)
         with pytest.raises(Refused, match="not_found"):
             await read("none.bin", 0)
 
@@ -152,10 +152,10 @@ def test_bundle_files_come_whole_or_from_an_offset(tmp_path: Path) -> None:
 
 def test_bytes_of_bodies_are_counted_both_ways(tmp_path: Path) -> None:
     async def test(real: Real) -> None:
-        sent, received = real.transport.sent_bytes, real.transport.received_bytes
+        sent, received = real.transport.traffic.sent_bytes, real.transport.traffic.received_bytes
         answer = await real.transport.check_in(CHECK_IN)
-        assert real.transport.sent_bytes - sent == len(encode(CHECK_IN))
-        assert real.transport.received_bytes - received == len(encode(answer))
+        assert real.transport.traffic.sent_bytes - sent == len(encode(CHECK_IN))
+        assert real.transport.traffic.received_bytes - received == len(encode(answer))
 
     at_real_server(tmp_path, test)
 
