@@ -61,7 +61,7 @@ def _scale_up(scale: float) -> tuple[float, bytes]:
     word = int(np.float32(scale).view(np.uint32))
     if float(np.float32(scale)) < scale:
         word += 1
-    upper = min((word + 0xFFFF) >> 16, 0x7F7F)
+    upper = (word + 0xFFFF) >> 16
     return float(np.uint32(upper << 16).view(np.float32)), upper.to_bytes(2, "little")
 
 

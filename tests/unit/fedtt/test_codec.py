@@ -110,7 +110,7 @@ def test_a_zero_delta_stays_zero(codec: CodecSpec) -> None:
     assert not decode_delta(codec, LIVE, payload).any()
 
 
-@given(delta=deltas.filter(np.any))
+@given(delta=deltas.filter(lambda delta: np.abs(delta).max() > 2.0**-100))  # far from the last bfloat16
 @pytest.mark.parametrize("codec", [INT8, INT4])
 @quick
 def test_what_nearest_rounding_leaves_is_shorter_than_what_came(codec: CodecSpec, delta: Delta) -> None:
