@@ -12,12 +12,15 @@ __all__ = ["secret_file"]
 
 
 def secret_file(path: Path) -> str:
-    """The token in a file that only its owner reads; made of 192 random bits where there is none."""
+    """The token in a file that only its owner reads; made where there is none.
+
+    192 random bits in hex: no command line takes it for an option, as it may a token that begins with "-".
+    """
     try:
         if not path.exists():
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w") as file:
-                file.write(secrets.token_urlsafe(24) + "\n")
+                file.write(secrets.token_hex(24) + "\n")
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} cannot be read or made: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def register(commands: Commands) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from fleet.demo import DemoOptions
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the server process on the way out
     options = DemoOptions(
         directory=args.dir,
         rounds=args.rounds,
