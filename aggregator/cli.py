@@ -35,7 +35,9 @@ def register(commands: Commands) -> None:
     _register_serve(commands)
     _register_tasks(commands)
     _register_versions(commands)
-    devices = add_group(commands, "device", about="look at the population")
+    devices = add_group(
+        commands, "device", about="look at the population", examples="fedtt device list --json"
+    )
     _admin_command(
         devices, "list", about="list enrolled devices", examples="fedtt device list", action=list_devices
     )
@@ -47,7 +49,7 @@ def _register_serve(commands: Commands) -> None:
         "serve",
         about="run the aggregator",
         examples="""
-            fedtt serve --data ./server
+            fedtt serve
             fedtt serve --data /var/lib/fedtt --host 0.0.0.0 --port 8440
         """,
         run=_serve,
@@ -70,7 +72,15 @@ def _register_serve(commands: Commands) -> None:
 
 
 def _register_tasks(commands: Commands) -> None:
-    tasks = add_group(commands, "task", about="create and steer federated tasks")
+    tasks = add_group(
+        commands,
+        "task",
+        about="create and steer federated tasks",
+        examples="""
+            fedtt task create task.toml --bundle ./bundle
+            fedtt task show assistant
+        """,
+    )
     create = _admin_command(
         tasks,
         "create",
@@ -95,7 +105,12 @@ def _register_tasks(commands: Commands) -> None:
 
 
 def _register_versions(commands: Commands) -> None:
-    versions = add_group(commands, "version", about="list and download versions of the factors")
+    versions = add_group(
+        commands,
+        "version",
+        about="list and download versions of the factors",
+        examples="fedtt version download assistant --out result",
+    )
     listing = _admin_command(
         versions,
         "list",

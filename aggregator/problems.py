@@ -52,7 +52,7 @@ def busy(why: str) -> Problem:
 
 def unknown_device() -> Problem:
     return Problem(
-        code=Code.BAD_SIGNATURE, detail="this device is not enrolled here", remedy="enrol with a token first"
+        code=Code.UNKNOWN_DEVICE, detail="this device is not enrolled here", remedy="enrol with a token first"
     )
 
 

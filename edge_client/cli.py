@@ -21,7 +21,15 @@ __all__ = ["register"]
 
 def register(commands: Commands) -> None:
     """Add this program's commands to `fedtt`."""
-    below = add_group(commands, "client", about="run a device that trains on its own data, and rule it")
+    below = add_group(
+        commands,
+        "client",
+        about="run a device that trains on its own data, and rule it",
+        examples="""
+            fedtt client run --server https://fedtt.example.org --token TOKEN --data examples.jsonl
+            fedtt client forget
+        """,
+    )
     _add_run(below)
     _add_data(below)
     _add_rule(below)

@@ -20,6 +20,7 @@ from fedtt.errors import FedttError
 __all__ = ["Commands", "Run", "add_command", "add_group", "main", "print_json"]
 
 GROUP = "fedtt.commands"
+OURS = {"aggregator", "edge_client", "export", "fedtt", "fleet", "storage"}
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int | None]  #: returns the exit status, None for 0
 
@@ -28,22 +29,26 @@ def add_command(
     commands: Commands, name: str, *, about: str, examples: str, run: Run
 ) -> argparse.ArgumentParser:
     """Add one sub-command with `--json`; `examples` are shown at the end of its help."""
-    parser = commands.add_parser(
+    parser = _add_parser(commands, name, about, examples)
+    parser.add_argument("--json", action="store_true", help="print JSON for machines, one object a line")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_group(commands: Commands, name: str, *, about: str, examples: str) -> Commands:
+    """Add a command that only holds others, such as `fedtt task`."""
+    parser = _add_parser(commands, name, about, examples)
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _add_parser(commands: Commands, name: str, about: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
         name,
         help=about,
         description=about[0].upper() + about[1:] + ".",
         epilog="examples:\n" + "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for machines, one object a line")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def add_group(commands: Commands, name: str, *, about: str) -> Commands:
-    """Add a command that only holds others, such as `fedtt task`."""
-    parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
 
 def print_json(value: object) -> None:
@@ -67,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
             register = entry.load()
         except ModuleNotFoundError as error:
             _add_missing(commands, entry.name, error.name or "?")
-        else:
-            register(commands)
+            continue
+        known = set(commands.choices)
+        register(commands)
+        for name in commands.choices.keys() - known:
+            commands.choices[name].set_defaults(extra=entry.name)
     return parser
 
 
@@ -88,6 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except FedttError as error:
         print(f"fedtt: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if not module or module in OURS:
+            raise
+        print(
+            f"fedtt: error: this command needs {module}: pip install 'fedtt[{args.extra}]'", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("fedtt: stopped", file=sys.stderr)

@@ -163,7 +163,8 @@ class Code(Enum):
     WRONG_LAYOUT = "wrong_layout"  #: an update for another factor layout or codec
     NOT_FINITE = "not_finite"  #: NaN or infinity among the factors
     BAD_TOKEN = "bad_token"  # noqa: S105  #: unknown, used-up or expired enrolment token
-    BAD_SIGNATURE = "bad_signature"  #: missing or wrong request signature, or an unknown device
+    BAD_SIGNATURE = "bad_signature"  #: missing or wrong request signature
+    UNKNOWN_DEVICE = "unknown_device"  #: signed by a key that is not enrolled here; enrol again
     CLOCK_SKEW = "clock_skew"  #: signed too long ago or in the future; `now` carries the server's time
     FORBIDDEN = "forbidden"  #: the admin token is missing or wrong
     NOT_FOUND = "not_found"
@@ -181,6 +182,7 @@ STATUS: dict[Code, int] = {
     Code.NOT_FINITE: 422,
     Code.BAD_TOKEN: 403,
     Code.BAD_SIGNATURE: 401,
+    Code.UNKNOWN_DEVICE: 401,
     Code.CLOCK_SKEW: 401,
     Code.FORBIDDEN: 403,
     Code.NOT_FOUND: 404,

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from msgspec import Struct
 from aggregator.admin_client import AdminClient
 from edge_client.examples import Example
 from fedtt.errors import ConfigError, FedttError
+from fedtt.manifest import MANIFEST
 from fleet.evaluation import Judge
 from fleet.federation import Counts, Shard, federate, server_process
 
@@ -123,19 +125,17 @@ async def run_demo(
     held_out = [example for user in users[-_HELD_OUT:] for example in by_user[user]]
     shards = {user: Shard(by_user[user]) for user in users[: options.devices]}
     bundle = await _bundle(options, say)
-    run = options.directory / "run"
-    if run.exists():
-        await asyncio.to_thread(shutil.rmtree, run)
+    run = _fresh_run(options.directory / "run")
     judge = await asyncio.to_thread(Judge, bundle, held_out)
     reports: list[RoundReport] = []
 
-    async def on_version(admin: AdminClient, version: dict[str, Any], counts: Counts) -> None:
-        found = await judge.judge(admin, "assistant", version["number"])
+    async def on_version(admin: AdminClient, row: dict[str, Any], counts: Counts) -> None:
+        found = await judge.judge(admin, "assistant", row["number"])
         report = RoundReport(
-            round=version["number"],
+            round=row["number"],
             accuracy=found.accuracy or 0.0,
             loss=found.loss,
-            updates=version["updates"],
+            updates=row["updates"],
             uplink_bytes=counts.frame_bytes,
             downlink_bytes=counts.downlink_bytes,
             wall_s=time.monotonic() - started,
@@ -173,25 +173,46 @@ async def run_demo(
     )
 
 
+def _fresh_run(run: Path) -> Path:
+    """An empty directory; only what an earlier demo left there is removed."""
+    stamp = run / ".fedtt-demo"
+    if run.exists() and any(run.iterdir()):
+        if not stamp.exists():
+            raise ConfigError("--dir", str(run.parent), f"a directory whose {run.name}/ no one else uses")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    stamp.touch()
+    return run
+
+
 async def _bundle_digest(admin: AdminClient) -> str:
     digest: str = (await admin.rows("/tasks/assistant"))["bundle"]
     return digest
 
 
 async def _bundle(options: DemoOptions, say: Callable[[str], None]) -> Path:
-    """The exported encoder; made once by `fedtt export` and kept for the next demo."""
-    bundle = options.directory / "bundle"
-    if (bundle / "manifest.json").is_file() and not options.fresh and options.model is None:
+    """The exported encoder; made once by `fedtt export` and kept for the next demo with the same options."""
+    bundle, labels = options.directory / "bundle", options.directory / "labels.json"
+    made_by = options.directory / "bundle-made-by.json"
+    arguments = (
+        *("-m", "fedtt", "export", _model(options.model), "--task", "sequence-classification"),
+        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "40"),
+        *("--seed", str(options.seed), "--force", "--json"),
+    )
+    recipe = json.dumps({"version": version("fedtt"), "labels": assistant()[1], "arguments": arguments})
+    kept = (bundle / MANIFEST).is_file() and made_by.is_file() and made_by.read_text() == recipe
+    if kept and not options.fresh:
         say(f"using the bundle exported before, in {bundle} (--fresh exports again)")
         return bundle
     say("exporting the encoder's training step (about a minute)")
     options.directory.mkdir(parents=True, exist_ok=True)
-    labels = options.directory / "labels.json"
     labels.write_text(json.dumps({"labels": assistant()[1]}))
-    arguments = (
-        *("-m", "fedtt", "export", _model(options.model), "--task", "sequence-classification"),
-        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "40", "--force", "--json"),
-    )
+    await _export(arguments)
+    made_by.write_text(recipe)
+    return bundle
+
+
+async def _export(arguments: tuple[str, ...]) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -203,4 +224,3 @@ async def _bundle(options: DemoOptions, say: Callable[[str], None]) -> Path:
     if process.returncode:
         lines = errors.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise FedttError(f"the export failed: {lines[-1].removeprefix('fedtt: error: ')}")
-    return bundle

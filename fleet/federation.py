@@ -100,10 +100,13 @@ async def server_process(data: Path) -> AsyncIterator[Server]:
         )
     try:
         assert process.stdout is not None  # noqa: S101  # asked for above
-        async with asyncio.timeout(_START_S):
-            line = await process.stdout.readline()
+        try:
+            async with asyncio.timeout(_START_S):
+                line = await process.stdout.readline()
+        except TimeoutError:
+            line = b""
         if not line:
-            raise FedttError(f"the server did not start: see {data / 'server.log'}")
+            raise FedttError(f"the server did not start within {_START_S:.0f} s: see {data / 'server.log'}")
         said: dict[str, str] = msgspec.json.decode(line)
         token = await asyncio.to_thread(Path(said["admin_token_file"]).read_text)
         yield Server(said["url"], said["admin_url"], token.strip(), said["enrolment_token"])

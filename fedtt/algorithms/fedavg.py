@@ -27,11 +27,6 @@ class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
     weighting: Literal["examples", "uniform"] = "examples"
     max_examples: Annotated[int, Meta(ge=1)] = 1000  #: what a device reports counts up to here
 
-    @property
-    def linear(self) -> bool:
-        """Whether the fold is a weighted sum, so that sums may be masked or noised."""
-        return True
-
     def live(self, layout: FactorLayout, round_number: int) -> LiveSet:
         """The factors trained and sent in a round: all."""
         return layout.everything

@@ -109,7 +109,6 @@ def test_many_small_updates_are_not_lost_in_the_sum(method: FedAvg) -> None:
 @every_method
 def test_everything_is_live_in_every_round(method: FedAvg) -> None:
     assert method.live(LAYOUT, 1).indices == method.live(LAYOUT, 2).indices == (0, 1, 2)
-    assert method.linear
 
 
 def towards(goal: Vector) -> Gradient[float]:

@@ -33,19 +33,22 @@ def _fail(args):
 def _stop(args):
     raise KeyboardInterrupt
 
+def _lack(args):
+    import no_such_library
+
 def _pour(args):
     for n in range(100_000):
         print(n, flush=True)
 
 def register(commands):
-    group = add_group(commands, "parrot", about="repeat what is said")
+    group = add_group(commands, "parrot", about="repeat what is said", examples="fedtt parrot say hello")
     say = add_command(group, "say", about="say a word", run=_say, examples="""
         fedtt parrot say hello
         fedtt parrot say hello --json
     """)
     say.add_argument("word")
     say.add_argument("--status", type=int)
-    for name, run in {"fail": _fail, "stop": _stop, "pour": _pour}.items():
+    for name, run in {"fail": _fail, "stop": _stop, "pour": _pour, "lack": _lack}.items():
         add_command(group, name, about=name, run=run, examples=f"fedtt parrot {name}")
 '''
 
@@ -145,6 +148,15 @@ def test_a_reader_who_leaves_early_is_no_error(parrot: Path) -> None:
     )
     assert done.stdout == "0\n0\n"
     assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("parrot")
+def test_a_command_without_its_library_names_it_and_the_extra(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["parrot", "lack"]) == 2
+    expected = "fedtt: error: this command needs no_such_library: pip install 'fedtt[parrot]'\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.usefixtures("parrot")
