@@ -75,7 +75,15 @@ async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | 
             return conflict_name(spec.name)
         now = service.clock.now()
         task = tx.add_task(
-            Task(id=0, spec=spec, bundle=bundle_sha256, state=TaskState.ACTIVE, reason="", created_at=now)
+            Task(
+                id=0,
+                spec=spec,
+                bundle=bundle_sha256,
+                state=TaskState.ACTIVE,
+                reason="",
+                created_at=now,
+                resumed_after=0,
+            )
         )
         tx.add_version(_first(task, version0, now))
         return _task_row(tx, task)
@@ -98,7 +106,7 @@ def _first(task: Task, sha256: str, now: float) -> Version:
         branch=MAIN,
         number=0,
         sha256=sha256,
-        parent_sha256=None,
+        parents=(),
         gauge="plain",
         state=VersionState.RELEASED,
         created_at=now,

@@ -113,15 +113,22 @@ class Coordinator:
         if device.state is DeviceState.ERASED:
             return None
         reason = "its device was erased" if erase else "its device left"
-        waiting = tx.updates_of(device_name, UpdateState.ACCEPTED)
-        tx.settle(self._not_claimed(tx, waiting), UpdateState.DISCARDED, reason=reason)
-        gone = replace(device, state=DeviceState.LEFT)
+        discarded = self._not_claimed(tx, tx.updates_of(device_name, UpdateState.ACCEPTED))
+        tx.settle(discarded, UpdateState.DISCARDED, reason=reason)
+        self._free_seats(tx, device_name, discarded)
+        tx.put_device(_erased(device) if erase else replace(device, state=DeviceState.LEFT))
         if erase:
-            gone = replace(
-                device, state=DeviceState.ERASED, public_key=b"", client="", runtimes=(), examples=0
-            )
-        tx.put_device(gone)
+            tx.forget_settled(device_name)
         return None
+
+    @staticmethod
+    def _free_seats(tx: Transaction, device_name: str, discarded: list[str]) -> None:
+        """Of leases that will bring their rounds nothing any more."""
+        unused = (LeaseState.ACTIVE, LeaseState.EXPIRED)
+        leases = [lease for state in unused for lease in tx.leases_of(device_name, state)]
+        leases += [promised(tx.lease(lease_id), "an update's lease") for lease_id in discarded]
+        for lease in leases:
+            tx.put_lease(replace(lease, state=LeaseState.FAILED))
 
     @staticmethod
     def _not_claimed(tx: Transaction, updates: list[Update]) -> list[str]:
@@ -307,6 +314,11 @@ class Coordinator:
         if lease.state in {LeaseState.ACTIVE, LeaseState.EXPIRED}:
             tx.put_lease(replace(lease, state=LeaseState.FAILED))
         return None
+
+
+def _erased(device: Device) -> Device:
+    """What stays of it: name, times and state."""
+    return replace(device, state=DeviceState.ERASED, public_key=b"", client="", runtimes=(), examples=0)
 
 
 def receipt_of(update: Update) -> Receipt:

@@ -74,7 +74,11 @@ class Lifecycle:
         number = (last.number if last else 0) + 1
         base = promised(tx.latest_version(task.id, MAIN), "a task's first version")
         spec = task.spec
-        population = tx.active_devices(seen_since=now - SEEN_WITHIN_S, min_examples=spec.min_examples)
+        population = tx.active_devices(
+            seen_since=now - SEEN_WITHIN_S,
+            min_examples=spec.min_examples,
+            runtimes=self.runtimes(tx, task),
+        )
         round_ = Round(
             task_id=task.id,
             branch=MAIN,
@@ -137,7 +141,7 @@ class Lifecycle:
 
     def _give_up(self, tx: Transaction, task: Task) -> Task:
         limit = task.spec.rounds.give_up_after
-        last = tx.rounds(task.id, limit=limit)
+        last = [r for r in tx.rounds(task.id, limit=limit) if r.number > task.resumed_after]
         if len(last) == limit and all(r.state is RoundState.ABANDONED for r in last):
             reason = f"{limit} rounds in a row were abandoned, the last because {last[0].reason}"
             task = replace(task, state=TaskState.PAUSED, reason=reason)
@@ -156,7 +160,7 @@ class Lifecycle:
             branch=MAIN,
             number=base.number + 1,
             sha256=fold.sha256,
-            parent_sha256=base.sha256,
+            parents=(base.sha256,),
             gauge="plain",
             state=VersionState.RELEASED,
             created_at=now,
@@ -178,10 +182,15 @@ class Lifecycle:
     # tasks
 
     def set_active(self, tx: Transaction, name: str, state: TaskState, reason: str) -> Task | None:
-        """Pause or resume; a task that has ended stays so. None where there is no such task."""
+        """Pause or resume; a task that has ended stays so. None where there is no such task.
+
+        Rounds from before it was resumed count no longer towards giving up.
+        """
         task = tx.task(name)
         if task is not None and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:
-            task = replace(task, state=state, reason=reason)
+            last = tx.latest_round(task.id, MAIN) if state is TaskState.ACTIVE else None
+            resumed_after = last.number if last else task.resumed_after
+            task = replace(task, state=state, reason=reason, resumed_after=resumed_after)
             tx.put_task(task)
         return task
 

@@ -43,7 +43,7 @@ class Service:
     async def write(self, change: Callable[[Transaction], T]) -> T | Problem:
         """Run a change in the next commit; a full queue is a typed refusal."""
         try:
-            return await self.writer.run(change)
+            return await self.writer.request(change)
         except QueueFullError as error:
             return busy(str(error))
 
@@ -117,12 +117,13 @@ class Service:
     # rounds
 
     async def tick(self) -> None:
-        """Expire leases, close rounds that are due, sum and publish what waits for it."""
+        """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled."""
         for round_ in await self.writer.run(lambda tx: self.lifecycle.advance(tx, self.clock.now())):
             try:
                 await self._fold(round_)
             except StorageError as error:  # other tasks go on
                 _log.error("round %d waits for its sum: %s", round_.number, error)
+        await self.writer.maintain()  # where a reader is in the way the next tick tries again
 
     async def _fold(self, round_: Round) -> None:
         try:
@@ -133,7 +134,6 @@ class Service:
             return
         version = await self.writer.run(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
         if version is not None:
-            await self.writer.maintain()
             _log.info(
                 "round %d folded %d updates into version %d", round_.number, version.updates, version.number
             )

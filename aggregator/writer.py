@@ -37,26 +37,34 @@ class _Pending(Generic[T]):
 
 
 class Writer:
-    """The only place that writes: changes queue here (bounded) and commit in groups on one thread."""
+    """The only place that writes: changes queue here and commit in groups on one thread.
+
+    Requests are refused while `queue_limit` changes wait. The server's own few changes never are: a round
+    must close under any load.
+    """
 
     def __init__(self, store: Store, *, queue_limit: int = 4096) -> None:
         self._store = store
-        self._queue: asyncio.Queue[_Pending[Any]] = asyncio.Queue(queue_limit)
+        self._limit = queue_limit
+        self._queue: asyncio.Queue[_Pending[Any]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedtt-writer")
         self._task: asyncio.Task[None] | None = None
+
+    async def request(self, change: Callable[[Transaction], T]) -> T:
+        """Run someone else's change; raises QueueFullError where too many wait."""
+        if self._queue.qsize() >= self._limit:
+            raise QueueFullError(f"{self._limit} changes wait already; come back later")
+        return await self.run(change)
 
     async def run(self, change: Callable[[Transaction], T]) -> T:
         """Answer once the change is durable. It may run twice, so it acts through its transaction alone."""
         pending = _Pending(change)
-        try:
-            self._queue.put_nowait(pending)
-        except asyncio.QueueFull:
-            raise QueueFullError(f"{self._queue.maxsize} changes wait already; come back later") from None
+        self._queue.put_nowait(pending)
         return await pending.future
 
-    async def maintain(self) -> None:
-        """Have settled payloads leave the disk, between two commits."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.maintain)
+    async def maintain(self) -> bool:
+        """Have settled payloads leave the disk, between two commits; False where that has to wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._store.maintain)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._loop())

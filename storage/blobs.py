@@ -78,7 +78,7 @@ class FileBlobs:
     async def receive(self, sha256: str, pieces: AsyncIterable[bytes], *, limit_bytes: int) -> int:
         with self._incoming_file(sha256, limit_bytes) as incoming:
             async for piece in pieces:
-                incoming.write(piece)
+                await asyncio.to_thread(incoming.write, piece)
             await asyncio.to_thread(self._keep, incoming)
         return incoming.size
 

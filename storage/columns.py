@@ -11,7 +11,19 @@ from sqlalchemy import BigInteger, CheckConstraint, Dialect, Double, Enum, Integ
 from sqlalchemy.orm import mapped_column
 from sqlalchemy.types import TypeDecorator
 
-__all__ = ["Count", "Id", "Json", "Number", "Reason", "Seconds", "Sha256", "one_of", "sha256_check"]
+__all__ = [
+    "Count",
+    "Id",
+    "Json",
+    "Number",
+    "Parents",
+    "Reason",
+    "Seconds",
+    "Sha256",
+    "one_of",
+    "sha256_check",
+    "sha256s_check",
+]
 
 Sha256 = Annotated[str, mapped_column(String(64))]  #: 64 hex digits
 Id = Annotated[str, mapped_column(String(32))]  #: 128 bits as 32 hex digits
@@ -31,6 +43,11 @@ def one_of(states: type[enum.Enum]) -> Enum:
         name="known_state",
         length=16,
     )
+
+
+def sha256s_check(column: str) -> CheckConstraint:
+    """Compact JSON of n hashes, each 66 characters in its quotes, has 67 n + 1; of none it has 2."""
+    return CheckConstraint(f"{column} = '[]' OR length({column}) % 67 = 1", name=f"{column}_are_sha256")
 
 
 def sha256_check(column: str) -> CheckConstraint:
@@ -53,3 +70,8 @@ class Json(TypeDecorator[Any]):
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str], Any]:
         return msgspec.json.Decoder(self.kind).decode
+
+
+Parents = Annotated[
+    tuple[str, ...], mapped_column(Json(tuple[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], ...]))
+]  #: sha256s as JSON

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -116,10 +116,11 @@ class _MemoryTransaction:
         start = bisect_right(ids, after)
         return [self._t.devices[i] for i in ids[start : start + limit]]
 
-    def active_devices(self, *, seen_since: float, min_examples: int) -> list[str]:
+    def active_devices(self, *, seen_since: float, min_examples: int, runtimes: Collection[str]) -> list[str]:
+        able = (d for d in self._t.devices.values() if not set(runtimes).isdisjoint(d.runtimes))
         return sorted(
             d.id
-            for d in self._t.devices.values()
+            for d in able
             if d.state is DeviceState.ACTIVE and d.seen_at >= seen_since and d.examples >= min_examples
         )
 
@@ -191,6 +192,9 @@ class _MemoryTransaction:
         rows = (self._t.leases[i] for i in reversed(ids))
         return next((row for row in rows if row.device_id == device_id), None)
 
+    def leases_of(self, device_id: str, state: LeaseState) -> list[Lease]:
+        return [x for x in self._t.leases.values() if x.device_id == device_id and x.state is state]
+
     def count_leases(self, task_id: int, branch: str, round_number: int) -> dict[LeaseState, int]:
         ids = self._t.leases_in.get((task_id, branch, round_number), {})
         return Counter(self._t.leases[i].state for i in ids)
@@ -237,9 +241,26 @@ class _MemoryTransaction:
             if row is None or row.state is not UpdateState.ACCEPTED:
                 continue
             changes: dict[str, Any] = {"state": state, "reason": reason, "folded_into": folded_into}
-            self._put(self._t.updates, lease_id, msgspec.structs.replace(row, payload=b"", **changes))
+            settled = msgspec.structs.replace(row, payload=b"", **changes)
+            owner = self._t.devices.get(row.device_id)
+            self._put(
+                self._t.updates,
+                lease_id,
+                _forgotten(settled) if owner and owner.state is DeviceState.ERASED else settled,
+            )
             moved += 1
         return moved
+
+    def forget_settled(self, device_id: str) -> int:
+        rows = [u for u in self._t.updates.values() if u.device_id == device_id]
+        settled = [u for u in rows if u.state is not UpdateState.ACCEPTED]
+        for row in settled:
+            self._put(self._t.updates, row.lease_id, _forgotten(row))
+        return len(settled)
+
+
+def _forgotten(update: Update) -> Update:
+    return msgspec.structs.replace(update, examples=0, loss_first=0.0, loss_last=0.0)
 
 
 def _latest(table: dict[RoundKey, V], task_id: int, branch: str) -> V | None:

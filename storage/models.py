@@ -20,7 +20,19 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fedtt.task import TaskSpec
-from storage.columns import Count, Id, Json, Number, Reason, Seconds, Sha256, one_of, sha256_check
+from storage.columns import (
+    Count,
+    Id,
+    Json,
+    Number,
+    Parents,
+    Reason,
+    Seconds,
+    Sha256,
+    one_of,
+    sha256_check,
+    sha256s_check,
+)
 from storage.records import DeviceState, LeaseState, RoundState, TaskState, UpdateState, VersionState
 
 __all__ = [
@@ -104,7 +116,10 @@ class TaskRow(Base):
     """One federated task."""
 
     __tablename__ = "tasks"
-    __table_args__ = (UniqueConstraint("name"),)
+    __table_args__ = (
+        UniqueConstraint("name"),
+        CheckConstraint("resumed_after >= 0", name="resumed_after_counts"),
+    )
 
     id: Mapped[Count] = mapped_column(primary_key=True)  #: given by the database, in order of creation
     name: Mapped[str] = mapped_column(String(63))  #: the name within the spec, to find it by
@@ -113,6 +128,7 @@ class TaskRow(Base):
     state: Mapped[TaskState] = mapped_column(one_of(TaskState))  #: whether rounds are opened
     reason: Mapped[Reason]  #: why it is in this state
     created_at: Mapped[Seconds]  #: when an operator made it
+    resumed_after: Mapped[Count]  #: newest round when it was last resumed; 0 where it never was
 
 
 class VersionRow(Base):
@@ -123,7 +139,8 @@ class VersionRow(Base):
         UniqueConstraint("task_id", "branch", "round_number"),  # a round makes at most one version
         sha256_check("sha256"),
         CheckConstraint("number > 0 OR round_number IS NULL", name="first_has_no_round"),
-        CheckConstraint("number = 0 OR length(parent_sha256) = 64", name="later_has_a_parent"),
+        sha256s_check("parents"),
+        CheckConstraint("number = 0 OR parents <> '[]'", name="later_has_a_parent"),
         CheckConstraint("updates >= 0 AND examples >= 0", name="sums_count"),
         Index(None, "sha256"),
     )
@@ -132,7 +149,7 @@ class VersionRow(Base):
     branch: Mapped[str] = mapped_column(String(63), primary_key=True)  #: the line of versions it continues
     number: Mapped[Count] = mapped_column(primary_key=True)  #: from 0, without gaps on a branch
     sha256: Mapped[Sha256]  #: of theta's canonical bytes; a roll-back may repeat an earlier one
-    parent_sha256: Mapped[Sha256 | None]  #: the version it was made from
+    parents: Mapped[Parents]  #: the versions it was made from, as JSON
     gauge: Mapped[str] = mapped_column(String(32))  #: the form the cores are in
     state: Mapped[VersionState] = mapped_column(one_of(VersionState))  #: whether devices train from it
     created_at: Mapped[Seconds]  #: when it was published
@@ -240,7 +257,7 @@ class UpdateRow(Base):
     device_id: Mapped[Id] = mapped_column(ForeignKey("devices.id"))  #: who trained it
     digest: Mapped[Sha256]  #: of the frame, so that the same bytes get the same receipt
     received_at: Mapped[Seconds]  #: when it came
-    examples: Mapped[Count]  #: the device says its delta stands for
+    examples: Mapped[Count]  #: the device says its delta stands for; 0 once settled for an erased device
     loss_first: Mapped[Number]  #: training loss of its first local step
     loss_last: Mapped[Number]  #: and of its last
     state: Mapped[UpdateState] = mapped_column(one_of(UpdateState))  #: where it stands

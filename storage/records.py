@@ -33,7 +33,7 @@ MAIN = "main"  #: the branch every task has
 class DeviceState(Enum):
     ACTIVE = "active"  #: enrolled and welcome
     LEFT = "left"  #: its owner took it out; it may enrol again
-    ERASED = "erased"  #: all but the name is gone, at the owner's request
+    ERASED = "erased"  #: key, client and all counts and losses are gone; name, times and receipts stay
 
 
 class TaskState(Enum):
@@ -59,7 +59,7 @@ class RoundState(Enum):
 class LeaseState(Enum):
     ACTIVE = "active"  #: the device is at work
     UPLOADED = "uploaded"  #: an update was acknowledged under it
-    FAILED = "failed"  #: the device gave it back
+    FAILED = "failed"  #: the device gave it back, or left
     EXPIRED = "expired"  #: its time is over; an update is still taken while its round is open
 
 
@@ -101,6 +101,7 @@ class Task(Struct, frozen=True, kw_only=True):
     state: TaskState
     reason: str  #: why it is in this state, for people
     created_at: float
+    resumed_after: int  #: newest round when it was last resumed; later ones count towards giving up
 
 
 class Version(Struct, frozen=True, kw_only=True):
@@ -110,7 +111,7 @@ class Version(Struct, frozen=True, kw_only=True):
     branch: str
     number: int  #: from 0, without gaps on a branch
     sha256: str  #: of theta's canonical bytes; its name in the blob store
-    parent_sha256: str | None
+    parents: tuple[str, ...]  #: sha256 of the versions it was made from; none for a task's first
     gauge: str  #: the form the cores are in; "plain" unless a method says otherwise
     state: VersionState
     created_at: float
@@ -163,7 +164,7 @@ class Update(Struct, frozen=True, kw_only=True):
     device_id: str
     digest: str  #: sha256 of the frame
     received_at: float
-    examples: int
+    examples: int  #: 0, like both losses, once settled for a device that was erased
     loss_first: float
     loss_last: float
     payload: bytes  #: the coded delta; emptied once the update is in its terminal state

@@ -15,12 +15,15 @@ from storage.sql_transaction import SqlTransaction
 
 __all__ = ["SqlStore"]
 
+_READERS_MS = 200  #: that emptying the log waits for readers; writing waits with it
+
 
 class SqlStore:
     """A ledger in one SQLite file: one writing connection, several that read beside it."""
 
     def __init__(self, path: Path, writer: Engine, reader: Engine) -> None:
         self.path, self._writer, self._reader = path, writer, reader
+        self._wipe_due = True  # a process before this one may have ended without
 
     @classmethod
     def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0) -> Self:
@@ -49,6 +52,7 @@ class SqlStore:
             tx = SqlTransaction(connection, self.path, readonly=False)
             yield tx
             tx.refuse_if_broken()
+            self._wipe_due |= tx.has_wiped
 
     @contextmanager
     def reading(self) -> Iterator[SqlTransaction]:
@@ -57,12 +61,21 @@ class SqlStore:
 
     def maintain(self) -> bool:
         """Move the write-ahead log into the database and empty it, so that no old payload stays in it."""
+        if self._wipe_due:
+            self._wipe_due = not self._empty_log()
+        return not self._wipe_due
+
+    def _empty_log(self) -> bool:
         connection = self._writer.raw_connection()
         try:
             with errors_in_words(self.path):
                 cursor = connection.cursor()
-                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                busy: int = cursor.fetchall()[0][0]
+                patience: int = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
+                cursor.execute(f"PRAGMA busy_timeout = {_READERS_MS}")
+                try:
+                    busy: int = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                finally:
+                    cursor.execute(f"PRAGMA busy_timeout = {patience}")
                 return not busy
         finally:
             connection.close()

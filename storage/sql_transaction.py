@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class SqlTransaction:
     def __init__(self, connection: Connection, path: Path, *, readonly: bool) -> None:
         self._connection, self._path, self._readonly = connection, path, readonly
         self._broken: StorageError | None = None
+        self.has_wiped = False  #: whether bytes went that the log still holds
 
     def refuse_if_broken(self) -> None:
         """Raise what broke the transaction: SQLite has rolled it back by itself, as on a full disk."""
@@ -87,12 +88,9 @@ class SqlTransaction:
     def devices(self, *, after: str = "", limit: int = 1000) -> list[Device]:
         return self._all(sql.devices, sql.devices_after, after=after, limit=limit)
 
-    def active_devices(self, *, seen_since: float, min_examples: int) -> list[str]:
-        found = self._read(
-            sql.active_devices,
-            {"state": DeviceState.ACTIVE, "seen_since": seen_since, "min_examples": min_examples},
-        )
-        return list(found.scalars())
+    def active_devices(self, *, seen_since: float, min_examples: int, runtimes: Collection[str]) -> list[str]:
+        wanted = {"seen_since": seen_since, "min_examples": min_examples, "runtimes": list(runtimes)}
+        return list(self._read(sql.active_devices, {"state": DeviceState.ACTIVE, **wanted}).scalars())
 
     def put_bundle(self, bundle: Bundle) -> None:
         self._put(sql.bundles, bundle)
@@ -158,6 +156,9 @@ class SqlTransaction:
         place = {"task_id": task_id, "branch": branch, "round_number": round_number}
         return self._one(sql.leases, sql.lease_of, device_id=device_id, **place)
 
+    def leases_of(self, device_id: str, state: LeaseState) -> list[Lease]:
+        return self._all(sql.leases, sql.leases_of, device_id=device_id, state=state)
+
     def count_leases(self, task_id: int, branch: str, round_number: int) -> dict[LeaseState, int]:
         place = {"task_id": task_id, "branch": branch, "round_number": round_number}
         return {row.state: row.leases for row in self._read(sql.count_leases, place)}
@@ -203,4 +204,9 @@ class SqlTransaction:
     ) -> int:
         end = {"state": state, "reason": reason, "folded_into": folded_into}
         rows = [{"lease": lease_id, **end} for lease_id in updates]
+        self.has_wiped |= bool(rows)
         return self._write(sql.settle, rows).rowcount if rows else 0
+
+    def forget_settled(self, device_id: str) -> int:
+        self.has_wiped = True
+        return self._write(sql.forget_settled, {"device": device_id}).rowcount

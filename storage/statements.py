@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
-from sqlalchemy import Row, Select, Table, bindparam, func, literal_column, select, update
+from sqlalchemy import Row, Select, Table, bindparam, case, exists, func, literal_column, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from storage.models import (
@@ -22,6 +22,7 @@ from storage.models import (
 from storage.records import (
     Bundle,
     Device,
+    DeviceState,
     Lease,
     LeaseState,
     Round,
@@ -44,10 +45,12 @@ __all__ = [
     "devices",
     "devices_after",
     "expire_leases",
+    "forget_settled",
     "latest_round",
     "latest_version",
     "lease_of",
     "leases",
+    "leases_of",
     "newest_rounds",
     "page_of_updates",
     "rounds",
@@ -90,6 +93,7 @@ class Rows(Generic[R]):
 
 _PLACE = ("task_id", "branch")
 _ROUND = ("task_id", "branch", "round_number")
+_MEASURED = ("examples", "loss_first", "loss_last")
 
 tokens = Rows(Token, TokenRow, "sha256")
 devices = Rows(Device, DeviceRow, "id")
@@ -106,12 +110,14 @@ _round, _lease, _update = rounds.table.c, leases.table.c, updates.table.c
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))
 )
+_able = func.json_each(_device.runtimes).table_valued("value")
 active_devices = (
     select(_device.id)
     .where(
         _device.state == bindparam("state"),
         _device.seen_at >= bindparam("seen_since"),
         _device.examples >= bindparam("min_examples"),
+        exists().where(_able.c.value.in_(bindparam("runtimes", expanding=True))),
     )
     .order_by(_device.id)
 )
@@ -130,6 +136,7 @@ newest_rounds = (
 )
 
 lease_of = leases.where("device_id", *_ROUND).order_by(_lease.sequence.desc()).limit(1)
+leases_of = leases.where("device_id", "state").order_by(_lease.sequence)
 count_leases = (
     select(_lease.state, func.count().label("leases"))
     .where(*(_lease[name] == bindparam(name) for name in _ROUND))
@@ -155,8 +162,15 @@ page_of_updates = (
     .limit(bindparam("limit"))
 )
 updates_of = updates.where("device_id", "state").order_by(_update.sequence)
+_of_erased = exists().where(_device.id == _update.device_id, _device.state == DeviceState.ERASED)
 settle = (
     update(updates.table)
     .where(_update.lease_id == bindparam("lease"), _update.state == UpdateState.ACCEPTED)
     .values(payload=b"")
+    .values({_update[name]: case((_of_erased, 0), else_=_update[name]) for name in _MEASURED})
+)
+forget_settled = (
+    update(updates.table)
+    .where(_update.device_id == bindparam("device"), _update.state != UpdateState.ACCEPTED)
+    .values(dict.fromkeys(_MEASURED, 0))
 )

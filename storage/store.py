@@ -7,7 +7,7 @@ writer thread and groups many requests into one commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -39,8 +39,8 @@ class Transaction(Protocol):
         """In order of their ids, starting behind `after`."""
         ...
 
-    def active_devices(self, *, seen_since: float, min_examples: int) -> list[str]:
-        """Ids, sorted, of active devices seen since then with at least so many examples."""
+    def active_devices(self, *, seen_since: float, min_examples: int, runtimes: Collection[str]) -> list[str]:
+        """Ids, sorted, of active devices seen since then, with examples enough and one of the runtimes."""
         ...
 
     # bundles and tasks
@@ -83,6 +83,10 @@ class Transaction(Protocol):
         """The newest lease this device was given in a round."""
         ...
 
+    def leases_of(self, device_id: str, state: LeaseState) -> list[Lease]:
+        """All leases of one device in one state, in the order they were given."""
+        ...
+
     def count_leases(self, task_id: int, branch: str, round_number: int) -> dict[LeaseState, int]:
         """How many leases of a round are in each state; states without any may be missing."""
         ...
@@ -116,8 +120,13 @@ class Transaction(Protocol):
     ) -> int:
         """Move accepted updates, named by lease, into a terminal state and empty their payloads.
 
-        Rows that are not accepted are left alone. Returns how many moved.
+        Rows that are not accepted are left alone. Those of erased devices lose examples and losses too, for
+        a fold that had claimed them needs them until now. Returns how many moved.
         """
+        ...
+
+    def forget_settled(self, device_id: str) -> int:
+        """Zero examples and losses of a device's updates in a terminal state; returns how many it has."""
         ...
 
 
@@ -133,9 +142,10 @@ class Store(Protocol):
         ...
 
     def maintain(self) -> bool:
-        """Wipe what settled payloads have left in logs, outside any transaction; call it after each fold.
+        """Wipe what was settled or forgotten from the logs too, outside any transaction.
 
-        Returns False where a reader was in the way: call again later.
+        Cheap where nothing was since it last returned True. Returns False where a reader was in the way:
+        call again later.
         """
         ...
 

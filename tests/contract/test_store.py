@@ -86,14 +86,18 @@ class StoreContract:
             assert [d.id for d in tx.devices(after=ids[5])] == ids[6:]
             assert tx.devices(after=ids[6]) == []
 
-    def test_active_devices_are_those_seen_lately_with_examples_enough(self, store: Store) -> None:
+    def test_active_devices_are_those_seen_lately_that_can_do_the_work(self, store: Store) -> None:
         with store.transaction() as tx:
             tx.put_device(ledger.device("exactly", seen_at=500.0, examples=9))
             tx.put_device(ledger.device("well", seen_at=600.0, examples=10))
             tx.put_device(ledger.device("too long ago", seen_at=499.0, examples=9))
             tx.put_device(ledger.device("too few", seen_at=500.0, examples=8))
             tx.put_device(ledger.device("gone", seen_at=500.0, examples=9, state=DeviceState.LEFT))
-            found = tx.active_devices(seen_since=500.0, min_examples=9)
+            tx.put_device(ledger.device("unable", seen_at=500.0, examples=9, runtimes=("executorch",)))
+            tx.put_device(ledger.device("mute", seen_at=500.0, examples=9, runtimes=()))
+            found = tx.active_devices(seen_since=500.0, min_examples=9, runtimes=("torch", "jax"))
+            nobody = tx.active_devices(seen_since=500.0, min_examples=9, runtimes=())
+        assert nobody == []
         assert found == sorted([ledger.device("exactly").id, ledger.device("well").id])
 
     # bundles and tasks
@@ -135,7 +139,7 @@ class StoreContract:
             tx.put_round(ledger.round_(2, state=RoundState.FOLDING))
             tx.add_version(ledger.version(2))
             tx.add_version(ledger.version(1))
-            tx.add_version(ledger.version(0, branch="group-1", parent_sha256=ledger.sha256("version 1")))
+            tx.add_version(ledger.version(0, branch="group-1", parents=tuple(ledger.sha256(n) for n in "ab")))
         with store.reading() as tx:
             listed = [(v.branch, v.number) for v in tx.versions(1)]
             assert listed == [("group-1", 0), (MAIN, 0), (MAIN, 1), (MAIN, 2)]
@@ -143,7 +147,9 @@ class StoreContract:
             assert tx.latest_version(1, MAIN) == ledger.version(2)
             latest = tx.latest_version(1, "group-1")
             assert latest is not None
-            assert latest.number == 0
+            assert latest == ledger.version(
+                0, branch="group-1", parents=tuple(ledger.sha256(n) for n in "ab")
+            )
             assert tx.versions(2) == []
 
     def test_a_second_version_of_a_number_is_refused_and_the_transaction_goes_on(self, store: Store) -> None:
@@ -210,6 +216,18 @@ class StoreContract:
             assert tx.count_leases(1, MAIN, 1) == {LeaseState.ACTIVE: 2, LeaseState.FAILED: 1}
             assert tx.count_leases(1, MAIN, 2) == {LeaseState.ACTIVE: 1}
             assert sum(tx.count_leases(1, "other", 1).values()) == 0
+
+    def test_the_leases_of_a_device_are_found_by_state(self, store: Store) -> None:
+        alice, bob = ledger.device("alice").id, ledger.device("bob").id
+        with store.transaction() as tx:
+            for name in "ab":
+                tx.put_lease(ledger.lease(name))
+            tx.put_lease(ledger.lease("c", device_id=bob))
+            tx.put_lease(ledger.lease("d", state=LeaseState.EXPIRED))
+        with store.reading() as tx:
+            assert tx.leases_of(alice, LeaseState.ACTIVE) == [ledger.lease("a"), ledger.lease("b")]
+            assert [lease.id for lease in tx.leases_of(bob, LeaseState.ACTIVE)] == [ledger.lease("c").id]
+            assert tx.leases_of(bob, LeaseState.EXPIRED) == []
 
     def test_active_leases_expire_when_their_time_is_over(self, store: Store) -> None:
         with store.transaction() as tx:
@@ -286,6 +304,31 @@ class StoreContract:
             assert tx.update(a.lease_id) == replace(a, state=FOLDED, payload=b"", folded_into=1)
             assert tx.update(b.lease_id) == replace(b, state=FOLDED, payload=b"", folded_into=1)
             assert tx.update(c.lease_id) == replace(c, state=DISCARDED, payload=b"", reason="too late")
+
+    def test_what_is_settled_of_a_device_is_forgotten_and_the_rest_counts_on(self, store: Store) -> None:
+        with store.transaction() as tx:
+            settled, waiting = (ledger.upload(tx, name) for name in "ab")
+            bobs = ledger.upload(tx, "c", device_id=ledger.device("bob").id)
+            tx.settle([settled.lease_id, bobs.lease_id], FOLDED, folded_into=0)
+            assert tx.forget_settled(ledger.device("alice").id) == 1
+        with store.reading() as tx:
+            ended = {"state": FOLDED, "payload": b"", "folded_into": 0}
+            nothing = {"examples": 0, "loss_first": 0.0, "loss_last": 0.0}
+            assert tx.update(settled.lease_id) == replace(settled, **ended, **nothing)
+            assert tx.update(waiting.lease_id) == waiting
+            assert tx.update(bobs.lease_id) == replace(bobs, **ended)
+
+    def test_an_update_of_an_erased_device_is_forgotten_when_it_is_settled(self, store: Store) -> None:
+        with store.transaction() as tx:
+            claimed = ledger.upload(tx, "a")
+            tx.put_device(ledger.device("alice", state=DeviceState.ERASED, public_key=b""))
+            assert tx.update(claimed.lease_id) == claimed
+            tx.settle([claimed.lease_id], FOLDED, folded_into=0)
+        with store.reading() as tx:
+            found = tx.update(claimed.lease_id)
+        assert found is not None
+        assert (found.examples, found.loss_first, found.loss_last) == (0, 0.0, 0.0)
+        assert (found.digest, found.folded_into) == (claimed.digest, 0)
 
     def test_maintenance_after_a_fold_loses_nothing(self, store: Store) -> None:
         with store.transaction() as tx:

@@ -80,6 +80,10 @@ def _settle(names: Sequence[str], folded: bool, tx: Transaction) -> int:
     return tx.settle(leases, UpdateState.DISCARDED, reason="test")
 
 
+def _forget(name: str, tx: Transaction) -> int:
+    return tx.forget_settled(ledger.device(name).id)
+
+
 def _expire(now: float, tx: Transaction) -> int:
     return tx.expire_leases(now)
 
@@ -90,7 +94,13 @@ def _step(change: Callable[..., Any], *arguments: st.SearchStrategy[Any]) -> st.
 
 names, times = st.sampled_from(NAMES), st.floats(311.0, 1000.0)
 steps = st.one_of(
-    _step(_put_device, st.sampled_from("xyz"), st.sampled_from(DeviceState), times, st.integers(0, 2**53)),
+    _step(
+        _put_device,
+        st.sampled_from(("x", *DEVICES)),
+        st.sampled_from(DeviceState),
+        times,
+        st.integers(0, 2**53),
+    ),
     _step(lambda name, tx: tx.add_task(ledger.task(name)), st.sampled_from(TASKS)),
     _step(_put_task, st.sampled_from(TASKS), st.sampled_from(TaskState)),
     _step(_add_version, st.sampled_from(BRANCHES), st.integers(0, 3)),
@@ -100,6 +110,7 @@ steps = st.one_of(
     _step(_put_lease, names, st.sampled_from(LeaseState), times),
     _step(_upload, names, st.binary(min_size=1, max_size=5000)),
     _step(_settle, st.lists(names), st.booleans()),
+    _step(_forget, st.sampled_from(DEVICES)),
     _step(_expire, times),
 )
 transactions = st.lists(st.tuples(st.lists(steps, max_size=8), st.booleans()), max_size=8)
@@ -130,11 +141,12 @@ def _state(store: Store) -> dict[str, Any]:
         ids = [ledger.device(name).id for name in DEVICES]
         return {
             "devices": tx.devices(),
-            "active": tx.active_devices(seen_since=500.0, min_examples=5),
+            "active": tx.active_devices(seen_since=500.0, min_examples=5, runtimes=("torch",)),
             "tasks": [tx.tasks(), *(tx.task(name) for name in TASKS)],
             "versions": [tx.versions(1), *(tx.latest_version(1, branch) for branch in BRANCHES)],
             "rounds": [tx.rounds(1), tx.latest_round(1, MAIN), *(tx.round(1, MAIN, n) for n in ROUNDS)],
             "leases": [leases, *(dict(tx.count_leases(1, MAIN, n)) for n in ROUNDS)],
+            "leases by device": [tx.leases_of(i, state) for i in ids for state in LeaseState],
             "newest": [tx.lease_of(i, 1, MAIN, n) for i in ids for n in ROUNDS],
             "updates": [list(tx.updates(1, MAIN, n, state)) for n in ROUNDS for state in UpdateState],
             "counts": [tx.count_updates(1, MAIN, n, state) for n in ROUNDS for state in UpdateState],

@@ -120,7 +120,7 @@ async def test_the_same_as_json_one_object_a_line(
     assert shown["spec"]["rounds"]["cohort"] == 2
     assert shown["rounds"] == []
     (version,) = await terminal.json("version", "list", "lights")
-    assert (version["number"], version["parent_sha256"], version["updates"]) == (0, None, 0)
+    assert (version["number"], version["parents"], version["updates"]) == (0, [], 0)
     async with terminal.server.device() as peer:
         (device,) = await terminal.json("device", "list")
         assert (device["id"], device["state"]) == (peer.identity.device, "active")

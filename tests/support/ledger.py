@@ -76,6 +76,7 @@ def task(name: str = "intents", **changes: Any) -> Task:
         state=TaskState.ACTIVE,
         reason="",
         created_at=95.0,
+        resumed_after=0,
     )
     return replace(plain, **changes)
 
@@ -86,7 +87,7 @@ def version(number: int = 0, **changes: Any) -> Version:
         branch=MAIN,
         number=number,
         sha256=sha256(f"version {number}"),
-        parent_sha256=sha256(f"version {number - 1}") if number else None,
+        parents=(sha256(f"version {number - 1}"),) if number else (),
         gauge="plain",
         state=VersionState.RELEASED,
         created_at=96.0 + number,

@@ -54,7 +54,15 @@ def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manif
     bundle = bundle_digest(manifest)
     tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
     task = tx.add_task(
-        Task(id=0, spec=spec, bundle=bundle, state=TaskState.ACTIVE, reason="", created_at=now)
+        Task(
+            id=0,
+            spec=spec,
+            bundle=bundle,
+            state=TaskState.ACTIVE,
+            reason="",
+            created_at=now,
+            resumed_after=0,
+        )
     )
     theta = np.zeros(described.adapter.layout.size, np.float32)
     tx.add_version(
@@ -63,7 +71,7 @@ def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manif
             branch=MAIN,
             number=0,
             sha256=version_digest(encode_theta(theta)),
-            parent_sha256=None,
+            parents=(),
             gauge="plain",
             state=VersionState.RELEASED,
             created_at=now,

@@ -107,8 +107,10 @@ def _create_tasks() -> None:
         _state("active", "paused", "stopped", "finished"),
         _column("reason", sa.Text()),
         _column("created_at", sa.Double()),
+        _column("resumed_after", COUNT),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
+        sa.CheckConstraint("resumed_after >= 0", name="resumed_after_counts"),
         sa.ForeignKeyConstraint(["bundle"], ["bundles.sha256"]),
     )
 
@@ -120,7 +122,7 @@ def _create_versions() -> None:
         _column("branch", BRANCH),
         _column("number", COUNT),
         _column("sha256", SHA256),
-        _optional("parent_sha256", SHA256),
+        _column("parents", sa.Text()),
         _column("gauge", sa.String(32)),
         _state("candidate", "released", "held"),
         _column("created_at", sa.Double()),
@@ -134,7 +136,8 @@ def _create_versions() -> None:
         sa.ForeignKeyConstraint(["task_id"], ["tasks.id"]),
         sa.CheckConstraint("length(sha256) = 64", name="sha256_is_sha256"),
         sa.CheckConstraint("number > 0 OR round_number IS NULL", name="first_has_no_round"),
-        sa.CheckConstraint("number = 0 OR length(parent_sha256) = 64", name="later_has_a_parent"),
+        sa.CheckConstraint("parents = '[]' OR length(parents) % 67 = 1", name="parents_are_sha256"),
+        sa.CheckConstraint("number = 0 OR parents <> '[]'", name="later_has_a_parent"),
         sa.CheckConstraint("updates >= 0 AND examples >= 0", name="sums_count"),
     )
     op.create_index("ix_versions_sha256", "versions", ["sha256"])

@@ -13,7 +13,7 @@ from fedtt.messages import CheckIn, Code, Enroll, Enrolled, Problem, Receipt, Re
 from fedtt.task import RoundSpec, TaskSpec
 from fedtt.wire import UpdateHeader
 from storage.memory import MemoryStore
-from storage.records import MAIN, RoundState, Task, TaskState, Token, UpdateState
+from storage.records import MAIN, LeaseState, RoundState, Task, TaskState, Token, UpdateState
 from tests.support.tiny import add_task
 
 HEADER = UpdateHeader(layout=b"\0" * 8, examples=1, steps=1, loss_first=1.0, loss_last=0.5)
@@ -165,7 +165,7 @@ def test_seats_are_kept_for_the_sample_until_a_quarter_of_the_deadline_has_passe
         for device in devices:
             row = tx.device(device)
             assert row is not None
-            tx.put_device(replace(row, examples=1))
+            tx.put_device(replace(row, examples=1, runtimes=("onnxruntime",)))
         round_ = server.coordinator.lifecycle.ensure_round(tx, 0.0, server.task)
     assert round_ is not None
     (invited,) = round_.invited
@@ -192,6 +192,22 @@ def test_a_task_pauses_itself_after_abandoned_rounds_in_a_row_and_says_why() -> 
         assert [r.state for r in tx.rounds(task.id)] == [RoundState.ABANDONED] * 2
 
 
+def test_a_task_that_is_resumed_gives_up_only_after_as_many_rounds_as_at_first() -> None:
+    server = Server(cohort=1, give_up_after=2)
+    device = server.device(1)
+    lifecycle = server.coordinator.lifecycle
+    states, now = [], 0.0
+    for attempt in range(4):
+        server.work(device, now)
+        now += 61.0
+        with server.store.transaction() as tx:
+            lifecycle.advance(tx, now)
+            states.append(tx.tasks()[0].state)
+            if attempt == 1:
+                lifecycle.set_active(tx, "t", TaskState.ACTIVE, "")
+    assert states == [TaskState.ACTIVE, TaskState.PAUSED] * 2
+
+
 def test_the_updates_of_an_abandoned_round_are_discarded_with_the_reason() -> None:
     server = Server(cohort=2, quorum=2)
     device = server.device(1)
@@ -203,6 +219,47 @@ def test_the_updates_of_an_abandoned_round_are_discarded_with_the_reason() -> No
     assert isinstance(receipt, Receipt)
     assert receipt.state is UpdateState.DISCARDED
     assert "1 of at least 2 updates" in receipt.reason
+
+
+@pytest.mark.parametrize("erase", [False, True])
+@pytest.mark.parametrize("far", ["at work", "too late", "uploaded"])
+def test_a_device_that_leaves_frees_its_seat(far: str, erase: bool) -> None:
+    server = Server(cohort=2, lease_s=10.0)
+    first, second, third = (server.device(n) for n in (1, 2, 3))
+    lease = server.work(first).lease
+    server.work(second, now=15.0)
+    if far == "uploaded":
+        assert isinstance(server.upload(first, lease), Receipt)
+    now = 20.0 if far == "too late" else 5.0
+    assert isinstance(server.check_in(third, now), Wait)
+    with server.store.transaction() as tx:
+        server.coordinator.lifecycle.advance(tx, now)
+        server.coordinator.leave(tx, first, erase=erase)
+        assert tx.count_leases(1, MAIN, 1)[LeaseState.FAILED] == 1
+    assert isinstance(server.check_in(third, now), Work)
+
+
+def test_a_device_that_cannot_run_the_bundle_is_not_invited() -> None:
+    server = Server(cohort=1)
+    able, unable = server.device(1), server.device(2)
+    with server.store.transaction() as tx:
+        for device, runtimes in ((able, ("torch", "onnxruntime")), (unable, ("executorch",))):
+            row = tx.device(device)
+            assert row is not None
+            tx.put_device(replace(row, examples=1, runtimes=runtimes))
+        round_ = server.coordinator.lifecycle.ensure_round(tx, 0.0, server.task)
+    assert round_ is not None
+    assert round_.invited == (able,)
+
+
+def test_a_version_names_its_parent_and_the_first_has_none() -> None:
+    server = Server(cohort=1)
+    device = server.device(1)
+    server.upload(device, server.work(device).lease)
+    server.fold()
+    with server.store.reading() as tx:
+        first, second = tx.versions(server.task.id)
+    assert (first.parents, second.parents) == ((), (first.sha256,))
 
 
 def test_an_erased_device_leaves_no_key_and_no_update_behind() -> None:
@@ -218,6 +275,30 @@ def test_an_erased_device_leaves_no_key_and_no_update_behind() -> None:
     assert (row.public_key, row.client, update.payload) == (b"", "", b"")
     assert update.state is UpdateState.DISCARDED
     assert isinstance(server.check_in(device), Retired)
+
+
+def test_an_erased_device_leaves_no_count_and_no_loss_behind_whether_folded_before_or_after() -> None:
+    server = Server(cohort=1)
+    device = server.device(1)
+    leases = []
+    for _ in range(2):
+        leases.append(server.work(device).lease)
+        server.upload(device, leases[-1])
+        if len(leases) == 1:
+            server.fold()
+    with server.store.transaction() as tx:
+        server.coordinator.lifecycle.advance(tx, 0.0)  # claims the second
+        server.coordinator.leave(tx, device, erase=True)
+        kept = tx.update(leases[1])
+        assert kept is not None
+        assert (kept.state, kept.examples) == (UpdateState.ACCEPTED, 1)
+    server.fold()
+    with server.store.reading() as tx:
+        for number, lease in enumerate(leases, 1):
+            update = tx.update(lease)
+            assert update is not None
+            assert (update.examples, update.loss_first, update.loss_last) == (0, 0.0, 0.0)
+            assert (update.folded_into, update.digest) == (number, hashlib.sha256(b"frame").hexdigest())
 
 
 def test_a_device_with_too_few_examples_waits_and_is_told_why() -> None:

@@ -32,7 +32,7 @@ def test_a_secret_is_made_once_random_and_readable_by_its_owner_alone(tmp_path: 
     assert secret_file(tmp_path / "one") == secret
     assert (tmp_path / "one").stat().st_mode & 0o777 == 0o600
     assert secret_file(tmp_path / "two") != secret
-    assert len(secret) == 32  # 24 bytes in base64: 24 · 8 / 6
+    assert len(secret) == 48  # 24 bytes in hex: 24 · 2
 
 
 def test_a_secret_that_a_person_wrote_is_kept(tmp_path: Path) -> None:

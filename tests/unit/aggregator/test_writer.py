@@ -86,16 +86,18 @@ async def test_a_change_that_fails_fails_alone_and_leaves_nothing() -> None:
     assert store.known("half") is None
 
 
-async def test_a_full_queue_refuses_and_what_it_holds_is_committed_when_it_stops() -> None:
+async def test_a_full_queue_refuses_requests_and_what_it_holds_is_committed_when_it_stops() -> None:
     store = Counting()
     writer = Writer(store, queue_limit=2)
-    waiting = [asyncio.create_task(writer.run(put(n))) for n in range(2)]
+    waiting = [asyncio.create_task(writer.request(put(n))) for n in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="2 changes wait already"):
-        await writer.run(put("third"))
+        await writer.request(put("third"))
+    own = asyncio.create_task(writer.run(put("the server's own")))
+    await asyncio.sleep(0)
     writer.start()
     await writer.stop()
-    assert await asyncio.gather(*waiting) == [0, 1]
+    assert await asyncio.gather(*waiting, own) == [0, 1, "the server's own"]
     assert store.known(0)
     assert store.known("third") is None
 
@@ -123,3 +125,12 @@ async def test_a_service_with_a_full_queue_says_busy() -> None:
     service.writer.start()
     await service.writer.stop()
     assert await waiting == 1
+
+
+async def test_rounds_move_on_while_the_queue_is_full() -> None:
+    service = Service(MemoryStore(), MemoryBlobs(), SystemClock())
+    service.writer = Writer(service.store, queue_limit=0)
+    assert isinstance(await service.write(put(1)), Problem)
+    service.writer.start()
+    await service.tick()
+    await service.writer.stop()

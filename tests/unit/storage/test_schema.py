@@ -61,7 +61,15 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Transaction], object]]] = {
     "a version of no task": ("FOREIGN KEY", lambda tx: tx.add_version(ledger.version(0, task_id=2))),
     "a later version without a parent": (
         "later_has_a_parent",
-        lambda tx: tx.add_version(ledger.version(1, parent_sha256="")),
+        lambda tx: tx.add_version(ledger.version(1, parents=())),
+    ),
+    "a parent not known by a hash": (
+        "parents_are_sha256",
+        lambda tx: tx.add_version(ledger.version(1, parents=("version 0",))),
+    ),
+    "a task resumed before its first round": (
+        "resumed_after_counts",
+        lambda tx: tx.add_task(ledger.task(OTHER, resumed_after=-1)),
     ),
     "a first version made by a round": (
         "first_has_no_round",
