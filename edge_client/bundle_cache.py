@@ -7,23 +7,28 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 
 from edge_client.bundle import Bundle, RuntimeName, file_fault, needed_files
 from edge_client.events import Downloaded, Downloading, Observer, Redownloading, ignore
 from edge_client.files import publish, storage_errors, try_lock, write_atomically
-from fedtt.errors import BundleError, Unreachable
+from fedtt.errors import BundleError, ConfigError, Unreachable
 from fedtt.manifest import MANIFEST, MANIFEST_LIMIT_BYTES, FileEntry, bundle_digest, decode_manifest
 from fedtt.seams import Clock, Transport
 
-__all__ = ["BundleCache"]
+__all__ = ["LIMIT_BYTES", "BundleCache"]
 
+LIMIT_BYTES = 4 << 30  #: of bundles in one cache, unless its owner says otherwise
 _LOCK_POLL_S = 0.2
 
 
 class BundleCache:
-    """A directory of bundles by name. Any number of devices and processes may use one at a time."""
+    """A directory of bundles by name. Any number of devices and processes may use one at a time.
+
+    A bundle's directory bears the time of its last use. Another cache may remove one that is not being
+    fetched now: it is downloaded again when it is next asked for.
+    """
 
     def __init__(
         self,
@@ -31,9 +36,11 @@ class BundleCache:
         clock: Clock,
         *,
         runtime: RuntimeName = "onnxruntime",
-        limit_bytes: int = 4 << 30,
+        limit_bytes: int = LIMIT_BYTES,
         observe: Observer = ignore,
     ) -> None:
+        if limit_bytes < 1:
+            raise ConfigError("cache_limit_bytes", limit_bytes, "1 or more; --cache-limit-mb counts in MiB")
         self.directory, self._clock, self._runtime = directory, clock, runtime
         self._limit_bytes, self._observe = limit_bytes, observe
         self._checked: dict[str, Bundle] = {}
@@ -44,11 +51,18 @@ class BundleCache:
 
         Raises BundleError for what another attempt would not mend, Unreachable where it broke off.
         """
-        async with self._locks[digest]:
-            if digest not in self._checked:
-                async with self._lock(digest):
-                    self._checked[digest] = await self._complete(transport, digest)
-            return self._checked[digest]
+        async with self._locks[digest], self._lock(digest):
+            known = self._checked.pop(digest, None)
+            if known is None or not self._is_there(known):
+                known = await self._complete(transport, digest)
+            with storage_errors(known.directory):
+                os.utime(known.directory)
+            self._checked[digest] = known
+            return known
+
+    def _is_there(self, bundle: Bundle) -> bool:
+        names = (MANIFEST, *needed_files(bundle.manifest, self._runtime))
+        return all(bundle.path(name).is_file() for name in names)
 
     async def _complete(self, transport: Transport, digest: str) -> Bundle:
         directory = self.directory / digest
@@ -123,30 +137,66 @@ class BundleCache:
                 raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
 
     def _make_room(self, digest: str, needed_bytes: int) -> None:
-        """Remove other bundles, the longest unused first, until this one fits."""
+        """Remove other bundles, the longest unused first, until this one fits; none that is in use here."""
         if needed_bytes > self._limit_bytes:
-            raise BundleError(
-                f"bundle {digest[:12]}… needs {needed_bytes >> 20} MiB, the cache may hold "
-                f"{self._limit_bytes >> 20} MiB: raise its limit"
-            )
+            raise self._no_room(digest, needed_bytes)
         with storage_errors(self.directory):
             others = [d for d in self.directory.iterdir() if d.is_dir() and d.name != digest]
-            sizes = {d: sum(f.stat().st_size for f in d.iterdir()) for d in others}
-            for directory in sorted(others, key=lambda d: d.stat().st_mtime):
-                if sum(sizes.values()) + needed_bytes <= self._limit_bytes:
-                    break
-                shutil.rmtree(directory)
-                self._checked.pop(directory.name, None)
-                del sizes[directory]
+            found = sorted((*_use(directory), directory) for directory in others)
+            room = self._limit_bytes - sum(size for _, size, _ in found)
+            for _, size, directory in found:
+                if room >= needed_bytes:
+                    return
+                if directory.name not in self._checked and self._remove(directory):
+                    room += size
+        if room < needed_bytes:
+            raise self._no_room(digest, needed_bytes)
+
+    def _no_room(self, digest: str, needed_bytes: int) -> BundleError:
+        return BundleError(
+            f"bundle {digest[:12]}… needs {_mib(needed_bytes)} MiB, the cache may hold "
+            f"{_mib(self._limit_bytes)} MiB with what is in use: "
+            "raise its limit with --cache-limit-mb (cache_limit_bytes of open_device)"
+        )
+
+    def _remove(self, directory: Path) -> bool:
+        """Remove a bundle, unless somebody is fetching it."""
+        descriptor = try_lock(self._lock_path(directory.name))
+        if descriptor is None:
+            return False
+        try:
+            shutil.rmtree(directory)
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _lock_path(self, digest: str) -> Path:
+        return self.directory / f"{digest}.lock"
 
     @asynccontextmanager
     async def _lock(self, digest: str) -> AsyncIterator[None]:
         """Keep other processes that share the directory from writing the same bundle."""
         with storage_errors(self.directory):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while (descriptor := try_lock(self.directory / f"{digest}.lock")) is None:
+        while (descriptor := try_lock(self._lock_path(digest))) is None:
             await self._clock.sleep(_LOCK_POLL_S)
         try:
             yield
         finally:
             os.close(descriptor)
+
+
+def _use(directory: Path) -> tuple[float, int]:
+    """When a bundle was last used, Unix seconds, and its bytes; files that vanish meanwhile count nothing."""
+    used_at, size = 0.0, 0
+    with suppress(FileNotFoundError):
+        used_at = directory.stat().st_mtime
+        for file in directory.iterdir():
+            with suppress(FileNotFoundError):
+                size += file.stat().st_size
+    return used_at, size
+
+
+def _mib(size: int) -> int:
+    """Bytes in MiB, rounded up."""
+    return -(-size >> 20)

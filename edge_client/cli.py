@@ -68,7 +68,7 @@ def _add_run(commands: Commands) -> None:
     )
     _home(run)
     run.add_argument(
-        "--server", metavar="URL", help="the aggregator's address; remembered after the first run"
+        "--server", metavar="URL", help="the aggregator's address; remembered, and another is asked about"
     )
     run.add_argument("--token", default="", help="enrolment token, for the first run (or FEDTT_TOKEN)")
     run.add_argument(
@@ -80,6 +80,13 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--once", action="store_true", help="end after one participation, or when told to wait")
     run.add_argument("--yes", action="store_true", help="agree to take part without being asked")
     run.add_argument("--cache", type=Path, metavar="DIR", help="bundles that several devices share")
+    run.add_argument(
+        "--cache-limit-mb",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="MiB of bundles to keep; the longest unused make room (%(default)s)",
+    )
     run.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads to train with (%(default)s)"
     )

@@ -42,17 +42,19 @@ def run(args: Namespace) -> int:
         raise StorageError(f"{home.directory} is paused by its owner: fedtt client resume --home {args.home}")
     home.create()
     with closing(ExampleStore(home.examples)) as store:
-        if known is None or known.consented_at is None:
+        old_server = known.server if known and known.enrolled and known.server != server else ""
+        if known is None or known.consented_at is None or known.server != server:
             count = store.count() if rows is None else len(rows)
-            if not ask(consent_text(server, args.home, count), given=args.yes):
+            text = consent_text(server, args.home, count, old_server=old_server)
+            if not ask(text, given=args.yes):
                 print("not taking part: nothing was sent", file=sys.stderr)
                 return 1
         if rows is not None:
             store.replace_file(str(args.data.absolute()), rows)
-        return asyncio.run(_run(args, home, server, store))
+        return asyncio.run(_run(args, home, server, store, move=bool(old_server)))
 
 
-async def _run(args: Namespace, home: Home, server: str, store: ExampleStore) -> int:
+async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *, move: bool) -> int:
     config = DeviceConfig(
         token=args.token or os.environ.get("FEDTT_TOKEN", ""), client=f"fedtt-edge {version('fedtt')}"
     )
@@ -63,7 +65,9 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore) ->
         server=server,
         examples=store,
         config=config,
+        move=move,
         cache=args.cache,
+        cache_limit_bytes=args.cache_limit_mb << 20,
         runtimes=onnx_runtimes(args.threads),
         observe=show,
     ) as device:
@@ -121,7 +125,7 @@ def status(args: Namespace) -> None:
         "acknowledged": state.acknowledged if state else 0,
         "last_receipt": state.receipt if state else None,
         "examples": count,
-        "residual_bytes": sum(map(len, state.residuals.values())) if state else 0,
+        "residual_bytes": sum(len(kept.data) for kept in state.residuals.values()) if state else 0,
         "bundle_bytes": sum(f.stat().st_size for f in home.bundles.rglob("*") if f.is_file()),
     }
     if args.json:

@@ -15,9 +15,17 @@ __all__ = ["ask", "consent_text"]
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
-def consent_text(server: str, home: Path, examples: int) -> str:
-    """Three or four plain sentences: what is trained, what is sent, what is never sent, how to stop."""
+def consent_text(server: str, home: Path, examples: int, *, old_server: str = "") -> str:
+    """A few plain sentences: what is trained, what is sent, what is never sent, how to stop.
+
+    old_server: the one the device goes away from, if any.
+    """
+    moving = [
+        f"This device belongs to {old_server} and is to go over to {server}, with what it has not sent yet.",
+        "  The old server is not told, and keeps what it was sent.",
+    ]
     lines = [
+        *(moving if old_server else []),
         f"Trained: a small part of a language model, here, on your {examples} examples.",
         f"Sent to {server}: how that part changed (a few kilobytes a round), the number of your examples,",
         "  training losses and a key made for this device. Whoever runs the server can study these numbers.",

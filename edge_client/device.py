@@ -23,7 +23,7 @@ from edge_client.backoff import Backoff
 from edge_client.bundle_cache import BundleCache
 from edge_client.events import Observer, Step
 from edge_client.examples import Examples
-from edge_client.journal import Idle, Journal, Leased, Trained, residual_key
+from edge_client.journal import Idle, Journal, Leased, Residual, Trained, residual_key
 from edge_client.local_training import LocalTraining
 from edge_client.runtime import Runtimes
 from edge_client.trainer import address
@@ -54,7 +54,7 @@ from fedtt.seams import Clock, SystemClock, Transport
 __all__ = ["Device", "DeviceConfig"]
 
 #: Refusals that may pass; any other answer to an upload is final.
-_PASSING = {Code.BUSY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE}
+_PASSING = {Code.BUSY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
 
 #: What a failed training is called towards the server; DataError and the like may quote private data.
 _FAILURES: dict[type[FedttError], FailureCode] = {
@@ -166,14 +166,15 @@ class Device:
     def _retry_refused(self, error: Refused) -> Step:
         code = error.problem.code
         if code is Code.BAD_TOKEN:
-            raise error
-        if code is Code.BAD_SIGNATURE:  # the server does not know us (any more)
+            raise error if self.config.token else _no_token() from None
+        if code is Code.UNKNOWN_DEVICE:
             self.journal.update(enrolled=False)
         return events.Retrying(error=str(error), pause_s=self._backoff.failed(error.retry_after_s or 0.0))
 
     async def _enroll(self) -> Step:
-        if not self.config.token:
-            raise ConfigError("token", "", "an enrolment token from whoever runs the server")
+        """Enrol, without a token where the server may know this key: it takes a known one for nothing."""
+        if not (self.config.token or self.journal.state.device):
+            raise _no_token()
         self.journal.update(device=self._name)  # from here on the server may know it
         enrolled = await self._transport.enroll(
             Enroll(public_key=self._public_key, token=self.config.token, client=self.config.client)
@@ -227,16 +228,21 @@ class Device:
         lease, plan = leased.work.lease, leased.work.plan
         bundle, version = await self._training.fetch(plan)
         key = residual_key(plan.task, bundle.manifest.layout_sha256) if plan.codec.error_feedback else ""
+        residual = self.journal.residual(key, plan.version_number)
         self.journal.update(phase=replace(leased, attempts=leased.attempts + 1))
         started = time.perf_counter()
         try:
-            residual = self.journal.state.residuals.get(key, b"")
             update = await self._training.run(plan, bundle, version, residual)
         except asyncio.CancelledError:
             self.journal.update(phase=leased)  # a clean stop is no crash
             raise
         self.journal.update(
-            phase=Trained(lease=lease, frame=update.frame, residual_key=key, residual=update.residual)
+            phase=Trained(
+                lease=lease,
+                frame=update.frame,
+                residual_key=key,
+                residual=Residual(version_number=plan.version_number, data=update.residual),
+            )
         )
         header = update.header
         return events.Trained(
@@ -273,3 +279,7 @@ class Device:
             raise WireError("the receipt is for another update than the one sent")
         self.journal.commit(receipt)
         return events.Acknowledged(receipt=receipt)
+
+
+def _no_token() -> ConfigError:
+    return ConfigError("token", "", "an enrolment token from whoever runs the server")

@@ -34,6 +34,7 @@ class Prediction(Struct, frozen=True):
     label: str
     probability: float
     probabilities: dict[str, float]  #: of every label
+    cut: bool = False  #: the text is longer than the graph allows, judged by its beginning
 
 
 class Evaluation(Struct, frozen=True):
@@ -74,13 +75,18 @@ class Model:
         if not labels:
             raise DataError("this model continues texts, it tells no labels apart: use `continuation`")
         found: list[Prediction] = []
-        for batch, _, chunk in self._batches(list(texts)):
+        for batch, cuts, chunk in self._batches(list(texts)):
             probabilities = np.exp(_log_softmax(self._runtime.logits(self._theta, batch)))
-            for text, row in zip(chunk, probabilities, strict=True):
+            for text, cut, row in zip(chunk, cuts, probabilities, strict=True):
                 best = int(row.argmax())
                 scores = dict(zip(labels, map(float, row), strict=True))
-                found.append(Prediction(text, labels[best], float(row[best]), scores))
+                found.append(Prediction(text, labels[best], float(row[best]), scores, cut))
         return found
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than the graph allows, so that only its beginning counts."""
+        _, (cut,) = self._tokens.rows([text])
+        return cut
 
     def continuation(self, text: str, tokens: int = 32) -> str:
         """The text and the most likely next tokens, one after another, as far as the graph reaches."""
@@ -96,7 +102,7 @@ class Model:
         """Loss and, for a classifier, accuracy. Raises DataError for an example it cannot be judged by."""
         labels = [label_index(e, self.manifest.labels) for e in examples] if self.manifest.labels else None
         loss, weight, right, cut_texts, start = 0.0, 0, 0, 0, 0
-        for batch, cut, chunk in self._batches([example.text for example in examples]):
+        for batch, cuts, chunk in self._batches([example.text for example in examples]):
             logits = self._runtime.logits(self._theta, batch)
             if labels is None:
                 nll, count = _next_token_nll(logits, batch)
@@ -104,7 +110,8 @@ class Model:
                 expected = np.array(labels[start : start + len(chunk)])
                 nll, count = _nll(logits, expected), len(chunk)
                 right += int((logits.argmax(axis=1) == expected).sum())
-            loss, weight, cut_texts, start = loss + nll, weight + count, cut_texts + cut, start + len(chunk)
+            loss, weight, start = loss + nll, weight + count, start + len(chunk)
+            cut_texts += sum(cuts)
         return Evaluation(
             examples=len(examples),
             loss=loss / max(weight, 1),
@@ -112,10 +119,11 @@ class Model:
             cut_texts=cut_texts,
         )
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Batch, int, Sequence[str]]]:
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Batch, list[bool], Sequence[str]]]:
         for start in range(0, len(texts), _BATCH):
             chunk = texts[start : start + _BATCH]
-            yield *self._tokens.batch(chunk), chunk
+            rows, cuts = self._tokens.rows(chunk)
+            yield self._tokens.padded(*rows), cuts, chunk
 
 
 def _config(version: Path) -> VersionConfig:

@@ -22,10 +22,12 @@ from edge_client.home import Home
 from fedtt.errors import StorageError
 from fedtt.messages import Receipt, Work
 
-__all__ = ["Idle", "Journal", "Leased", "Phase", "State", "Trained", "read_state", "residual_key"]
+__all__ = ["Idle", "Journal", "Leased", "Phase", "Residual", "State", "Trained", "read_state", "residual_key"]
 
 _MAGIC = b"fTTj"
 _DIGEST_BYTES = 32
+_RESIDUALS_KEPT = 8  #: each as large as the factors; a device takes part in few tasks at a time
+_RESIDUAL_VERSIONS = 1000  #: after so many versions what was lost then says nothing about what is missing now
 
 
 class Idle(Struct, frozen=True, tag="idle", forbid_unknown_fields=True):
@@ -40,13 +42,20 @@ class Leased(Struct, frozen=True, kw_only=True, tag="leased", forbid_unknown_fie
     attempts: Annotated[int, Meta(ge=0)] = 0  #: trainings begun and not ended: crashes, out of memory
 
 
+class Residual(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What quantising an update lost, to be added to the next one of its task."""
+
+    version_number: Annotated[int, Meta(ge=0)] = 0  #: of the version the update was trained on
+    data: bytes = b""  #: (P,) float32, little-endian; b"" where the codec keeps none
+
+
 class Trained(Struct, frozen=True, kw_only=True, tag="trained", forbid_unknown_fields=True):
     """The frame to send under a lease, until a receipt or a final refusal comes."""
 
     lease: str
     frame: bytes
     residual_key: str = ""  #: "" where the codec keeps no residual
-    residual: bytes = b""  #: the next one: (P,) float32, little-endian
+    residual: Residual = Residual()  #: the next one
 
 
 Phase = Idle | Leased | Trained
@@ -65,7 +74,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     finished_lease: str = ""  #: the last lease that came to an end: never to be trained again
     acknowledged: int = 0  #: updates the server has acknowledged
     receipt: Receipt | None = None  #: the last one
-    residuals: dict[str, bytes] = {}  #: by `residual_key`
+    residuals: dict[str, Residual] = {}  #: by `residual_key`, the longest unused first
 
 
 def residual_key(task: str, layout_digest: str) -> str:
@@ -109,7 +118,9 @@ class Journal:
             raise ValueError("only a trained lease can be committed")
         residuals = self._state.residuals
         if phase.residual_key and receipt.state.value != "discarded":
-            residuals = {**residuals, phase.residual_key: phase.residual}
+            older = {key: kept for key, kept in residuals.items() if key != phase.residual_key}
+            newest = [*older.items(), (phase.residual_key, phase.residual)][-_RESIDUALS_KEPT:]
+            residuals = dict(newest)
         self.update(
             phase=Idle(),
             finished_lease=phase.lease,
@@ -117,6 +128,20 @@ class Journal:
             receipt=receipt,
             residuals=residuals,
         )
+
+    def residual(self, key: str, version_number: int) -> bytes:
+        """The residual to add to an update of that version; b"" where there is none.
+
+        One made on a later version (a rollback, or a new task of the same name) or more than
+        `_RESIDUAL_VERSIONS` ago is dropped for good.
+        """
+        found = self._state.residuals.get(key)
+        if found is None:
+            return b""
+        if 0 <= version_number - found.version_number <= _RESIDUAL_VERSIONS:
+            return found.data
+        self.update(residuals={k: kept for k, kept in self._state.residuals.items() if k != key})
+        return b""
 
     def drop(self, lease: str) -> None:
         """Forget the lease in hand, its frame and its next residual; the old residual stays."""

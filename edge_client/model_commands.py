@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 
 from edge_client.example_files import read_examples
@@ -16,23 +17,42 @@ _SHOWN = 3  #: labels shown to a person
 def predict(args: Namespace) -> None:
     """Label each text, or continue it where the model is a language model."""
     model = Model.open(args.version, args.bundle, threads=args.threads)
-    if not model.manifest.labels:
-        for text in args.texts:
-            found = model.continuation(text)
-            print_json({"text": text, "continuation": found}) if args.json else print(found)
-        return
-    for prediction in model.predict(args.texts):
+    _label(model, args) if model.manifest.labels else _continue(model, args)
+
+
+def _label(model: Model, args: Namespace) -> None:
+    found = model.predict(args.texts)
+    for prediction in found:
         if args.json:
             print_json(prediction)
             continue
         best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:_SHOWN]
         print(f"{prediction.text}: " + ", ".join(f"{label} {p:.1%}" for label, p in best))
+    _warn(model, sum(prediction.cut for prediction in found))
+
+
+def _continue(model: Model, args: Namespace) -> None:
+    cuts = [model.is_cut(text) for text in args.texts]
+    for text, cut in zip(args.texts, cuts, strict=True):
+        found = model.continuation(text)
+        print_json({"text": text, "continuation": found, "cut": cut}) if args.json else print(found)
+    _warn(model, sum(cuts))
+
+
+def _warn(model: Model, cut_texts: int) -> None:
+    """Say on stderr that texts were judged by their beginnings."""
+    limit = model.manifest.tokenization.max_tokens
+    if cut_texts:
+        texts, were = ("text", "was") if cut_texts == 1 else ("texts", "were")
+        print(f"{cut_texts} {texts} {were} longer than {limit} tokens and {were} cut", file=sys.stderr)
 
 
 def evaluate(args: Namespace) -> None:
     """Loss and accuracy on the rows of a file."""
     examples = read_examples(args.file)
-    found = Model.open(args.version, args.bundle, threads=args.threads).evaluate(examples)
+    model = Model.open(args.version, args.bundle, threads=args.threads)
+    found = model.evaluate(examples)
+    _warn(model, found.cut_texts)
     if args.json:
         print_json(found)
         return

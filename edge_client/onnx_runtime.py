@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ class OnnxRuntime:
     def _session(self, name: str) -> InferenceSession:
         with self._guard:
             if name not in self._sessions:
+                _check_installed(self._bundle.manifest.requires.get("onnxruntime", "0"))
                 self._sessions[name] = _load(self._bundle.path(name), self._threads, self._layout.size)
             return self._sessions[name]
 
@@ -65,11 +67,28 @@ def _inputs(theta: Theta, batch: Batch) -> dict[str, NDArray[Any]]:
     return {"theta": theta, "ids": batch.ids, "mask": batch.mask}
 
 
-def _load(path: Path, threads: int, size: int) -> InferenceSession:
+def _check_installed(required: str) -> None:
+    """Raise RuntimeFailure where ONNX Runtime is missing or older than a bundle requires."""
     try:
-        import onnxruntime
+        from onnxruntime import __version__ as installed
     except ImportError:
         raise RuntimeFailure("onnxruntime is not installed: pip install 'fedtt[edge]'") from None
+    if _numbers(installed) < _numbers(required):
+        raise RuntimeFailure(
+            f"the bundle needs onnxruntime {required} or newer, {installed} is installed: "
+            f"pip install 'onnxruntime>={required}'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """1.20 -> (1, 20, 0): release numbers that compare."""
+    found = [int(number) for number in re.findall(r"\d+", version)]
+    return tuple([*found, 0, 0, 0][:3])
+
+
+def _load(path: Path, threads: int, size: int) -> InferenceSession:
+    import onnxruntime  # slow to import, and not needed before a graph is
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

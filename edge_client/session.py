@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from edge_client.bundle_cache import BundleCache
+from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
 from edge_client.device import Device, DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
 from edge_client.examples import Examples
@@ -29,15 +29,26 @@ _STOP_WAIT_S = 60.0  #: a running client ends at its next batch at the latest
 
 
 def open_transport(
-    home: Home, journal: Journal, server: str, clock: Clock, traffic: Traffic | None = None
+    home: Home,
+    journal: Journal,
+    server: str,
+    clock: Clock,
+    traffic: Traffic | None = None,
+    *,
+    move: bool = False,
 ) -> HttpTransport:
-    """A transport signed with the home's key, that remembers the server's clock in the journal."""
+    """A transport signed with the home's key, that remembers address and clock of the server in the journal.
+
+    An enrolled device goes to another address only where its owner has agreed to that (`move`). Consent is
+    given anew; key, lease and residuals go along: where only the address is new, nothing is lost, and
+    another server refuses the lease.
+    """
     known = journal.state
-    if known.device and known.server != server:
+    if known.enrolled and known.server != server and not move:
         raise ConfigError(
             "server",
             server,
-            f"this device belongs to {known.server}: name another --home, or forget it first",
+            f"this device belongs to {known.server}; open it with move=True once its owner agrees to another",
         )
 
     def remember(offset_s: float) -> None:
@@ -52,7 +63,7 @@ def open_transport(
         traffic=traffic,
     )
     if known.server != server:
-        journal.update(server=server)
+        journal.update(server=server, enrolled=False, consented_at=None)
     return transport
 
 
@@ -63,7 +74,9 @@ async def open_device(
     server: str,
     examples: Examples,
     config: DeviceConfig,
+    move: bool = False,
     cache: Path | None = None,
+    cache_limit_bytes: int = LIMIT_BYTES,
     threads: int = 1,
     runtimes: Runtimes | None = None,
     executor: Executor | None = None,
@@ -73,13 +86,16 @@ async def open_device(
 ) -> AsyncIterator[Device]:
     """A device over HTTP that lives in `home`, alone there until the context ends.
 
+    move: the owner has agreed that this device, enrolled elsewhere, now belongs to `server`.
     cache: a directory of bundles that several devices may share; None keeps them in the home.
+    cache_limit_bytes: of bundles in it; the longest unused make room.
     runtimes, executor, traffic: likewise shared by the devices of one process; None makes them for this one.
     """
     place, time = Home(home), clock or SystemClock()
     with place.lock():
         journal = Journal(place)
-        transport = open_transport(place, journal, server, time, traffic)
+        transport = open_transport(place, journal, server, time, traffic, move=move)
+        bundles = BundleCache(cache or place.bundles, time, limit_bytes=cache_limit_bytes, observe=observe)
         try:
             yield Device(
                 config,
@@ -87,7 +103,7 @@ async def open_device(
                 journal=journal,
                 transport=transport,
                 examples=examples,
-                bundles=BundleCache(cache or place.bundles, time, observe=observe),
+                bundles=bundles,
                 runtimes=runtimes or onnx_runtimes(threads),
                 executor=executor,
                 clock=time,
@@ -186,7 +202,7 @@ async def _tell(home: Home, journal: Journal, clock: Clock, *, erase: bool) -> N
     try:
         await transport.leave(erase=erase)
     except Refused as error:
-        if error.problem.code not in {Code.BAD_SIGNATURE, Code.NOT_FOUND}:  # it does not know us: well then
+        if error.problem.code not in {Code.UNKNOWN_DEVICE, Code.NOT_FOUND}:  # it does not know us: well then
             raise FedttError(f"the server refused: {error}") from None
     finally:
         await transport.close()

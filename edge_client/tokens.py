@@ -44,9 +44,13 @@ class Tokens:
 
     def batch(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> tuple[Batch, int]:
         """A batch, and how many of its texts were cut."""
+        rows, cut = self.rows(texts)
+        return self.padded(*rows, labels=labels), sum(cut)
+
+    def rows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """The token ids of each text, and whether it was cut."""
         found = [self._tokenizer.encode(text) for text in texts]
-        cut = sum(bool(encoding.overflowing) for encoding in found)
-        return self.padded(*(encoding.ids for encoding in found), labels=labels), cut
+        return [encoding.ids for encoding in found], [bool(encoding.overflowing) for encoding in found]
 
     def padded(self, *rows: Sequence[int], labels: Sequence[int] | None = None) -> Batch:
         """A batch of token ids as they are, padded to the longest row and to what the graph needs."""

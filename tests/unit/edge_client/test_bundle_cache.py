@@ -3,7 +3,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator
+import shutil
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from edge_client.bundle import open_bundle
 from edge_client.bundle_cache import BundleCache
 from edge_client.events import Event
 from edge_client.files import try_lock
-from fedtt.errors import BundleError, Unreachable
+from fedtt.errors import BundleError, ConfigError, Unreachable
 from fedtt.manifest import MANIFEST
 from fedtt.seams import Transport
 from tests.support.clock import VirtualClock
@@ -161,7 +162,7 @@ def test_a_server_that_never_stops_sending_is_cut_off(tmp_path: Path) -> None:
 
 def test_a_bundle_over_the_limit_is_refused_before_it_comes(tmp_path: Path) -> None:
     place = Place(tmp_path, limit_bytes=BASE_BYTES)
-    with pytest.raises(BundleError, match="raise its limit"):
+    with pytest.raises(BundleError, match=r"needs 1 MiB, the cache may hold 1 MiB .* raise its limit"):
         place.ensure()
     assert [name for name, _ in place.server.asked] == [MANIFEST]
 
@@ -174,6 +175,105 @@ def test_the_longest_unused_bundle_makes_room(tmp_path: Path) -> None:
     os.utime(place.directory / "older", (1, 1))
     place.ensure()
     assert {p.name for p in place.directory.iterdir() if p.is_dir()} == {"old", place.digest}
+
+
+def other_bundle(place: Place, name: str, size: int, used_at: float) -> Path:
+    """A bundle in the cache that another process brought there."""
+    directory = place.directory / name
+    directory.mkdir(parents=True)
+    (directory / "base.bin").write_bytes(bytes(size))
+    os.utime(directory, (used_at, used_at))
+    return directory
+
+
+def test_a_bundle_that_another_process_is_fetching_is_not_removed(tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
+    fetched = other_bundle(place, "fetched", BASE_BYTES // 2 + 1, used_at=1)
+    idle = other_bundle(place, "idle", BASE_BYTES // 2 + 1, used_at=2)
+    held = try_lock(place.directory / "fetched.lock")
+    assert held is not None
+    place.ensure()
+    os.close(held)
+    assert (fetched.exists(), idle.exists()) == (True, False)
+
+
+def test_where_all_others_are_in_use_the_bundle_is_refused_and_they_stay(tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES + 1000)
+    fetched = other_bundle(place, "fetched", BASE_BYTES // 2, used_at=1)
+    held = try_lock(place.directory / "fetched.lock")
+    assert held is not None
+    with pytest.raises(BundleError, match="with what is in use: raise its limit with --cache-limit-mb"):
+        place.ensure()
+    os.close(held)
+    assert fetched.exists()
+    place.ensure()
+    assert not fetched.exists()
+
+
+def test_using_a_bundle_makes_it_the_last_to_go(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def run() -> list[float]:
+        cache = BundleCache(place.directory, VirtualClock())
+        used_at: list[float] = []
+        for _ in range(2):
+            directory = (await cache.ensure(place.server, place.digest)).directory  # type: ignore[arg-type]
+            used_at.append(directory.stat().st_mtime)
+            os.utime(directory, (1, 1))
+        return used_at
+
+    assert min(asyncio.run(run())) > 1_000_000_000, "each use is stamped with today's time"
+
+
+def test_a_bundle_opened_by_this_process_is_never_removed(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    second = tmp_path / "second"
+    second_digest = write_small_bundle(second, BASE_BYTES - 1)
+
+    async def run() -> Path:
+        cache = BundleCache(place.directory, VirtualClock(), limit_bytes=BASE_BYTES * 2 - 1)
+        opened = await cache.ensure(place.server, place.digest)  # type: ignore[arg-type]
+        with pytest.raises(BundleError, match="with what is in use"):
+            await cache.ensure(Directory(second), second_digest)  # type: ignore[arg-type]
+        return opened.directory
+
+    assert open_bundle(asyncio.run(run())).digest == place.digest
+
+
+def test_a_bundle_that_another_process_removed_is_downloaded_again(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def run() -> None:
+        cache = BundleCache(place.directory, VirtualClock())
+        await cache.ensure(place.server, place.digest)  # type: ignore[arg-type]
+        shutil.rmtree(place.directory / place.digest)
+        again = await cache.ensure(place.server, place.digest)  # type: ignore[arg-type]
+        assert open_bundle(again.directory).digest == place.digest
+
+    asyncio.run(run())
+
+
+def test_a_file_that_vanishes_while_sizes_are_summed_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
+    other = other_bundle(place, "other", 1000, used_at=1)
+    listed = Path.iterdir
+
+    def and_then_gone(directory: Path) -> Iterator[Path]:
+        found = list(listed(directory))
+        if directory == other:
+            (other / "base.bin").unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", and_then_gone)
+    place.ensure()
+
+
+@pytest.mark.parametrize("limit_bytes", [0, -1])
+def test_a_cache_of_no_size_is_refused_when_it_is_made(tmp_path: Path, limit_bytes: int) -> None:
+    with pytest.raises(ConfigError, match=r"cache_limit_bytes = .*--cache-limit-mb counts in MiB"):
+        BundleCache(tmp_path, VirtualClock(), limit_bytes=limit_bytes)
 
 
 def test_another_process_at_the_same_bundle_is_waited_for(tmp_path: Path) -> None:

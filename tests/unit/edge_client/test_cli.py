@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from edge_client.home import Home
+from edge_client.journal import Journal, read_state
 from fedtt.cli import main
 
 HEAVY = ("onnxruntime", "aiohttp", "tokenizers", "cryptography", "safetensors", "torch", "transformers")
@@ -46,6 +50,16 @@ def test_a_device_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, edge_client.session, edge_client.inference, edge_client.client_commands, onnxruntime;"
     code += "print([m for m in ('torch', 'transformers', 'onnx', 'sqlalchemy') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_what_a_device_imports_is_declared_in_its_extra() -> None:
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["edge"]
+    known = {re.split(r"[<>=]", line)[0] for line in declared} | {"edge_client", "fedtt"}
+    code = "\n".join(path.read_text() for path in (root / "edge_client").glob("*.py"))
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", code, re.MULTILINE))
+    assert imported - known - sys.stdlib_module_names == set()
 
 
 @pytest.mark.parametrize(
@@ -136,12 +150,51 @@ def test_consent_may_be_given_in_the_environment_and_an_unreachable_server_is_on
     assert "Connection refused" in retrying["error"]
 
 
+@pytest.fixture
+def enrolled(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home that belongs to http://127.0.0.1:9, with its owner's consent."""
+    monkeypatch.delenv("FEDTT_CONSENT", raising=False)
+    device = Journal(Home(home))
+    device.update(server="http://127.0.0.1:9", device="0" * 32, enrolled=True, consented_at=1.0)
+    return home
+
+
+def test_another_server_is_asked_about_by_name_and_refused_without_a_yes(
+    enrolled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("client", "run", "--home", enrolled, "--once", "--server", "http://127.0.0.1:7")
+    assert fedtt(*run) == 2
+    err = capsys.readouterr().err
+    assert "belongs to http://127.0.0.1:9 and is to go over to http://127.0.0.1:7" in err
+    assert "Sent to http://127.0.0.1:7: how that part changed" in err
+    assert "agree with --yes" in err.splitlines()[-1]
+    state = read_state(Home(enrolled))
+    assert state is not None
+    assert (state.server, state.enrolled) == ("http://127.0.0.1:9", True)
+
+
+def test_with_a_yes_the_device_goes_to_the_other_server_and_stays_there(
+    enrolled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("client", "run", "--home", enrolled, "--once")
+    assert fedtt(*run, "--server", "http://127.0.0.1:7", "--yes") == 2
+    assert "http://127.0.0.1:7 did not answer" in capsys.readouterr().out
+    assert fedtt(*run) == 2
+    out, err = capsys.readouterr()
+    assert "http://127.0.0.1:7 did not answer" in out
+    assert err == "", "the same address is not asked about again"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run"], "--server = None is not allowed: the address of the aggregator, for the first run"),
         (["run", "--server", "ftp://x", "--yes"], "server = 'ftp://x' is not allowed: an address like https"),
         (["run", "--server", "http://127.0.0.1:9", "--yes"], "token = '' is not allowed: an enrolment token"),
+        (
+            ["run", "--server", "http://127.0.0.1:9", "--yes", "--cache-limit-mb", "0"],
+            "cache_limit_bytes = 0 is not allowed: 1 or more; --cache-limit-mb counts in MiB",
+        ),
         (["run", "--server", "http://127.0.0.1:9", "--data", "none.csv"], "none.csv cannot be read"),
         (["add", "--data", "none.csv"], "none.csv cannot be read (No such file or directory)"),
         (["add", "--text", " "], "an example needs a text that is not empty"),

@@ -15,7 +15,7 @@ from edge_client import events
 from edge_client.device import DeviceConfig
 from edge_client.events import Step
 from edge_client.examples import ExampleStore
-from edge_client.journal import Idle, Leased, Trained
+from edge_client.journal import Idle, Leased, Residual, Trained
 from edge_client.tokens import Batch
 from fedtt.adapter import Theta
 from fedtt.errors import ConfigError, Refused, RuntimeFailure, Unreachable, WireError
@@ -156,7 +156,7 @@ def test_a_final_refusal_drops_the_update_and_keeps_the_old_residual(tmp_path: P
         device, _ = world.device()
         await device.run(until=acknowledged)
         old = device.journal.state.residuals
-        assert [np.frombuffer(r, "<f4").any() for r in old.values()] == [True]
+        assert [np.frombuffer(r.data, "<f4").any() for r in old.values()] == [True]
         device, transport = world.device(before=failing(refusal(code), "upload"))
         step = await device.run(until=lambda step: isinstance(step, events.Dropped))
         assert isinstance(step, events.Dropped)
@@ -184,10 +184,66 @@ def test_a_lease_that_was_refused_is_given_back_when_it_is_offered_again(tmp_pat
 
 def test_a_device_the_server_does_not_know_enrols_again_and_sends_the_same_bytes(tmp_path: Path) -> None:
     async def test(world: World) -> None:
-        device, transport = world.device(before=failing(refusal(Code.BAD_SIGNATURE), "upload"))
+        device, transport = world.device(before=failing(refusal(Code.UNKNOWN_DEVICE), "upload"))
         await device.run(until=acknowledged)
         assert world.kinds() == ["Enrolled", "Granted", "Trained", "Retrying", "Enrolled", "Acknowledged"]
         assert len(set(transport.frames)) == 1
+
+    in_world(tmp_path, test)
+
+
+def test_a_signature_that_is_refused_once_costs_a_wait_and_no_enrolment(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await world.device()[0].run(until=trained)
+        refused = failing(refusal(Code.BAD_SIGNATURE), "upload")
+        device, transport = world.device(before=refused, config=DeviceConfig())
+        await device.run(until=acknowledged)
+        assert world.kinds() == ["Enrolled", "Granted", "Trained", "Retrying", "Acknowledged"]
+        assert transport.calls == ["upload", "upload"]
+        assert len(set(transport.frames)) == 1
+
+    in_world(tmp_path, test)
+
+
+def test_a_known_key_enrols_again_without_a_token(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await world.device()[0].run(until=granted)
+        device, _ = world.device(
+            before=failing(refusal(Code.UNKNOWN_DEVICE), "upload"), config=DeviceConfig()
+        )
+        await device.run(until=acknowledged)
+        assert world.kinds()[2:] == ["Trained", "Retrying", "Enrolled", "Acknowledged"]
+
+    in_world(tmp_path, test)
+
+
+def test_a_key_the_server_has_erased_needs_a_new_token(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        await device.run(until=acknowledged)
+        await transport.leave(erase=True)
+        device, transport = world.device(config=DeviceConfig())
+        with pytest.raises(ConfigError, match="an enrolment token from whoever runs the server"):
+            await device.run()
+        assert transport.calls == ["check_in", "enroll"]
+        assert not device.journal.state.enrolled
+
+    in_world(tmp_path, test)
+
+
+def test_a_residual_of_a_later_version_is_not_added_to_an_update(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, _ = world.device()
+        await device.run(until=granted)
+        phase = device.journal.state.phase
+        assert isinstance(phase, Leased)
+        await device.run(until=trained)
+        fresh = device.journal.state.phase
+        assert isinstance(fresh, Trained)
+        poison = Residual(version_number=7, data=np.ones(len(fresh.residual.data) // 4, "<f4").tobytes())
+        device.journal.update(phase=phase, residuals={fresh.residual_key: poison})
+        await device.run(until=trained)
+        assert device.journal.state.phase == fresh
 
     in_world(tmp_path, test)
 

@@ -124,7 +124,7 @@ def test_every_call_reaches_the_aggregator(tmp_path: Path) -> None:
         await transport.leave(erase=True)
         with pytest.raises(Refused) as caught:
             await transport.check_in(CHECK_IN)
-        assert caught.value.problem.code is Code.BAD_SIGNATURE
+        assert caught.value.problem.code is Code.UNKNOWN_DEVICE
 
     at_real_server(tmp_path, test)
 
@@ -245,9 +245,26 @@ def test_a_version_longer_than_the_layout_is_not_read_to_its_end(tmp_path: Path)
     assert sent[0] < 100_000_000
 
 
-def test_a_server_that_ignores_the_range_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offset", [5, 100_000, 200_000])
+def test_behind_a_proxy_that_ignores_the_range_a_download_still_goes_on(tmp_path: Path, offset: int) -> None:
+    whole = bytes(range(200)) * 1000
+
     async def handler(_: web.Request) -> web.Response:
-        return web.Response(body=b"from the beginning")
+        return web.Response(body=whole)
+
+    async def test(transport: HttpTransport) -> None:
+        pieces = [piece async for piece in transport.bundle_file("0" * 64, "base.bin", offset)]
+        assert b"".join(pieces) == whole[offset:]
+        assert b"" not in pieces
+        assert transport.traffic.bundle_bytes == 200_000, "what is skipped was still paid for"
+
+    at_server(tmp_path, handler, test)
+
+
+def test_another_part_than_was_asked_for_is_noticed(tmp_path: Path) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        headers = {"Content-Range": "bytes 4-9/10"}
+        return web.Response(status=206, body=b"456789", headers=headers)
 
     async def test(transport: HttpTransport) -> None:
         with pytest.raises(WireError, match=r"asked for base\.bin from byte 5, another part"):

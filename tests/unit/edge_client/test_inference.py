@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edge_client.inference import Model
 from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Tokens
 from fedtt.adapter import Theta, initial_theta
+from fedtt.cli import main
 from fedtt.errors import BundleError, DataError, LayoutError
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import encode_theta, version_digest
@@ -60,6 +62,49 @@ def test_many_texts_are_taken_in_batches(tiny_bundle: Path, version: Path) -> No
     model = Model.open(version, tiny_bundle)
     many = model.predict(TEXTS * 20)  # 80 texts, 32 a batch
     assert [p.label for p in many] == [p.label for p in model.predict(TEXTS)] * 20
+
+
+LONG = "lights off " * 40  # 80 words, the graph takes 32 tokens
+
+
+def test_a_text_longer_than_the_graph_is_marked_as_cut(tiny_bundle: Path, version: Path) -> None:
+    model = Model.open(version, tiny_bundle)
+    assert [p.cut for p in model.predict([TEXTS[0], LONG, *TEXTS * 10, LONG])] == [
+        *(False, True),
+        *[False] * 40,
+        True,
+    ]
+    assert [model.is_cut(text) for text in (TEXTS[0], LONG)] == [False, True]
+    label = model.manifest.labels[0]
+    assert model.evaluate([Example(text, label) for text in (LONG, TEXTS[0], LONG)]).cut_texts == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([TEXTS[0]], ""),
+        ([TEXTS[0], LONG], "1 text was longer than 32 tokens and was cut\n"),
+        ([LONG, LONG], "2 texts were longer than 32 tokens and were cut\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_commands_say_how_many_texts_were_cut(
+    tiny_bundle: Path,
+    version: Path,
+    command: str,
+    texts: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = version / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in texts))
+    what = texts if command == "predict" else [str(rows)]
+    assert main([command, str(version), *what, "--bundle", str(tiny_bundle), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == message
+    answers = [json.loads(line) for line in out.splitlines()]
+    counted = sum(answer["cut"] if command == "predict" else answer["cut_texts"] for answer in answers)
+    assert counted == texts.count(LONG)
 
 
 def test_the_bundle_is_looked_for_beside_the_version(tiny_bundle: Path, version: Path) -> None:

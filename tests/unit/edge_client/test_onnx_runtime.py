@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from msgspec.structs import replace
 
@@ -84,6 +85,26 @@ def test_a_graph_of_another_layout_is_refused_when_it_is_loaded(tiny_bundle: Pat
         RuntimeFailure, match=rf"step\.onnx takes a theta of shape .*has {other.layout.size} numbers"
     ):
         OnnxRuntime(foreign).gradient(np.zeros(other.layout.size, np.float32), batch_of(bundle))
+
+
+def test_an_onnxruntime_older_than_the_bundle_requires_is_named_with_the_remedy(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    ahead = replace(bundle.manifest, requires={"onnxruntime": "99.1"})
+    demanding = Bundle(directory=bundle.directory, digest=bundle.digest, manifest=ahead)
+    with pytest.raises(RuntimeFailure) as caught:
+        OnnxRuntime(demanding).gradient(somewhere(bundle), batch_of(bundle))
+    assert str(caught.value) == (
+        f"the bundle needs onnxruntime 99.1 or newer, {onnxruntime.__version__} is installed: "
+        "pip install 'onnxruntime>=99.1'"
+    )
+
+
+@pytest.mark.parametrize("required", ["1.9.9", "1.20", onnxruntime.__version__])
+def test_an_onnxruntime_as_new_as_required_runs(tiny_bundle: Path, required: str) -> None:
+    bundle = open_bundle(tiny_bundle)
+    manifest = replace(bundle.manifest, requires={"onnxruntime": required})
+    content = Bundle(directory=bundle.directory, digest=bundle.digest, manifest=manifest)
+    assert OnnxRuntime(content).gradient(somewhere(bundle), batch_of(bundle))[0] > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all"])

@@ -11,6 +11,7 @@ import pytest
 from aggregator.app import device_app
 from aggregator.service import Service
 from edge_client import events
+from edge_client.bundle_cache import LIMIT_BYTES
 from edge_client.device import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
@@ -34,7 +35,12 @@ class Owner:
         self.seen: list[Event] = []
 
     async def run(
-        self, until: Callable[[Step], bool] = lambda _: False, url: str | None = None
+        self,
+        until: Callable[[Step], bool] = lambda _: False,
+        url: str | None = None,
+        *,
+        move: bool = False,
+        cache_limit_bytes: int = LIMIT_BYTES,
     ) -> Step | None:
         self.home.create()
         store = ExampleStore(self.home.examples)
@@ -45,6 +51,8 @@ class Owner:
                 server=url or self.url,
                 examples=store,
                 config=DeviceConfig(token=TOKEN),
+                move=move,
+                cache_limit_bytes=cache_limit_bytes,
                 runtimes=Runtimes(lambda bundle: MeanTarget()),
                 observe=self.seen.append,
             ) as device:
@@ -225,8 +233,66 @@ def test_a_damaged_journal_can_still_be_forgotten_locally(tmp_path: Path) -> Non
 def test_a_device_belongs_to_one_server(tmp_path: Path) -> None:
     async def test(owner: Owner) -> None:
         await owner.run(acknowledged)
-        with pytest.raises(ConfigError, match="this device belongs to"):
+        with pytest.raises(ConfigError, match=r"this device belongs to .*move=True once its owner agrees"):
             await owner.run(url="http://127.0.0.1:9")
+        state = read_state(owner.home)
+        assert state is not None
+        assert (state.server, state.enrolled) == (owner.url, True)
+
+    owning(tmp_path, test)
+
+
+def test_a_device_follows_its_server_to_a_new_address_with_the_work_in_hand(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        granted = await owner.run(lambda step: isinstance(step, events.Granted))
+        assert isinstance(granted, events.Granted)
+        key = owner.home.key.read_bytes()
+        async with listening(device_app(owner.service)) as moved:
+            assert moved != owner.url
+            step = await owner.run(acknowledged, moved, move=True)
+        assert isinstance(step, events.Acknowledged)
+        assert step.receipt.lease == granted.lease
+        state = read_state(owner.home)
+        assert state is not None
+        assert (state.server, state.enrolled) == (moved, True)
+        assert owner.home.key.read_bytes() == key
+        assert owner.device_state() is DeviceState.ACTIVE, "one device under one key"
+
+    owning(tmp_path, test)
+
+
+def test_a_device_that_left_may_go_to_another_server(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        await leave(owner.home)
+        async with listening(device_app(owner.service)) as another:
+            await owner.run(lambda step: isinstance(step, events.Enrolled), another)
+        assert owner.device_state() is DeviceState.ACTIVE
+
+    owning(tmp_path, test)
+
+
+def test_another_server_needs_consent_of_its_own(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        async with open_device(
+            owner.home.directory,
+            server="http://127.0.0.1:9",
+            examples=ExampleStore(None),
+            config=DeviceConfig(token=TOKEN),
+            move=True,
+        ) as device:
+            with pytest.raises(ConfigError, match="the owner of this device must agree"):
+                await device.step()
+
+    owning(tmp_path, test)
+
+
+def test_an_owner_bounds_the_bundles_that_are_kept(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        step = await owner.run(lambda step: isinstance(step, events.GaveUp), cache_limit_bytes=1000)
+        assert isinstance(step, events.GaveUp)
+        assert "raise its limit with --cache-limit-mb" in step.detail
 
     owning(tmp_path, test)
 
