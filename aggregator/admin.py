@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from msgspec.structs import asdict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from aggregator.auth import token_sha256
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found
 from aggregator.service import Service
+from aggregator.token_files import new_token
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState
@@ -20,13 +24,14 @@ from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import decode_theta, encode_theta
 from storage.blobs import load as load_blob
 from storage.blobs import save as save_blob
-from storage.records import MAIN, Bundle, Task, TaskState, Version, VersionState
+from storage.records import MAIN, Bundle, Task, TaskState, Token, Version, VersionState
 from storage.store import Transaction
 
 __all__ = [
     "add_bundle",
     "change_task",
     "create_task",
+    "create_token",
     "list_devices",
     "list_rounds",
     "list_tasks",
@@ -217,3 +222,25 @@ async def version_files(service: Service, name: str, number: int) -> dict[str, b
 async def list_devices(service: Service, after: str) -> list[Row]:
     devices = await service.read(lambda tx: tx.devices(after=after))
     return [{key: value for key, value in asdict(d).items() if key != "public_key"} for d in devices]
+
+
+class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an enrolment token allows."""
+
+    uses: Annotated[int, Meta(ge=1, le=10**9)] | None = None  #: enrolments; None for any number
+    expires_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None  #: from now on; None for never
+
+
+async def create_token(service: Service, body: bytes) -> Row | Problem:
+    """Make an enrolment token; it is in this answer and nowhere else, for the ledger keeps its hash."""
+    try:
+        terms = msgspec.json.decode(body, type=TokenTerms)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return malformed(str(error))
+    text = new_token()
+    expires_at = None if terms.expires_s is None else service.clock.now() + terms.expires_s
+    token = Token(sha256=token_sha256(text), uses_left=terms.uses, expires_at=expires_at)
+    answer = await service.write(lambda tx: tx.put_token(token))
+    if isinstance(answer, Problem):
+        return answer
+    return {"token": text, "uses": terms.uses, "expires_at": expires_at}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from aggregator.whole_files import Arriving, is_there, write_whole
 from fedtt.errors import BundleError, FedttError, Unreachable
 from fedtt.manifest import MANIFEST, FileEntry, bundle_digest, decode_manifest
 from fedtt.version_config import CONFIG, FACTORS
@@ -44,13 +46,19 @@ class AdminClient:
 
     async def call(self, method: str, path: str, body: object = None, **query: str) -> bytes:
         """One request; returns the body, raises FedttError with the server's reason."""
+        async with self._answer(method, path, body, **query) as answer:
+            return await answer.read() if method != "HEAD" else str(answer.status).encode()
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: object = None, **query: str
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None  # noqa: S101  # used as a context manager
         try:
             async with self._session.request(method, self._root + path, data=body, params=query) as answer:
-                data = await answer.read()
                 if answer.status >= 400 and method != "HEAD":
-                    raise FedttError(_reason(data, answer.status))
-                return data if method != "HEAD" else str(answer.status).encode()
+                    raise FedttError(_reason(await answer.read(), answer.status))
+                yield answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unreachable(
                 f"the server at {self._root} does not answer ({str(error) or type(error).__name__}): "
@@ -86,20 +94,34 @@ class AdminClient:
     async def create_task(self, text: str, bundle: str) -> Any:
         return msgspec.json.decode(await self.call("POST", "/tasks", text.encode(), bundle=bundle))
 
+    async def create_token(self, uses: int | None, expires_s: float | None) -> Any:
+        body = msgspec.json.encode({"uses": uses, "expires_s": expires_s})
+        return msgspec.json.decode(await self.call("POST", "/tokens", body))
+
     async def download_version(self, task: str, number: int, directory: Path) -> None:
         """Write factors and config of a version into a directory."""
         version = f"/tasks/{quote(task, safe='')}/versions/{number}"
         files = {name: await self.call("GET", f"{version}/{name}") for name in (CONFIG, FACTORS)}
-        await asyncio.to_thread(_write, directory, files)
+        for name, data in files.items():
+            await asyncio.to_thread(write_whole, directory / name, data)
 
     async def download_bundle(self, sha256: str, directory: Path) -> None:
-        """Write a whole bundle into a directory."""
+        """Write a whole bundle into a directory; a file that lies there already and matches is kept."""
         manifest_bytes = await self.call("GET", f"/bundles/{sha256}/{MANIFEST}")
-        names = decode_manifest(manifest_bytes).files
-        for name in names:
-            data = await self.call("GET", f"/bundles/{sha256}/{name}")
-            await asyncio.to_thread(_write, directory, {name: data})
-        await asyncio.to_thread(_write, directory, {MANIFEST: manifest_bytes})
+        if bundle_digest(manifest_bytes) != sha256:
+            raise FedttError(f"bundle {sha256[:12]}… came with another manifest: download it again")
+        for name, entry in decode_manifest(manifest_bytes).files.items():
+            if not await asyncio.to_thread(is_there, directory / name, entry):
+                await self._download(f"/bundles/{sha256}/{name}", directory / name, entry)
+        await asyncio.to_thread(write_whole, directory / MANIFEST, manifest_bytes)
+
+    async def _download(self, path: str, target: Path, entry: FileEntry) -> None:
+        """Stream one file to the disk; it takes its name once it is known to be whole."""
+        with Arriving(target, entry) as arriving:
+            async with self._answer("GET", path) as answer:
+                async for piece in answer.content.iter_chunked(_PIECE_BYTES):
+                    await asyncio.to_thread(arriving.write, piece)
+            await asyncio.to_thread(arriving.keep)
 
 
 def _reason(data: bytes, status: int) -> str:
@@ -109,15 +131,6 @@ def _reason(data: bytes, status: int) -> str:
         return f"{problem['detail']}{remedy}"
     except (msgspec.DecodeError, KeyError, TypeError):
         return f"the server answered {status} without a reason: is --server its admin address?"
-
-
-def _write(directory: Path, files: dict[str, bytes]) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (directory / name).write_bytes(data)
-    except OSError as error:
-        raise FedttError(f"{directory} cannot be written: {error.strerror}") from None
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

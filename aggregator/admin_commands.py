@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "create_task",
+    "create_token",
     "download_version",
     "list_devices",
     "list_tasks",
@@ -62,7 +63,10 @@ async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
     if args.json:
         print_json(task | {"rounds": rounds})
         return
+    from aggregator.progress import settings
+
     _print_rows([task], args, _TASK_COLUMNS)
+    settings(task["spec"])
     _print_rows(rounds[:10], args, _ROUND_COLUMNS)
 
 
@@ -82,6 +86,19 @@ async def download_version(client: AdminClient, args: argparse.Namespace) -> Non
         print_json({"task": args.task, "version": number, "path": str(args.out)})
     else:
         print(f"version {number} of {args.task} is in {args.out}")
+
+
+async def create_token(client: AdminClient, args: argparse.Namespace) -> None:
+    """Print the token alone, so that a script can take it as it is."""
+    if args.uses is not None and args.uses < 1:
+        raise ConfigError("--uses", args.uses, "a number from 1 on")
+    if args.expires_s is not None and not 0 < args.expires_s <= 10**9:
+        raise ConfigError("--expires-s", args.expires_s, "seconds above 0, at most 1e9")
+    made = await client.create_token(args.uses, args.expires_s)
+    if args.json:
+        print_json(made)
+    else:
+        print(made["token"])
 
 
 async def list_devices(client: AdminClient, args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ __all__ = ["add_admin_routes", "admin_problem", "require_token"]
 
 _TASK_LIMIT_BYTES = 64 * 1024
 _BLOB_LIMIT_BYTES = 8 << 30
+_TOKEN_TERMS_LIMIT_BYTES = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -65,6 +66,12 @@ async def create_task(request: web.Request) -> web.Response:
         raise ProblemError(malformed("the query must name bundle=<sha256 of its manifest>"))
     text = (await read_body(request, _TASK_LIMIT_BYTES)).decode(errors="replace")
     return json_answer(checked(await admin.create_task(request.app[SERVICE], text, bundle)), 201)
+
+
+async def create_token(request: web.Request) -> web.Response:
+    """Body: {"uses": N, "expires_s": S}, either of them null or left out."""
+    terms = await read_body(request, _TOKEN_TERMS_LIMIT_BYTES)
+    return json_answer(checked(await admin.create_token(request.app[SERVICE], terms)), 201)
 
 
 async def list_tasks(request: web.Request) -> web.Response:
@@ -116,3 +123,4 @@ def add_admin_routes(app: web.Application) -> None:
     add("GET", root + "/tasks/{task}/versions", list_versions)
     add("GET", root + r"/tasks/{task}/versions/{number:\d{1,9}}/{file}", version_file)
     add("GET", root + "/devices", list_devices)
+    add("POST", root + "/tokens", create_token)

@@ -25,7 +25,7 @@ from storage.blobs import FileBlobs
 from storage.records import Token
 from storage.sql import SqlStore
 
-__all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "serving"]
+__all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "serving", "url_of"]
 
 _HEADER_LIMIT_BYTES = 4096
 _BACKLOG = 1024
@@ -132,7 +132,11 @@ async def _listen(
     except OSError as error:
         raise _not_listening(error, host, port, option) from None
     bound = runner.addresses[0][1]
-    return f"http://{host}:{bound}"
+    return url_of(host, bound)
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _not_listening(error: OSError, host: str, port: int, option: str) -> ConfigError:

@@ -1,10 +1,11 @@
-"""`fedtt serve`, `fedtt task`, `fedtt version` and `fedtt device`."""
+"""`fedtt serve`, `fedtt task`, `fedtt version`, `fedtt device` and `fedtt token`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregator.admin_commands import (
     create_task,
+    create_token,
     download_version,
     list_devices,
     list_tasks,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from aggregator.app import Listening
     from fedtt.cli import Commands
 
-__all__ = ["register"]
+__all__ = ["reachable", "register"]
 
 Action = Callable[["AdminClient", argparse.Namespace], Awaitable[None]]
 
@@ -41,6 +43,7 @@ def register(commands: Commands) -> None:
     _admin_command(
         devices, "list", about="list enrolled devices", examples="fedtt device list", action=list_devices
     )
+    _register_tokens(commands)
 
 
 def _register_serve(commands: Commands) -> None:
@@ -137,6 +140,20 @@ def _register_versions(commands: Commands) -> None:
     )
 
 
+def _register_tokens(commands: Commands) -> None:
+    examples = "fedtt token create --uses 20 --expires-s 604800"
+    tokens = add_group(commands, "token", about="make tokens that devices enrol with", examples=examples)
+    create = _admin_command(
+        tokens,
+        "create",
+        about="make an enrolment token; it is shown once",
+        examples=examples,
+        action=create_token,
+    )
+    create.add_argument("--uses", type=int, help="devices it enrols (default any number)")
+    create.add_argument("--expires-s", type=float, help="seconds for which it is good (default for ever)")
+
+
 def _admin_command(
     group: Commands, name: str, *, about: str, examples: str, action: Action
 ) -> argparse.ArgumentParser:
@@ -156,10 +173,9 @@ def _admin_command(
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError("a port lies in 0..65535")
-    return port
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
+    return int(text)
 
 
 def _run(action: Action, args: argparse.Namespace) -> None:
@@ -244,7 +260,14 @@ def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:
     print(f"devices   {listening.url}")
     print(f"people    {listening.admin_url}  (token in {data / 'admin-token'})")
     print(
-        f"enrol     fedtt client run --server {listening.url} --token {listening.enrolment_token} "
-        "--data examples.jsonl",
+        f"enrol     fedtt client run --server {reachable(listening.url)} "
+        f"--token {listening.enrolment_token} --data examples.jsonl",
         flush=True,
     )
+
+
+def reachable(url: str) -> str:
+    """The address for other machines: this one's name where the server listens on all of its addresses."""
+    for everywhere in ("//0.0.0.0:", "//[::]:"):
+        url = url.replace(everywhere, f"//{socket.gethostname()}:")
+    return url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-__all__ = ["table", "upload_progress"]
+__all__ = ["settings", "table", "upload_progress"]
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -22,6 +23,15 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     for row in rows:
         view.add_row(*(_cell(column, row.get(column)) for column in columns))
     Console().print(view if rows else "(none)")
+
+
+def settings(spec: dict[str, Any]) -> None:
+    """Print a task's settings in the words of its file, a section a line."""
+    single = {name: value for name, value in spec.items() if not isinstance(value, dict) and name != "name"}
+    sections = {name: value for name, value in spec.items() if isinstance(value, dict)}
+    for name, values in {"task": single, **sections}.items():
+        given = (f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None)
+        print(f"[{name}]".ljust(max(map(len, sections)) + 2), ", ".join(given))
 
 
 def _cell(column: str, value: object) -> str:

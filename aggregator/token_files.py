@@ -1,4 +1,4 @@
-"""Secrets a server makes for itself at its first start."""
+"""Secrets a server makes: for itself at its first start, and for people who ask."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 
 from fedtt.errors import StorageError
 
-__all__ = ["secret_file"]
+__all__ = ["new_token", "secret_file"]
+
+
+def new_token() -> str:
+    """192 random bits in hex: no command line takes it for an option, as it may one that begins with "-"."""
+    return secrets.token_hex(24)
 
 
 def secret_file(path: Path) -> str:
-    """The token in a file that only its owner reads; made where there is none.
-
-    192 random bits in hex: no command line takes it for an option, as it may a token that begins with "-".
-    """
+    """The token in a file that only its owner reads; made where there is none."""
     try:
         if not path.exists():
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w") as file:
-                file.write(secrets.token_hex(24) + "\n")
+                file.write(new_token() + "\n")
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} cannot be read or made: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import pytest_asyncio
 
 from fedtt.cli import main
+from fedtt.errors import Refused
 from fedtt.manifest import MANIFEST
+from fedtt.messages import Code
 from fedtt.version_config import CONFIG, FACTORS
 from tests.support.edge import write_small_bundle
-from tests.support.served import Served, served, task_text, until
+from tests.support.served import Peer, Served, refused, served, task_text, until
 
 TASK_FILE = task_text(cohort=2, count=2)
 
@@ -90,6 +93,12 @@ async def test_the_life_of_a_task_as_tables(
         await until(folded)
         shown = await terminal.shown("task", "show", "lights")
         assert shown[1] == "lights active 1 2 2 0 0.5000 -"
+        assert shown[2] == "[task] seed = 0, min_examples = 1"
+        assert shown[3].startswith("[rounds] count = 2, cohort = 2, quorum = 1, deadline_s = 3600.0, ")
+        settings = [line.split()[0] for line in shown[2:7]]
+        assert settings == ["[task]", "[rounds]", "[training]", "[method]", "[codec]"]
+        assert 'quantise = "fp32"' in shown[6]
+        del shown[2:7]
         assert shown[2] == "number version number state opened closed reason"
         assert [line.split()[:3] for line in shown[3:]] == [["2", "1", "open"], ["1", "0", "folded"]]
         versions = await terminal.shown("version", "list", "lights")
@@ -138,6 +147,50 @@ async def test_the_same_as_json_one_object_a_line(
     assert {path.name for path in (tmp_path / "v0").iterdir()} == {CONFIG, FACTORS}
     (stopped,) = await terminal.json("task", "stop", "lights")
     assert stopped["state"] == "stopped"
+
+
+async def test_a_token_enrols_as_many_devices_as_it_was_made_for_and_is_kept_as_a_hash(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    (made,) = await terminal.json("token", "create", "--uses", "1", "--expires-s", "3600")
+    assert made["uses"] == 1
+    assert 3500 < made["expires_at"] - terminal.server.service.clock.now() <= 3600
+    async with Peer(terminal.server.url, 1) as first, Peer(terminal.server.url, 2) as second:
+        await first.enroll(made["token"])
+        with pytest.raises(Refused, match="bad_token"):
+            await second.enroll(made["token"])
+        (unlimited,) = await terminal.shown("token", "create")
+        await second.enroll(unlimited)
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "data").glob("fedtt.db*"))
+    assert hashlib.sha256(made["token"].encode()).hexdigest().encode() in stored
+    assert made["token"].encode() not in stored
+
+
+async def test_a_token_that_nothing_could_use_is_refused(terminal: Terminal) -> None:
+    assert "--uses = 0 is not allowed" in await terminal.refused("token", "create", "--uses", "0")
+    for never in ("0", "nan", "inf", "-1"):
+        said = await terminal.refused("token", "create", f"--expires-s={never}")
+        assert "seconds above 0" in said
+    for body in (b"", b'{"uses": 0}', b'{"uses": 1.5}', b'{"expires_s": -1}', b'{"use": 1}', b"\xff"):
+        refused(await terminal.server.people("POST", "/tokens", body), Code.MALFORMED)
+
+
+async def test_a_download_that_stopped_goes_on_with_the_files_that_are_missing_or_damaged(
+    terminal: Terminal, create: tuple[str, ...], tmp_path: Path
+) -> None:
+    await terminal.shown(*create)
+    bundle, out = tmp_path / "bundle", tmp_path / "result"
+    download = ("version", "download", "lights", "--out", str(out))
+    await terminal.shown(*download)
+    kept, damaged, lost = out / "bundle" / "base.bin", out / "bundle" / "step.onnx", out / "bundle" / MANIFEST
+    inode = kept.stat().st_ino
+    damaged.write_bytes(bytes(len(damaged.read_bytes())))
+    lost.unlink()
+    await terminal.shown(*download)
+    assert kept.stat().st_ino == inode
+    assert {p.name: p.read_bytes() for p in (out / "bundle").iterdir()} == {
+        p.name: p.read_bytes() for p in bundle.iterdir()
+    }
 
 
 async def test_what_cannot_be_done_is_said_in_one_line(

@@ -113,10 +113,10 @@ async def test_a_device_that_never_enrolled_or_was_erased_is_told_to_enrol(
 ) -> None:
     async with Peer(place.server.url, 9002) as stranger:
         answer = await stranger.request("POST", "/v1/check-in", encode(CHECK_IN))
-    refused(answer, Code.BAD_SIGNATURE, "this device is not enrolled here", "enrol with a token first")
+    refused(answer, Code.UNKNOWN_DEVICE, "this device is not enrolled here", "enrol with a token first")
     await device.transport.leave(erase=True)
     answer = await device.request("POST", "/v1/check-in", encode(CHECK_IN))
-    refused(answer, Code.BAD_SIGNATURE, "this device is not enrolled here")
+    refused(answer, Code.UNKNOWN_DEVICE, "this device is not enrolled here")
 
 
 @pytest.mark.parametrize("off_s", [-400.0, 400.0, 10.0**9])

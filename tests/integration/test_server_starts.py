@@ -60,14 +60,15 @@ def test_an_address_of_another_machine_is_named(tmp_path: Path, capsys: pytest.C
     assert "--admin-host = '192.0.2.1' is not allowed: an address of this machine" in said
 
 
-@pytest.mark.parametrize("port", ["-1", "65536", "http"])
+@pytest.mark.parametrize("port", ["-1", "65536", "http", "+1"])
 def test_a_port_that_is_none_is_refused_with_the_usage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], port: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["serve", "--data", str(tmp_path), "--port", port])
     assert caught.value.code == 2
-    assert "argument --port" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument --port: '{port}' is no port: give a number from 0 to 65535" in said.splitlines()[-1]
 
 
 def test_a_data_directory_that_is_a_file_or_lies_below_one_is_named(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +50,26 @@ async def test_while_a_blob_arrives_it_does_not_count(tmp_path: Path) -> None:
     await blobs.receive(NAME, arriving(), limit_bytes=10_000)
     assert seen == [(False, 1)]
     assert blobs.has(NAME)
+
+
+async def test_a_blob_that_arrives_is_written_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: set[threading.Thread] = set()
+
+    class Watched(FileIO):
+        def write(self, data: Any, /) -> int:
+            writers.add(threading.current_thread())
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Watched(path, mode))
+
+    async def arriving() -> AsyncIterator[bytes]:
+        yield CONTENT
+
+    await FileBlobs(tmp_path).receive(NAME, arriving(), limit_bytes=10_000)
+    assert len(writers) == 1
+    assert threading.current_thread() not in writers
 
 
 def test_what_a_crash_left_half_written_is_swept_out_at_the_next_start(tmp_path: Path) -> None:
