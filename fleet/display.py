@@ -12,7 +12,7 @@ from fleet.demo import RoundReport
 
 __all__ = ["RoundDisplay"]
 
-_BAR = 20
+_BAR = 16
 
 
 class RoundDisplay:
