@@ -24,7 +24,7 @@ from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import decode_theta, encode_theta
 from storage.blobs import load as load_blob
 from storage.blobs import save as save_blob
-from storage.records import MAIN, Bundle, Task, TaskState, Token, Version, VersionState
+from storage.records import MAIN, Bundle, Task, TaskState, Token, Version
 from storage.store import Transaction
 
 __all__ = [
@@ -78,19 +78,7 @@ async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | 
     def create(tx: Transaction) -> Row | Problem:
         if tx.task(spec.name) is not None:
             return conflict_name(spec.name)
-        now = service.clock.now()
-        task = tx.add_task(
-            Task(
-                id=0,
-                spec=spec,
-                bundle=bundle_sha256,
-                state=TaskState.ACTIVE,
-                reason="",
-                created_at=now,
-                resumed_after=0,
-            )
-        )
-        tx.add_version(_first(task, version0, now))
+        task = service.lifecycle.create(tx, service.clock.now(), spec, bundle_sha256, version0)
         return _task_row(tx, task)
 
     return await service.write(create)
@@ -103,24 +91,6 @@ def _initial_version(service: Service, manifest: Manifest) -> str:
     if not np.isfinite(theta).all():
         raise LayoutError("a factor is NaN or infinite")
     return save_blob(service.blobs, encode_theta(theta))
-
-
-def _first(task: Task, sha256: str, now: float) -> Version:
-    return Version(
-        task_id=task.id,
-        branch=MAIN,
-        number=0,
-        sha256=sha256,
-        parents=(),
-        gauge="plain",
-        state=VersionState.RELEASED,
-        created_at=now,
-        round_number=None,
-        updates=0,
-        examples=0,
-        loss_first=None,
-        loss_last=None,
-    )
 
 
 def _task_row(tx: Transaction, task: Task) -> Row:

@@ -15,6 +15,7 @@ from aggregator import rules
 from aggregator.promised import promised
 from fedtt.adapter import FactorLayout
 from fedtt.manifest import Manifest, decode_manifest
+from fedtt.task import TaskSpec
 from storage.records import (
     MAIN,
     Round,
@@ -180,6 +181,39 @@ class Lifecycle:
         return version
 
     # tasks
+
+    @staticmethod
+    def create(tx: Transaction, now: float, spec: TaskSpec, bundle: str, first_sha256: str) -> Task:
+        """Open a task on a bundle the store has; version 0 is the factors of this hash."""
+        task = tx.add_task(
+            Task(
+                id=0,
+                spec=spec,
+                bundle=bundle,
+                state=TaskState.ACTIVE,
+                reason="",
+                created_at=now,
+                resumed_after=0,
+            )
+        )
+        tx.add_version(
+            Version(
+                task_id=task.id,
+                branch=MAIN,
+                number=0,
+                sha256=first_sha256,
+                parents=(),
+                gauge="plain",
+                state=VersionState.RELEASED,
+                created_at=now,
+                round_number=None,
+                updates=0,
+                examples=0,
+                loss_first=None,
+                loss_last=None,
+            )
+        )
+        return task
 
     def set_active(self, tx: Transaction, name: str, state: TaskState, reason: str) -> Task | None:
         """Pause or resume; a task that has ended stays so. None where there is no such task.

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 
+from aggregator.lifecycle import Lifecycle
 from fedtt.adapter import AdapterSpec, plan_adapter
 from fedtt.manifest import (
     FileEntry,
@@ -18,7 +19,7 @@ from fedtt.manifest import (
 )
 from fedtt.task import TaskSpec
 from fedtt.wire import encode_theta, version_digest
-from storage.records import MAIN, Bundle, Task, TaskState, Version, VersionState
+from storage.records import Bundle, Task
 from storage.store import Transaction
 
 __all__ = ["add_task", "tiny_manifest", "tiny_spec"]
@@ -53,33 +54,5 @@ def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manif
     manifest = encode_manifest(described)
     bundle = bundle_digest(manifest)
     tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
-    task = tx.add_task(
-        Task(
-            id=0,
-            spec=spec,
-            bundle=bundle,
-            state=TaskState.ACTIVE,
-            reason="",
-            created_at=now,
-            resumed_after=0,
-        )
-    )
     theta = np.zeros(described.adapter.layout.size, np.float32)
-    tx.add_version(
-        Version(
-            task_id=task.id,
-            branch=MAIN,
-            number=0,
-            sha256=version_digest(encode_theta(theta)),
-            parents=(),
-            gauge="plain",
-            state=VersionState.RELEASED,
-            created_at=now,
-            round_number=None,
-            updates=0,
-            examples=0,
-            loss_first=None,
-            loss_last=None,
-        )
-    )
-    return task
+    return Lifecycle.create(tx, now, spec, bundle, version_digest(encode_theta(theta)))
