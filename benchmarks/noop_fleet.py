@@ -91,7 +91,7 @@ def bundle_of_a_thousand(directory: Path) -> Bundle:
         layout_sha256=adapter.layout.digest,
         labels=tuple(map(str, range(10))),
         tokenization=Tokenization(file="tokenizer.json", pad_id=0, min_tokens=1, max_tokens=16),
-        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx")},
+        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx", weights=())},
         opset=20,
         requires={},
         initial="factors.safetensors",

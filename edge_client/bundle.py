@@ -47,11 +47,10 @@ def _graphs(manifest: Manifest, runtime: RuntimeName, where: str) -> Graphs:
 
 
 def needed_files(manifest: Manifest, runtime: RuntimeName, where: str = MANIFEST) -> dict[str, FileEntry]:
-    """The files a device with this runtime reads: neither first factors nor other runtimes' graphs."""
-    _graphs(manifest, runtime, where)
-    unneeded = {manifest.initial}
-    for name, graphs in manifest.graphs.items():
-        unneeded |= {graphs.step, graphs.eval} if name != runtime else set()
+    """The files a device with this runtime reads: neither first factors nor what other runtimes alone do."""
+    own = _graphs(manifest, runtime, where).files
+    others = (name for graphs in manifest.graphs.values() for name in graphs.files)
+    unneeded = {manifest.initial, *others} - set(own)
     return {name: entry for name, entry in sorted(manifest.files.items()) if name not in unneeded}
 
 

@@ -85,7 +85,7 @@ def _manifest(request: ExportRequest, base: Base, spec: AdapterSpec, directory: 
         tokenization=Tokenization(
             file=_TOKENIZER, pad_id=base.pad_id, min_tokens=MIN_TOKENS, max_tokens=request.max_tokens
         ),
-        graphs={"onnxruntime": Graphs(step=_STEP, eval=_EVAL)},
+        graphs={"onnxruntime": Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,))},
         opset=OPSET,
         requires={"onnxruntime": "1.20"},
         initial=_FACTORS,

@@ -20,10 +20,12 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "MANIFEST_LIMIT_BYTES",
+    "DepthGraphs",
     "FileEntry",
     "Graphs",
     "Manifest",
     "ModelInfo",
+    "Precision",
     "Tokenization",
     "bundle_digest",
     "check_format",
@@ -31,10 +33,11 @@ __all__ = [
     "encode_manifest",
 ]
 
-FORMAT: Literal[2] = 2  #: 2: an adapter says its kind in `inserted`
+FORMAT: Literal[3] = 3  #: 3: graphs by depth, the files of shared weights, the precision of the base
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT_BYTES = 1 << 20
 
+Precision = Literal["fp32", "fp16", "int8"]  #: in which a base's weights are stored; all compute in float32
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -51,12 +54,26 @@ class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: str  #: as given to export: a hub id or the last part of a directory
     architecture: str  #: `model_type` of its configuration
-    base_sha256: Sha256  #: over the base weights' bytes: equal bases give equal gradients
+    base_sha256: Sha256  #: over the base weights as they compute: equal bases give equal gradients
     vocabulary: int
+    precision: Precision = "fp32"
+
+
+class DepthGraphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The training step cut in two, where only the last `depth` blocks and the head are trained.
+
+    prefix: theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, H) f32, which enters block `layers - depth`.
+    step: theta (P,), hidden (B, S, H), mask (B, S)[, ids (B, S) for causal-lm][, labels (B,)] -> loss (),
+    grad (P,), zero for factors of blocks below the cut. Prefix reads those alone of theta, step all others.
+    """
+
+    depth: Annotated[int, Meta(ge=0, le=2**10)]
+    prefix: str
+    step: str
 
 
 class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The graphs of one runtime, as file names; both read the same external base weights.
+    """The graphs of one runtime, as file names; all read the same external base weights.
 
     step: theta (P,) f32, ids (B, S) i64, mask (B, S) i64[, labels (B,) i64] -> loss () f32, grad (P,) f32.
     eval: the same inputs but labels -> logits (B, C) f32, or for causal-lm (B, S, V) f32.
@@ -65,6 +82,16 @@ class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     step: str
     eval: str
+    weights: tuple[
+        str, ...
+    ]  #: the files of weights that the graphs read beside their own: base.bin, base.ptd
+    depths: tuple[DepthGraphs, ...] = ()  #: rising, none deeper than the adapter
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that this runtime reads."""
+        cut = (name for graphs in self.depths for name in (graphs.prefix, graphs.step))
+        return (self.step, self.eval, *cut, *self.weights)
 
 
 class Tokenization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,7 +106,7 @@ class Tokenization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The contents of `manifest.json`."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     task: Literal["sequence-classification", "causal-lm"]
     model: ModelInfo
     adapter: AdapterSpec
@@ -131,14 +158,25 @@ def _check(manifest: Manifest, where: str) -> None:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise BundleError(f"{where} names a file {name[:100]!r}; names are plain, without directories")
     named = {manifest.initial, manifest.tokenization.file}
-    named.update(name for graphs in manifest.graphs.values() for name in (graphs.step, graphs.eval))
+    named.update(name for graphs in manifest.graphs.values() for name in graphs.files)
     if missing := named - manifest.files.keys():
         raise BundleError(f"{where} does not list {min(missing)!r} among its files")
+    for graphs in manifest.graphs.values():
+        _check_depths(graphs, manifest.adapter, where)
     if manifest.adapter.layout.digest != manifest.layout_sha256:
         raise BundleError(f"{where} describes another factor layout than its adapter has; export it again")
     if manifest.adapter.head and len(manifest.labels) != manifest.adapter.head.labels:
         raise BundleError(
             f"{where} names {len(manifest.labels)} labels, its head has {manifest.adapter.head.labels}"
+        )
+
+
+def _check_depths(graphs: Graphs, adapter: AdapterSpec, where: str) -> None:
+    depths = [cut.depth for cut in graphs.depths]
+    least, most = min(1, adapter.depth), min(adapter.depth, adapter.layers - 1)
+    if depths != sorted(set(depths)) or any(not least <= depth <= most for depth in depths):
+        raise BundleError(
+            f"{where} has graphs of the depths {depths}; they rise, from {least} to {most} for its adapter"
         )
 
 

@@ -23,7 +23,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 class VersionConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names everything needed to load the factors back into a model."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     task_name: str
     version_number: int
     version_sha256: Sha256  #: of theta, float32 little-endian, in the order of the layout

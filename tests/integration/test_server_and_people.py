@@ -202,7 +202,7 @@ async def test_a_bundle_whose_files_did_not_come_is_refused_with_the_file(
 
 MANIFESTS: dict[str, Any] = {
     "is not a bundle manifest": b"\xff",
-    "has format 1, this program reads format 2": {"format": 1},
+    "has format 1, this program reads format 3": {"format": 1},
     "names a file '../x'": {"files": {"../x": {"sha256": NOBODY, "bytes": 1}}},
     "unknown field `surprise`": {"surprise": 1},
     "does not list 'eval.onnx' among its files": {"files": {}},

@@ -42,7 +42,7 @@ def tiny_manifest() -> Manifest:
         layout_sha256=spec.layout.digest,
         labels=("no", "yes"),
         tokenization=Tokenization(file="tokenizer.json", pad_id=0, min_tokens=3, max_tokens=16),
-        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx")},
+        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx", weights=("base.bin",))},
         opset=20,
         requires={"onnxruntime": "1.20"},
         initial="factors.safetensors",

@@ -331,7 +331,7 @@ def test_a_bundle_of_another_format_names_both(tmp_path: Path) -> None:
     write_small_bundle(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 9}))
-    with pytest.raises(BundleError, match="has format 9, this program reads format 2"):
+    with pytest.raises(BundleError, match="has format 9, this program reads format 3"):
         open_bundle(tmp_path)
 
 

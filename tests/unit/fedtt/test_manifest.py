@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from fedtt.errors import BundleError
 from fedtt.manifest import (
@@ -15,7 +16,7 @@ from fedtt.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from tests.support.tiny import tiny_manifest
+from tests.support.tiny import tiny_manifest, tiny_spec
 
 Tree = dict[str, Any]
 
@@ -40,7 +41,7 @@ def test_a_manifest_comes_back_as_it_went_and_its_bytes_are_canonical() -> None:
     data = encode_manifest(tiny_manifest())
     assert decode_manifest(data) == tiny_manifest()
     assert encode_manifest(decode_manifest(data)) == data
-    assert data.startswith(b'{\n  "format": 2,\n  "task": "sequence-classification"')
+    assert data.startswith(b'{\n  "format": 3,\n  "task": "sequence-classification"')
     assert data.endswith(b"}\n")
 
 
@@ -55,11 +56,11 @@ def test_the_tiny_manifest_holds_with_any_key_order() -> None:
 
 @pytest.mark.parametrize(
     ("version", "shown"),
-    [(1, "format 1"), (3, "format 3"), ("2", 'format "2"'), (None, "format null"), ([], r"format []")],
+    [(2, "format 2"), (4, "format 4"), ("3", 'format "3"'), (None, "format null"), ([], r"format []")],
 )
 def test_another_format_is_refused_with_both_versions_and_what_to_do(version: Any, shown: str) -> None:
     complaint = refusal(changed(lambda m: m.update(format=version, invented_later=True)))
-    assert f"has {shown}, this program reads format 2: export or download it again" in complaint
+    assert f"has {shown}, this program reads format 3: export or download it again" in complaint
 
 
 def test_a_manifest_without_a_format_says_so() -> None:
@@ -91,9 +92,49 @@ def test_a_file_name_that_could_leave_the_directory_or_hide_is_refused(name: str
     )
 
 
-@pytest.mark.parametrize("name", ["step.onnx", "eval.onnx", "tokenizer.json", "factors.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["step.onnx", "eval.onnx", "base.bin", "tokenizer.json", "factors.safetensors"]
+)
 def test_a_file_that_is_used_but_not_listed_is_refused_by_name(name: str) -> None:
     assert f"does not list {name!r} among its files" in refusal(changed(lambda m: m["files"].pop(name)))
+
+
+def cut(depth: int) -> Tree:
+    return {"depth": depth, "prefix": f"prefix-{depth}.onnx", "step": f"step-{depth}.onnx"}
+
+
+def deep(adapted: int, *depths: int) -> Callable[[Tree], object]:
+    """The tiny adapter as that of a model of 3 blocks, and graphs of these depths."""
+
+    def change(manifest: Tree) -> None:
+        adapter = replace(tiny_spec(), layers=3, depth=adapted)
+        manifest.update(adapter=msgspec.to_builtins(adapter), layout_sha256=adapter.layout.digest)
+        manifest["graphs"]["onnxruntime"]["depths"] = [cut(depth) for depth in depths]
+        entry = {"sha256": "0" * 64, "bytes": 1}
+        manifest["files"].update({cut(d)[k]: entry for d in depths for k in ("prefix", "step")})
+
+    return change
+
+
+def test_graphs_of_smaller_depths_belong_to_the_files_of_their_runtime() -> None:
+    manifest = decode_manifest(changed(deep(3, 1, 2)))
+    files = ("step.onnx", "eval.onnx", "prefix-1.onnx", "step-1.onnx", "prefix-2.onnx", "step-2.onnx")
+    assert manifest.graphs["onnxruntime"].files == (*files, "base.bin")
+
+
+@pytest.mark.parametrize(("adapted", "depths"), [(3, (0, 1)), (3, (2, 1)), (3, (1, 1)), (3, (3,)), (2, (3,))])
+def test_depths_that_are_unordered_or_that_the_adapter_lacks_are_refused(
+    adapted: int, depths: tuple[int, ...]
+) -> None:
+    assert f"graphs of the depths {list(depths)}" in refusal(changed(deep(adapted, *depths)))
+
+
+def test_a_graph_of_a_depth_that_is_not_listed_is_refused_by_name() -> None:
+    def change(manifest: Tree) -> None:
+        deep(2, 1, 2)(manifest)
+        del manifest["files"]["prefix-2.onnx"]
+
+    assert "does not list 'prefix-2.onnx'" in refusal(changed(change))
 
 
 def test_labels_that_do_not_match_the_head_are_refused_with_both_counts() -> None:
@@ -121,6 +162,8 @@ def test_a_layout_that_its_adapter_does_not_have_is_refused() -> None:
         (lambda m: m["adapter"]["inserted"].update(kind="lora"), "unknown field `sites`"),
         (lambda m: m["adapter"]["inserted"].update(sites=["ffn"]), "`$.adapter.inserted.sites[0]`"),
         (lambda m: m["adapter"]["inserted"].update(sites=["mlp", "mlp"]), "several different names"),
+        (lambda m: m["model"].update(precision="int4"), "`$.model.precision`"),
+        (lambda m: m["graphs"]["onnxruntime"].pop("weights"), "missing required field `weights`"),
         (lambda m: m["adapter"].update(hidden=16), "the width of its matrices"),
         (lambda m: m["adapter"].update(depth=2), "from 1 to 1"),
         (lambda m: m["adapter"].update(depth=0, inserted={"kind": "none"}, head=None), "only with a head"),

@@ -37,7 +37,7 @@ def test_a_config_says_what_the_version_is_of_and_comes_back_as_it_went() -> Non
 
 def test_another_format_is_refused_with_both_versions_and_what_to_do() -> None:
     complaint = refusal(changed(format=1, dropped_since=1))
-    assert "has format 1, this program reads format 2: export or download it again" in complaint
+    assert "has format 1, this program reads format 3: export or download it again" in complaint
 
 
 @pytest.mark.parametrize(
