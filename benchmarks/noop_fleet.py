@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import resource
 import time
 from collections.abc import Iterator
@@ -17,27 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
-from safetensors.numpy import save
-
 from aggregator.admin_client import AdminClient
 from aggregator.coordinator import NO_TASK
-from edge_client.bundle import Bundle
+from benchmarks.bundles import bundle_of
 from edge_client.examples import Example, Shard
-from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import FedAvg
 from fedtt.codec import CodecSpec
-from fedtt.kinds import HeadOnly, HeadSpec
-from fedtt.manifest import (
-    MANIFEST,
-    FileEntry,
-    Graphs,
-    Manifest,
-    ModelInfo,
-    Tokenization,
-    bundle_digest,
-    encode_manifest,
-)
 from fedtt.messages import device_id
 from fedtt.seams import Transport
 from fedtt.task import RoundSpec, TaskSpec
@@ -57,6 +41,7 @@ from storage.store import Store
 
 __all__ = ["Machinery", "measure", "measure_http"]
 
+NUMBERS = 1000  #: trained
 Machinery = Literal["typed", "framed", "sqlite"]
 TASK = """
 name = "noop"
@@ -69,38 +54,6 @@ name = "fedavg"
 [codec]
 quantise = "fp32"
 """
-
-
-def bundle_of_a_thousand(directory: Path) -> Bundle:
-    """A bundle of 99·10 + 10 = 1,000 trained numbers whose graphs are never loaded."""
-    adapter = AdapterSpec(
-        hidden=99, layers=1, depth=0, inserted=HeadOnly(), head=HeadSpec(kind="dense", labels=10)
-    )
-    assert adapter.layout.size == 1000
-    first = save(adapter.layout.unflatten(np.zeros(1000, np.float32)))
-    contents = {
-        "step.onnx": b"step",
-        "eval.onnx": b"eval",
-        "tokenizer.json": b"{}",
-        "factors.safetensors": first,
-    }
-    manifest = Manifest(
-        task="sequence-classification",
-        model=ModelInfo(name="none", architecture="bert", base_sha256="0" * 64, vocabulary=10),
-        adapter=adapter,
-        layout_sha256=adapter.layout.digest,
-        labels=tuple(map(str, range(10))),
-        tokenization=Tokenization(file="tokenizer.json", pad_id=0, min_tokens=1, max_tokens=16),
-        graphs={"onnxruntime": Graphs(step="step.onnx", eval="eval.onnx", weights=())},
-        opset=20,
-        requires={},
-        initial="factors.safetensors",
-        files={n: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for n, data in contents.items()},
-    )
-    data = encode_manifest(manifest)
-    for name, content in {**contents, MANIFEST: data}.items():
-        (directory / name).write_bytes(content)
-    return Bundle(directory=directory, digest=bundle_digest(data), manifest=manifest)
 
 
 def measure(
@@ -117,7 +70,7 @@ def measure(
     A training takes 100 s, and a device comes back 15 to 45 s after its receipt.
     """
     with TemporaryDirectory() as name, _store(machinery, Path(name)) as store:
-        bundle, clock = bundle_of_a_thousand(Path(name)), VirtualTime(1_700_000_000.0)
+        bundle, clock = bundle_of(Path(name), NUMBERS), VirtualTime(1_700_000_000.0)
         spec = TaskSpec(
             name="noop",
             rounds=RoundSpec(count=rounds + 1, cohort=cohort, deadline_s=3600, retry_s=30),
@@ -166,7 +119,7 @@ async def measure_http(*, devices: int, rounds: int, seed: int = 0) -> dict[str,
     task = TASK.format(rounds=rounds, devices=devices)
     clock = RealTime()
     with TemporaryDirectory() as name:
-        bundle = bundle_of_a_thousand(Path(name))
+        bundle = bundle_of(Path(name), NUMBERS)
         async with server_process(Path(name) / "server") as server:
             async with AdminClient(server.admin_url, server.admin_token) as admin:
                 await admin.create_task(task, await admin.send_bundle(Path(name)))

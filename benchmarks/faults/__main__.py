@@ -1,0 +1,69 @@
+"""`python -m benchmarks.faults NAME [--quick]`: one row of the table, or `all` of them.
+
+Ends with status 1 where a bound does not hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.faults.row import Outcome, Row, Setting
+from benchmarks.harness import Report, arguments, reporting
+
+#: row -> what it does; each is a module of this folder with a coroutine function `run`
+ROWS = {
+    "kill": "kill -9 of the server at random instants, devices in flight",
+}
+
+
+def row(name: str) -> Row:
+    found: Row = import_module(f"benchmarks.faults.{name.replace('-', '_')}").run
+    return found
+
+
+def run(name: str, report: Report, *, quick: bool, seed: int, scratch: Path | None) -> Outcome:
+    """One row in a directory of its own, with a summary of its own."""
+    started = time.perf_counter()
+    with TemporaryDirectory(dir=scratch, prefix=f"fedtt-{name}-") as directory:
+        setting = Setting(report=report, directory=Path(directory), quick=quick, seed=seed)
+        outcome = asyncio.run(row(name)(setting))
+    wall_s = round(time.perf_counter() - started, 1)
+    if outcome.skipped:
+        print(f"SKIPPED {name}: {outcome.skipped}", file=sys.stderr)
+        report.line(row=name, skipped=outcome.skipped)
+        return outcome
+    bounds = {"at_most": dict(outcome.at_most), "at_least": dict(outcome.at_least)}
+    report.line(row=name, wall_s=wall_s, figures=outcome.figures, bounds=bounds, failures=outcome.failures)
+    for failure in outcome.failures:
+        print(f"FAILED {name}: {failure}", file=sys.stderr)
+    return outcome
+
+
+def main() -> None:
+    parser = arguments("faults", "What a server and its devices survive.")
+    parser.add_argument("name", choices=(*ROWS, "all"), metavar="NAME", help=", ".join((*ROWS, "all")))
+    parser.add_argument("--scratch", type=Path, help="on which disk to work (default: the system's)")
+    args = parser.parse_args()
+    names = list(ROWS) if args.name == "all" else [args.name]
+    with reporting("faults", args.out) as report:
+        outcomes = {
+            name: run(name, report, quick=args.quick, seed=args.seed, scratch=args.scratch) for name in names
+        }
+        figures = {f"{n}_{key}": v for n, found in outcomes.items() for key, v in found.figures.items()}
+        report.summary(
+            {key.replace("-", "_"): value for key, value in figures.items()},
+            {
+                "failures": {name: found.failures for name, found in outcomes.items() if found.failures},
+                "skipped": {name: found.skipped for name, found in outcomes.items() if found.skipped},
+            },
+        )
+    sys.exit(int(any(found.failures for found in outcomes.values())))
+
+
+if __name__ == "__main__":
+    main()

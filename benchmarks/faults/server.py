@@ -1,0 +1,147 @@
+"""A server process under test: killed, started again on the same ports, run under a tracer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aggregator.admin_client import AdminClient
+from benchmarks.bundles import bundle_of
+
+__all__ = ["TASK", "ServerProcess", "task_text"]
+
+TASK = "faults"
+_START_S = 60.0
+
+
+def task_text(quantise: str = "fp32", *, fold: str = "", **rounds: float) -> str:
+    """A task file; its rounds fold once all of their cohort have answered unless `rounds` says otherwise."""
+    settings = {"count": 1_000_000, "cohort": 10, "deadline_s": 600, "retry_s": 0.1} | rounds
+    lines = "\n".join(f"{key} = {value}" for key, value in settings.items())
+    return (
+        f'name = "{TASK}"\n[rounds]\n{lines}\n[method]\nname = "fedavg"\n'
+        f'[codec]\nquantise = "{quantise}"\n{fold}'
+    )
+
+
+class ServerProcess:
+    """`fedtt serve` on a data directory and two ports that stay the same; its log grows in `server.log`."""
+
+    def __init__(self, data: Path, *wrapper: str) -> None:
+        """wrapper: a command to run it under, such as strace."""
+        self.data, self._wrapper = data, wrapper
+        self.port, self.admin_port = _free_ports()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: asyncio.subprocess.Process | None = None
+        self.token = ""
+
+    async def start(self, *, wait: bool = True) -> float:
+        """Start it and, with `wait`, let it listen; returns how many seconds that took.
+
+        Raises RuntimeError where it ends before.
+        """
+        arguments = ("-m", "fedtt", "serve", "--json", "--data", str(self.data))
+        ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
+        started = time.perf_counter()
+        self.data.parent.mkdir(parents=True, exist_ok=True)
+        with (self.data.parent / "server.log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(*self._wrapper, sys.executable, *arguments, *ports),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        if wait:
+            await self.listening()
+        return time.perf_counter() - started
+
+    async def listening(self) -> None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        async with asyncio.timeout(_START_S):
+            line = await self.process.stdout.readline()
+        if not line:
+            await self.process.wait()
+            raise RuntimeError(f"the server did not start: see {self.data.parent / 'server.log'}")
+        self.token = msgspec.json.decode(line)["enrolment_token"]
+
+    async def kill(self) -> None:
+        """kill -9, the tracer and all."""
+        await self._end(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Ask it to end (SIGTERM) and wait until it has."""
+        await self._end(signal.SIGTERM)
+
+    async def _end(self, how: signal.Signals) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+            await self.process.wait()
+            self.process = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def resident_bytes(self) -> int:
+        """Of the process itself."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def peak_bytes(self) -> int:
+        """The most it ever had resident."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+    def descriptors(self) -> int:
+        """Files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208  # a count of names
+
+    def admin(self) -> AdminClient:
+        token = (self.data / "admin-token").read_text().strip()
+        return AdminClient(f"http://127.0.0.1:{self.admin_port}", token)
+
+    async def open_task(self, text: str, numbers: int) -> None:
+        """Register a bundle of so many trained numbers and open the task on it."""
+        directory = self.data.parent / f"bundle-{numbers}"
+        bundle_of(directory, numbers)
+        async with self.admin() as admin:
+            await admin.create_task(text, await admin.send_bundle(directory))
+
+    async def task(self, below: str = "", method: str = "GET") -> Any:
+        async with self.admin() as admin:
+            return await admin.task(TASK, below, method)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ServerProcess]:
+        """Started, and gone when the block is left, whatever happens in it."""
+        try:
+            await self.start()
+            yield self
+        finally:
+            await self.kill()
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        for found in (one, other):
+            found.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
