@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -45,4 +46,4 @@ class Outcome(Struct, frozen=True, kw_only=True):
         return high + low
 
 
-Row = Callable[[Setting], Awaitable[Outcome]]
+Row = Callable[[Setting], Coroutine[Any, Any, Outcome]]
