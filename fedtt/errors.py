@@ -10,6 +10,7 @@
     ├── Unreachable      the other side did not answer at all
     ├── RuntimeFailure   the edge runtime could not load or run a graph
     └── StorageError     the database, the disk or a directory cannot be used
+        └── UnavailableError  for now: the same may be tried again without a change
 
 A message says what was wrong, where, and what to do, in one line: programs print it and exit with
 status 2, and never show a traceback for it.
@@ -31,6 +32,7 @@ __all__ = [
     "Refused",
     "RuntimeFailure",
     "StorageError",
+    "UnavailableError",
     "Unreachable",
     "WireError",
 ]
@@ -87,3 +89,7 @@ class RuntimeFailure(FedttError):
 
 class StorageError(FedttError):
     """The database, the disk or a directory cannot be used."""
+
+
+class UnavailableError(StorageError):
+    """The database does not answer now and may do so soon; whether it kept the last change is unknown."""

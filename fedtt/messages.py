@@ -50,7 +50,7 @@ MESSAGE_LIMIT_BYTES = 16 * 1024  #: no message is longer; bodies are cut off bef
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 DeviceId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 LeaseId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
-Name = Annotated[str, Meta(max_length=100)]
+Name = Annotated[str, Meta(max_length=100, pattern="^[^\0]*$")]  #: PostgreSQL holds no text with a NUL
 Text = Annotated[str, Meta(max_length=500)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=10**9)]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from fedtt.errors import StorageError
 
-__all__ = ["database_path", "errors_in_words", "in_words", "prepare_file", "sqlite_engine"]
+__all__ = ["SqliteBackend", "database_path", "prepare_file", "sqlite_engine"]
 
+_READERS_MS = 200  #: that emptying the log waits for readers; writing waits with it
 _OLDEST = (3, 35)  #: the first SQLite with RETURNING
 
 _PRAGMAS = {
@@ -33,6 +32,39 @@ _CAUSES = {
     sqlite3.SQLITE_READONLY: "it may not be written: give this user write access to file and directory",
     sqlite3.SQLITE_IOERR: "the disk failed to read or write: check it, then start again",
 }
+
+
+class SqliteBackend:
+    """One file that one process is alone with: one connection that writes, several that read beside it."""
+
+    is_shared = False
+
+    def __init__(self, database: str | Path, *, busy_timeout_s: float) -> None:
+        self.path = database_path(database)
+        prepare_file(self.path)
+        self.where = str(self.path)
+        self.writer, self.reader = (
+            sqlite_engine(self.path, readonly=readonly, busy_timeout_s=busy_timeout_s)
+            for readonly in (False, True)
+        )
+
+    def in_words(self, error: Exception) -> StorageError:
+        return _in_words(error, self.path)
+
+    def empty_log(self) -> bool:
+        """Move the write-ahead log into the database and empty it; False where a reader is in the way."""
+        connection = self.writer.raw_connection()
+        try:
+            cursor = connection.cursor()
+            patience: int = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
+            cursor.execute(f"PRAGMA busy_timeout = {_READERS_MS}")
+            try:
+                busy: int = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {patience}")
+            return not busy
+        finally:
+            connection.close()
 
 
 def database_path(database: str | Path) -> Path:
@@ -54,7 +86,7 @@ def _from_url(text: str) -> str:
     if url.get_backend_name() != "sqlite" or url.query:
         shown = url.render_as_string(hide_password=True)
         raise StorageError(
-            f"database {shown!r} cannot be used: this program keeps its ledger in sqlite:///FILE"
+            f"database {shown!r} cannot be used: name sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
         )
     return url.database or ""
 
@@ -118,16 +150,7 @@ def _connect(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.Co
     return connection
 
 
-@contextmanager
-def errors_in_words(path: Path) -> Iterator[None]:
-    """Turn what the database raises into a StorageError that says what, where and what to do."""
-    try:
-        yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        raise in_words(error, path) from error
-
-
-def in_words(error: Exception, path: Path) -> StorageError:
+def _in_words(error: Exception, path: Path) -> StorageError:
     cause = error.orig if isinstance(error, DBAPIError) else error
     said = str(cause).partition("\n")[0]
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind, the rest its detail

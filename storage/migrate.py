@@ -17,7 +17,7 @@ __all__ = ["downgrade", "upgrade"]
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def upgrade(connection: Connection, where: Path) -> None:
+def upgrade(connection: Connection, where: Path | str) -> None:
     """Migrate to the newest schema within the caller's transaction; raises StorageError.
 
     A database of a newer schema, or one that holds another program's tables, is left untouched.
@@ -28,7 +28,7 @@ def upgrade(connection: Connection, where: Path) -> None:
     if current == script.get_current_head():
         return
     if current is None and set(inspect(connection).get_table_names()) - {"alembic_version"}:
-        raise StorageError(f"{where}: the database belongs to another program: name another file")
+        raise StorageError(f"{where}: the database belongs to another program: name another one")
     if current is not None and current not in {known.revision for known in script.walk_revisions()}:
         raise StorageError(
             f"{where}: its schema {current!r} is newer than this program: use the newer fedtt that made it"

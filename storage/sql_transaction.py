@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,7 +14,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from fedtt.errors import StorageError
 from fedtt.sampling import Candidate
 from storage import statements as sql
-from storage.engine import in_words
+from storage.backend import Backend
 from storage.records import (
     Bundle,
     Device,
@@ -43,14 +42,15 @@ _PAGE = 64  #: updates held in memory at once while they are iterated, at most 5
 class SqlTransaction:
     """Reads and writes on one connection; keeps `storage.store.Transaction`."""
 
-    def __init__(self, connection: Connection, path: Path, *, readonly: bool) -> None:
-        self._connection, self._path, self._readonly = connection, path, readonly
+    def __init__(self, connection: Connection, backend: Backend, *, readonly: bool) -> None:
+        self._connection, self._backend, self._readonly = connection, backend, readonly
+        self._newest_update: int | None = None  #: its sequence, once it was asked for
         self._broken: StorageError | None = None
         self.moved: Counter[UpdateState] = Counter()
         self.has_wiped = False  #: whether bytes went that the log still holds
 
     def refuse_if_broken(self) -> None:
-        """Raise what broke the transaction: SQLite has rolled it back by itself, as on a full disk."""
+        """Raise what broke the transaction: the database takes no more of it, as SQLite on a full disk."""
         if self._broken:
             raise self._broken
 
@@ -58,11 +58,11 @@ class SqlTransaction:
         self.refuse_if_broken()
         try:
             return self._connection.execute(statement, parameters)
-        except IntegrityError as error:  # SQLite has undone its own statement only
-            raise in_words(error, self._path) from error
         except SQLAlchemyError as error:
-            self._broken = in_words(error, self._path)
-            raise self._broken from error
+            refusal = self._backend.in_words(error)
+            if self._backend.is_shared or not isinstance(error, IntegrityError):
+                self._broken = refusal  # of a row that it refuses, SQLite undoes that statement alone
+            raise refusal from error
 
     def _write(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
         if self._readonly:
@@ -162,12 +162,10 @@ class SqlTransaction:
         return self._one(sql.bundles, sql.bundles.get, sha256=sha256)
 
     def add_task(self, task: Task) -> Task:
-        row = asdict(task) | {"name": task.spec.name}
-        del row["id"]
-        given = self._write(sql.add_task, row).scalar_one_or_none()
-        if given is None:
+        task = replace(task, id=self._read(sql.newest_task).scalar_one() + 1)
+        if self._write(sql.tasks.add, asdict(task) | {"name": task.spec.name}).rowcount == 0:
             raise StorageError(f"a task named {task.spec.name!r} exists already")
-        return replace(task, id=given)
+        return task
 
     def put_task(self, task: Task) -> None:
         self._put(sql.tasks, task, name=task.spec.name)
@@ -233,13 +231,18 @@ class SqlTransaction:
         return self._write(sql.expire_leases, {"now": now}).rowcount
 
     def add_update(self, update: Update) -> Update:
-        row = asdict(update)
-        del row["sequence"]
-        given = self._write(sql.add_update, row).scalar_one_or_none()
-        if given is None:
+        update = replace(update, sequence=self._next_update())
+        if self._write(sql.updates.add, asdict(update)).rowcount == 0:
             raise StorageError(f"lease {update.lease_id} has an update already")
+        self._newest_update = update.sequence
         self.moved[update.state] += 1
-        return replace(update, sequence=given)
+        return update
+
+    def _next_update(self) -> int:
+        """The sequence after the newest: nobody else writes meanwhile, so the ledger has no gaps."""
+        if self._newest_update is None:
+            self._newest_update = int(self._read(sql.newest_update).scalar_one())
+        return self._newest_update + 1
 
     def update(self, lease_id: str) -> Update | None:
         return self._one(sql.updates, sql.updates.get, lease_id=lease_id)

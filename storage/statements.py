@@ -6,7 +6,10 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from sqlalchemy import Row, Select, Table, bindparam, case, exists, func, literal_column, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert  # its ON CONFLICT is SQLite's too
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 
 from storage.models import (
     Base,
@@ -40,8 +43,6 @@ __all__ = [
     "Rows",
     "active_devices",
     "active_members",
-    "add_task",
-    "add_update",
     "all_tasks",
     "bundles",
     "candidates",
@@ -64,6 +65,8 @@ __all__ = [
     "leases_of",
     "members",
     "newest_rounds",
+    "newest_task",
+    "newest_update",
     "page_of_updates",
     "participants",
     "participations",
@@ -83,6 +86,22 @@ __all__ = [
 R = TypeVar("R", bound=msgspec.Struct)
 
 
+class json_texts(GenericFunction[str]):  # noqa: N801 - a function of SQL is named as one
+    """The texts in a JSON list, a row each."""
+
+    inherit_cache = True
+
+
+@compiles(json_texts)
+def _as_json_each(element: json_texts, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(json_texts, "postgresql")
+def _as_array_elements(element: json_texts, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS json))"
+
+
 class Rows(Generic[R]):
     """How records of one kind lie in their table: columns are fields, `key` names the unique ones."""
 
@@ -91,7 +110,7 @@ class Rows(Generic[R]):
         c = self.table.c
         self.select = select(*(c[field] for field in record.__struct_fields__))
         self.get = self.where(*key)
-        self.add = insert(self.table).on_conflict_do_nothing()
+        self.add = insert(self.table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
         new = insert(self.table)
         others = [name for name in record.__struct_fields__ if name not in key]
         self.put = new.on_conflict_do_update(
@@ -129,7 +148,7 @@ _member = _memberships.c
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))
 )
-_able = func.json_each(_device.runtimes).table_valued("value")
+_able = func.json_texts(_device.runtimes).table_valued("value")
 _is_able = (
     _device.state == bindparam("state"),
     _device.seen_at >= bindparam("seen_since"),
@@ -193,7 +212,7 @@ count_devices = (
     .group_by(_device.state)
 )
 
-add_task = tasks.add.returning(_task.id)
+newest_task = select(func.coalesce(func.max(_task.id), 0))
 task_by_name = tasks.where("name")
 all_tasks = tasks.select.order_by(_task.id)
 
@@ -225,7 +244,7 @@ expire_leases = (
     .values(state=LeaseState.EXPIRED)
 )
 
-add_update = updates.add.returning(_update.sequence)
+newest_update = select(func.coalesce(func.max(_update.sequence), 0))
 count_updates = (
     select(func.count())
     .where(*(_update[name] == bindparam(name) for name in (*_ROUND, "state")))

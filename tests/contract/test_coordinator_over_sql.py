@@ -1,4 +1,4 @@
-"""The coordinator's state machine over SQLite: keys and CHECKs agree with every decision it takes."""
+"""The coordinator's state machine over each database: keys and CHECKs agree with every decision it takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from storage.sql import SqlStore
 from storage.store import Store
 from tests.property.machine import CoordinatorMachine
+from tests.support.postgresql import empty_store, needs_postgresql
 
 
 def _open_store() -> Store:
@@ -20,7 +21,7 @@ def _open_store() -> Store:
 def _drop_store(store: Store) -> None:
     assert isinstance(store, SqlStore)
     store.close()
-    shutil.rmtree(store.path.parent)
+    shutil.rmtree(Path(store.where).parent)
 
 
 class SqlMachine(CoordinatorMachine):
@@ -28,7 +29,13 @@ class SqlMachine(CoordinatorMachine):
     drop_store = staticmethod(_drop_store)
 
 
+class PostgresqlMachine(CoordinatorMachine):
+    make_store = staticmethod(empty_store)
+
+
 TestCoordinatorOverSql = SqlMachine.TestCase
 TestCoordinatorOverSql.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+TestCoordinatorOverPostgresql = needs_postgresql(PostgresqlMachine.TestCase)
+TestCoordinatorOverPostgresql.settings = settings(TestCoordinatorOverSql.settings, max_examples=20)

@@ -17,6 +17,7 @@ from storage.records import MAIN, DeviceState, LeaseState, RoundState, TaskState
 from storage.sql import SqlStore
 from storage.store import Store
 from tests.support import ledger
+from tests.support.postgresql import empty_store, needs_postgresql
 
 ACCEPTED, FOLDED, DISCARDED = UpdateState.ACCEPTED, UpdateState.FOLDED, UpdateState.DISCARDED
 
@@ -624,5 +625,14 @@ class TestSqliteStore(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[Store]:
         store = SqlStore.open(tmp_path / "ledger.db")
+        yield store
+        store.close()
+
+
+@needs_postgresql
+class TestPostgresqlStore(StoreContract):
+    @pytest.fixture
+    def store(self) -> Iterator[Store]:
+        store = empty_store()
         yield store
         store.close()

@@ -1,4 +1,4 @@
-"""Random transactions on the in-memory store and on SQLite give the same answers and leave the same state."""
+"""Random transactions on the in-memory store and on each database give the same answers and state."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from storage.records import MAIN, DeviceState, LeaseState, RoundState, TaskState
 from storage.sql import SqlStore
 from storage.store import Store, Transaction
 from tests.support import ledger
+from tests.support.postgresql import empty_store, needs_postgresql
 
 Step = Callable[[Transaction], Any]
 
@@ -187,16 +188,26 @@ def _state(store: Store) -> dict[str, Any]:
         }
 
 
+def _agree(memory: MemoryStore, other: SqlStore, transactions: list[tuple[list[Step], bool]]) -> None:
+    try:
+        _start(memory)
+        _start(other)
+        for changes, fails in transactions:
+            assert _answers(memory, changes, fails) == _answers(other, changes, fails)
+            assert _state(memory) == _state(other)
+    finally:
+        other.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(transactions)
-def test_both_stores_answer_alike(transactions: list[tuple[list[Step], bool]]) -> None:
+def test_sqlite_answers_like_the_memory(transactions: list[tuple[list[Step], bool]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        memory, sqlite = MemoryStore(), SqlStore.open(Path(directory) / "ledger.db")
-        try:
-            _start(memory)
-            _start(sqlite)
-            for changes, fails in transactions:
-                assert _answers(memory, changes, fails) == _answers(sqlite, changes, fails)
-                assert _state(memory) == _state(sqlite)
-        finally:
-            sqlite.close()
+        _agree(MemoryStore(), SqlStore.open(Path(directory) / "ledger.db"), transactions)
+
+
+@needs_postgresql
+@settings(max_examples=40, deadline=None)
+@given(transactions)
+def test_postgresql_answers_like_the_memory(transactions: list[tuple[list[Step], bool]]) -> None:
+    _agree(MemoryStore(), empty_store(), transactions)

@@ -194,7 +194,7 @@ def test_a_refused_row_leaves_the_rest_of_its_transaction_alone(store: SqlStore)
 
 
 def test_a_state_outside_its_enum_is_refused_even_in_plain_sql(store: SqlStore) -> None:
-    engine = create_engine(f"sqlite:///{store.path}")
+    engine = create_engine(f"sqlite:///{store.where}")
     with engine.begin() as connection, pytest.raises(Exception, match="ck_leases_known_state"):
         connection.execute(text("UPDATE leases SET state = 'stolen'"))
     engine.dispose()

@@ -66,7 +66,12 @@ def test_a_path_and_a_url_name_the_same_database(tmp_path: Path) -> None:
     [
         (
             "postgresql://me:secret@host/db",
-            r"postgresql://me:\*\*\*@host/db.* keeps its ledger in sqlite:///FILE",
+            r"postgresql://me:\*\*\*@host/db.* names no PostgreSQL database: write postgresql\+psycopg://",
+        ),
+        ("postgresql+psycopg://host", "names no PostgreSQL database"),
+        (
+            "mysql://me:secret@host/db",
+            r"mysql://me:\*\*\*@host/db.* name sqlite:///FILE or postgresql\+psycopg://",
         ),
         ("sqlite:///ledger.db?mode=ro", "cannot be used"),
         ("sqlite:///:memory:", "is no file: name one"),
@@ -131,7 +136,7 @@ def test_another_programs_database_is_named_and_left_alone(tmp_path: Path) -> No
     path = tmp_path / "photos.db"
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE photos (id INTEGER)")
-    assert _complaint(path) == f"{path}: the database belongs to another program: name another file"
+    assert _complaint(path) == f"{path}: the database belongs to another program: name another one"
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("photos",)]
 

@@ -1,0 +1,51 @@
+"""What the SQL store needs of a kind of database, and which kind an address means."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from fedtt.errors import StorageError
+from storage.engine import SqliteBackend
+from storage.postgresql import PostgresqlBackend, is_postgresql
+
+__all__ = ["Backend", "errors_in_words", "open_backend"]
+
+
+class Backend(Protocol):
+    """A database whose writing transactions happen one after another; each that reads sees one state."""
+
+    where: str  #: for people, without a password
+    writer: Engine
+    reader: Engine
+    is_shared: bool  #: whether other processes may use it at the same time
+
+    def in_words(self, error: Exception) -> StorageError:
+        """What the database raised, as what, where and what to do."""
+        ...
+
+    def empty_log(self) -> bool:
+        """Let what was settled leave the logs; False where that has to be tried again."""
+        ...
+
+
+def open_backend(database: str | Path, *, busy_timeout_s: float) -> Backend:
+    """By a path or URL; raises StorageError where it names nothing that can be used."""
+    if isinstance(database, str) and is_postgresql(database):
+        return PostgresqlBackend(database, busy_timeout_s=busy_timeout_s)
+    return SqliteBackend(database, busy_timeout_s=busy_timeout_s)
+
+
+@contextmanager
+def errors_in_words(backend: Backend) -> Iterator[None]:
+    """Turn what the database raises into a StorageError that says what, where and what to do."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise backend.in_words(error) from error

@@ -1,0 +1,131 @@
+"""PostgreSQL as a ledger that several processes share: one order of writing, sessions that end by themselves.
+
+Writing transactions begin by taking one advisory lock, which their commit or the end of their session gives
+back: so they happen one after another, as on SQLite, and no decision of the coordinator can rest on what
+another process is just changing. Group commit makes up for the waiting. Those that read have one snapshot
+and no lock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from fedtt.errors import StorageError, UnavailableError
+
+__all__ = ["PostgresqlBackend", "is_postgresql"]
+
+_LEDGER_LOCK = 0x66656474_74000001  #: "fedtt", and the first of its locks
+_READERS = 4
+_STOPPED_S = 5  #: after which a transaction whose process has stopped is ended, so that others go on
+_NETWORK = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "application_name": "fedtt",
+}
+_EXAMPLE = "postgresql+psycopg://fedtt@localhost/fedtt"
+
+#: classes of SQLSTATE after which the same may well succeed later
+_PASSING = {
+    "08": "the connection broke",
+    "25": "the transaction was given up",
+    "40": "the transaction was given up",
+    "53": "the server is short of room, memory or connections",
+    "55": "another process keeps the ledger locked",
+    "57": "the server is going down or ended the connection",
+}
+
+
+def is_postgresql(database: str) -> bool:
+    return database.partition("://")[0].partition("+")[0] in {"postgresql", "postgres"}
+
+
+class PostgresqlBackend:
+    """One database, which any number of processes may use at a time."""
+
+    is_shared = True
+
+    def __init__(self, database: str, *, busy_timeout_s: float) -> None:
+        url = _checked_url(database)
+        self.where = url.render_as_string(hide_password=True)
+        self.writer = _engine(url, readonly=False, busy_timeout_s=busy_timeout_s)
+        self.reader = _engine(url, readonly=True, busy_timeout_s=busy_timeout_s)
+
+        @event.listens_for(self.writer, "begin")
+        def _take_turns(connection: Connection) -> None:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LEDGER_LOCK})")
+
+    def in_words(self, error: Exception) -> StorageError:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        said = str(cause).strip().partition("\n")[0]
+        state = getattr(cause, "sqlstate", None) or ""
+        if state[:2] == "23":
+            return StorageError(f"{self.where}: the ledger refuses this row: {said}")
+        if state[:2] == "28" or state == "3D000":
+            return StorageError(f"{self.where}: {said}: see that user, password and database are right")
+        if state == "42501":
+            return StorageError(f"{self.where}: {said}: make this user the owner of its database")
+        lost = isinstance(error, PoolTimeoutError) or (
+            isinstance(error, DBAPIError) and _is_lost(error, state)
+        )
+        if lost or state[:2] in _PASSING:
+            why = _PASSING.get(state[:2], "the server cannot be reached")
+            return UnavailableError(f"{self.where}: {why}: {said}")
+        return StorageError(f"{self.where}: the database failed: {said}")
+
+    def empty_log(self) -> bool:
+        """Autovacuum and PostgreSQL's own recycling of its log do this."""
+        return True
+
+
+def _is_lost(error: DBAPIError, state: str) -> bool:
+    """Whether the connection is gone, or never came about."""
+    return error.connection_invalidated or (not state and type(error.orig).__name__ == "OperationalError")
+
+
+def _checked_url(database: str) -> URL:
+    try:
+        url = make_url(database)
+    except ArgumentError:
+        raise StorageError(f"database {database!r} is no URL: write {_EXAMPLE}") from None
+    if url.drivername != "postgresql+psycopg" or not url.database:
+        shown = url.render_as_string(hide_password=True)
+        raise StorageError(f"database {shown!r} names no PostgreSQL database: write {_EXAMPLE}")
+    return url
+
+
+def _engine(url: URL, *, readonly: bool, busy_timeout_s: float) -> Engine:
+    settings = {
+        "synchronous_commit": "on",  # a commit that is acknowledged is on disk
+        "idle_in_transaction_session_timeout": _STOPPED_S * 1000 if not readonly else 60_000,
+        "lock_timeout": int(busy_timeout_s * 1000),
+        "client_min_messages": "warning",
+    }
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    try:
+        engine = create_engine(
+            url,
+            connect_args=_NETWORK | {"options": options},
+            pool_size=_READERS if readonly else 1,
+            max_overflow=12 if readonly else 0,
+            pool_timeout=busy_timeout_s,
+            pool_pre_ping=True,  # after a restart of the server, no request meets its lost connections
+        )
+    except (ImportError, NoSuchModuleError):
+        raise StorageError("PostgreSQL needs a driver: pip install 'fedtt[postgresql]'") from None
+    if readonly:
+
+        @event.listens_for(engine, "connect")
+        def _one_snapshot(connection: Any, _: object) -> None:
+            from psycopg import IsolationLevel
+
+            connection.isolation_level = IsolationLevel.REPEATABLE_READ
+            connection.read_only = True
+
+    return engine
