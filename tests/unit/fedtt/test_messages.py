@@ -61,7 +61,8 @@ WORK = Work(
 hexes = st.text("0123456789abcdef", min_size=32, max_size=32)
 sha256s = st.text("0123456789abcdef", min_size=64, max_size=64)
 _characters = st.characters(codec="utf-8")
-names, texts = st.text(_characters, max_size=100), st.text(_characters, max_size=500)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=100)
+texts = st.text(_characters, max_size=500)
 counts, seconds = st.integers(0, 2**53), st.floats(0, 1e9)
 codecs = st.sampled_from([CodecSpec(), CodecSpec(quantise="int8", error_feedback=True)])
 methods = st.sampled_from([FedTT(), FedAvg(), FedTTPlus(), ExactFedTT(orthogonal=True)])
@@ -182,6 +183,7 @@ def test_an_answer_of_another_union_is_refused() -> None:
         ("plan.round", -1),
         ("plan.round", 2**60),
         ("plan.task", "x" * 101),
+        ("plan.task", "a\0b"),
         ("plan.training.learning_rate", 0.0),
         ("plan.training.local_steps", 0),
         ("plan.codec.quantise", "int2"),
