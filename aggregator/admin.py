@@ -18,6 +18,7 @@ from aggregator.problems import conflict_name, conflict_state, malformed, not_fo
 from aggregator.service import Service
 from aggregator.token_files import new_token
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
+from fedtt.evaluation import Verdict
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState
 from fedtt.task import TaskSpec, parse_task
@@ -31,8 +32,10 @@ from storage.store import Transaction
 __all__ = [
     "add_bundle",
     "change_task",
+    "change_version",
     "create_task",
     "create_token",
+    "judge_version",
     "list_devices",
     "list_rounds",
     "list_tasks",
@@ -198,6 +201,38 @@ async def list_versions(service: Service, name: str) -> list[Row] | Problem:
         return [asdict(version) for version in tx.versions(task.id) if version.branch == MAIN]
 
     return await service.read(look)
+
+
+async def change_version(service: Service, name: str, number: int, change: str) -> Row | Problem:
+    """Release or hold a candidate, or publish an old version again; what it has become."""
+    lifecycle, now = service.lifecycle, service.clock.now()
+
+    def apply(tx: Transaction) -> Version | Problem:
+        match change:
+            case "release":
+                return lifecycle.release(tx, now, name, number)
+            case "hold":
+                return lifecycle.hold(tx, now, name, number, "an operator held it")
+            case _:
+                return lifecycle.roll_back(tx, now, name, number)
+
+    return _version_row(await service.write(apply))
+
+
+async def judge_version(service: Service, name: str, number: int, body: bytes) -> Row | Problem:
+    """Release or hold a candidate by a verdict that people bring."""
+    try:
+        verdict = msgspec.json.decode(body, type=Verdict)
+    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
+        return malformed(str(error))
+    now = service.clock.now()
+    return _version_row(
+        await service.write(lambda tx: service.lifecycle.judge(tx, now, name, number, verdict))
+    )
+
+
+def _version_row(answer: Version | Problem) -> Row | Problem:
+    return answer if isinstance(answer, Problem) else asdict(answer)
 
 
 async def version_files(service: Service, name: str, number: int) -> dict[str, bytes] | Problem:

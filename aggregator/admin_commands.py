@@ -18,7 +18,9 @@ __all__ = [
     "list_devices",
     "list_tasks",
     "list_versions",
+    "print_rows",
     "steer_task",
+    "steer_version",
 ]
 
 _TASK_COLUMNS = ("name", "state", "version", "of", "round", "updates_in_round", "loss", "reason")
@@ -33,6 +35,7 @@ _VERSION_COLUMNS = (
     "loss_last",
     "sha256",
     "created_at",
+    "reason",
 )
 _GROUP_COLUMNS = ("number", "devices", "frequency", "depth", "ended", "cohort", "round_s")
 _DEVICE_COLUMNS = ("id", "state", "client", "examples", "enrolled_at", "seen_at")
@@ -49,16 +52,16 @@ async def create_task(client: AdminClient, args: argparse.Namespace) -> None:
     parse_task(text, str(args.file))  # refuse nonsense before a large bundle is sent
     with upload_progress(quiet=args.json) as progress:
         bundle = await client.send_bundle(args.bundle, progress)
-    _print_rows([await client.create_task(text, bundle)], args, _TASK_COLUMNS)
+    print_rows([await client.create_task(text, bundle)], args, _TASK_COLUMNS)
 
 
 async def list_tasks(client: AdminClient, args: argparse.Namespace) -> None:
-    _print_rows(await client.rows("/tasks"), args, _TASK_COLUMNS)
+    print_rows(await client.rows("/tasks"), args, _TASK_COLUMNS)
 
 
 async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
     if args.change != "show":
-        _print_rows([await client.task(args.name, f"/{args.change}", "POST")], args, _TASK_COLUMNS)
+        print_rows([await client.task(args.name, f"/{args.change}", "POST")], args, _TASK_COLUMNS)
         return
     task = await client.task(args.name)
     rounds = await client.task(args.name, "/rounds")
@@ -67,21 +70,26 @@ async def steer_task(client: AdminClient, args: argparse.Namespace) -> None:
         return
     from aggregator.progress import settings
 
-    _print_rows([task], args, _TASK_COLUMNS)
+    print_rows([task], args, _TASK_COLUMNS)
     settings(task["spec"])
     if task["groups"]:
-        _print_rows(task["groups"], args, _GROUP_COLUMNS)
-    _print_rows(rounds[:10], args, _ROUND_COLUMNS)
+        print_rows(task["groups"], args, _GROUP_COLUMNS)
+    print_rows(rounds[:10], args, _ROUND_COLUMNS)
 
 
 async def list_versions(client: AdminClient, args: argparse.Namespace) -> None:
-    _print_rows(await client.task(args.task, "/versions"), args, _VERSION_COLUMNS)
+    print_rows(await client.task(args.task, "/versions"), args, _VERSION_COLUMNS)
+
+
+async def steer_version(client: AdminClient, args: argparse.Namespace) -> None:
+    below = f"/versions/{args.number}/{args.change}"
+    print_rows([await client.task(args.task, below, "POST")], args, _VERSION_COLUMNS)
 
 
 async def download_version(client: AdminClient, args: argparse.Namespace) -> None:
     number = args.number
     if number is None:
-        number = (await client.task(args.task))["version"]
+        number = await _newest_released(client, args.task)
     await client.download_version(args.task, number, args.out)
     if not args.no_bundle:
         bundle = (await client.task(args.task))["bundle"]
@@ -90,6 +98,12 @@ async def download_version(client: AdminClient, args: argparse.Namespace) -> Non
         print_json({"task": args.task, "version": number, "path": str(args.out)})
     else:
         print(f"version {number} of {args.task} is in {args.out}")
+
+
+async def _newest_released(client: AdminClient, task: str) -> int:
+    """The newest version that was not held and waits for no verdict; number 0 always is one."""
+    versions = await client.task(task, "/versions")
+    return max(int(version["number"]) for version in versions if version["state"] == "released")
 
 
 async def create_token(client: AdminClient, args: argparse.Namespace) -> None:
@@ -109,10 +123,10 @@ async def list_devices(client: AdminClient, args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     while page := await client.rows(f"/devices?after={rows[-1]['id'] if rows else ''}"):
         rows += page
-    _print_rows(rows, args, _DEVICE_COLUMNS)
+    print_rows(rows, args, _DEVICE_COLUMNS)
 
 
-def _print_rows(rows: list[dict[str, Any]], args: argparse.Namespace, columns: tuple[str, ...]) -> None:
+def print_rows(rows: list[dict[str, Any]], args: argparse.Namespace, columns: tuple[str, ...]) -> None:
     """JSON, one object a line; or a table for people."""
     if args.json:
         for row in rows:

@@ -23,6 +23,7 @@ __all__ = ["add_admin_routes", "admin_problem", "require_token"]
 _TASK_LIMIT_BYTES = 64 * 1024
 _BLOB_LIMIT_BYTES = 8 << 30
 _TOKEN_TERMS_LIMIT_BYTES = 1000
+_VERDICT_LIMIT_BYTES = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
 _ROUNDS = 1000  #: most rounds in one answer
 _OPEN = frozenset({("GET", "/")})  #: the dashboard's page, which holds nothing
@@ -114,6 +115,18 @@ async def version_file(request: web.Request) -> web.Response:
     return web.Response(body=files[name], content_type="application/octet-stream")
 
 
+async def change_version(request: web.Request) -> web.Response:
+    task, number, change = (request.match_info[key] for key in ("task", "number", "change"))
+    return json_answer(checked(await admin.change_version(request.app[SERVICE], task, int(number), change)))
+
+
+async def judge_version(request: web.Request) -> web.Response:
+    """Body: {"examples": N, "before": {"loss": …, "right": …}, "after": {…}}."""
+    task, number = request.match_info["task"], int(request.match_info["number"])
+    verdict = await read_body(request, _VERDICT_LIMIT_BYTES)
+    return json_answer(checked(await admin.judge_version(request.app[SERVICE], task, number, verdict)))
+
+
 async def list_devices(request: web.Request) -> web.Response:
     after = request.query.get("after", "")
     return json_answer(await admin.list_devices(request.app[SERVICE], after))
@@ -145,6 +158,12 @@ def add_admin_routes(app: web.Application) -> None:
     add("GET", root + "/tasks/{task}/rounds", list_rounds)
     add("GET", root + "/tasks/{task}/versions", list_versions)
     add("GET", root + r"/tasks/{task}/versions/{number:\d{1,9}}/{file}", version_file)
+    add(
+        "POST",
+        root + r"/tasks/{task}/versions/{number:\d{1,9}}/{change:release|hold|rollback}",
+        change_version,
+    )
+    add("POST", root + r"/tasks/{task}/versions/{number:\d{1,9}}/verdict", judge_version)
     add("GET", root + "/devices", list_devices)
     add("POST", root + "/tokens", create_token)
     add("GET", root + "/population", show_population)

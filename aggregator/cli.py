@@ -19,6 +19,7 @@ from aggregator.admin_commands import (
     list_tasks,
     list_versions,
     steer_task,
+    steer_version,
 )
 from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from aggregator.app import Listening
     from fedtt.cli import Commands
 
-__all__ = ["reachable", "register"]
+__all__ = ["admin_command", "reachable", "register"]
 
 Action = Callable[["AdminClient", argparse.Namespace], Awaitable[None]]
 
@@ -40,7 +41,7 @@ def register(commands: Commands) -> None:
     devices = add_group(
         commands, "device", about="look at the population", examples="fedtt device list --json"
     )
-    _admin_command(
+    admin_command(
         devices, "list", about="list enrolled devices", examples="fedtt device list", action=list_devices
     )
     _register_tokens(commands)
@@ -84,7 +85,7 @@ def _register_tasks(commands: Commands) -> None:
             fedtt task show assistant
         """,
     )
-    create = _admin_command(
+    create = admin_command(
         tasks,
         "create",
         about="open a task for devices",
@@ -93,14 +94,14 @@ def _register_tasks(commands: Commands) -> None:
     )
     create.add_argument("file", type=Path, help="task file (TOML; docs/task.md explains each setting)")
     create.add_argument("--bundle", type=Path, required=True, help="directory made by `fedtt export`")
-    _admin_command(tasks, "list", about="list tasks", examples="fedtt task list", action=list_tasks)
+    admin_command(tasks, "list", about="list tasks", examples="fedtt task list", action=list_tasks)
     for name, about in {
         "show": "show one task, its settings and its last rounds",
         "pause": "give no new leases",
         "resume": "give leases again",
         "stop": "end a task for good",
     }.items():
-        command = _admin_command(
+        command = admin_command(
             tasks, name, about=about, examples=f"fedtt task {name} assistant", action=steer_task
         )
         command.add_argument("name", help="name of the task")
@@ -111,10 +112,10 @@ def _register_versions(commands: Commands) -> None:
     versions = add_group(
         commands,
         "version",
-        about="list and download versions of the factors",
+        about="list, download, release, hold and bring back versions of the factors",
         examples="fedtt version download assistant --out result",
     )
-    listing = _admin_command(
+    listing = admin_command(
         versions,
         "list",
         about="list versions",
@@ -122,7 +123,7 @@ def _register_versions(commands: Commands) -> None:
         action=list_versions,
     )
     listing.add_argument("task", help="name of the task")
-    download = _admin_command(
+    download = admin_command(
         versions,
         "download",
         about="download a version as safetensors, ready for `fedtt predict` and transformers",
@@ -133,17 +134,29 @@ def _register_versions(commands: Commands) -> None:
         action=download_version,
     )
     download.add_argument("task", help="name of the task")
-    download.add_argument("--number", type=int, help="which version (default the newest)")
+    download.add_argument("--number", type=int, help="which version (default the newest released one)")
     download.add_argument("--out", type=Path, required=True, help="directory to write")
     download.add_argument(
         "--no-bundle", action="store_true", help="leave out the bundle that `fedtt predict` runs"
     )
 
+    for name, about in {
+        "release": "let devices train from a version that waits for its verdict",
+        "hold": "let no device train from it: what stood before it follows under the next number",
+        "rollback": "publish an earlier version again under the next number",
+    }.items():
+        steering = admin_command(
+            versions, name, about=about, examples=f"fedtt version {name} assistant 12", action=steer_version
+        )
+        steering.add_argument("task", help="name of the task")
+        steering.add_argument("number", type=int, help="which version")
+        steering.set_defaults(change=name)
+
 
 def _register_tokens(commands: Commands) -> None:
     examples = "fedtt token create --uses 20 --expires-s 604800"
     tokens = add_group(commands, "token", about="make tokens that devices enrol with", examples=examples)
-    create = _admin_command(
+    create = admin_command(
         tokens,
         "create",
         about="make an enrolment token; it is shown once",
@@ -154,7 +167,7 @@ def _register_tokens(commands: Commands) -> None:
     create.add_argument("--expires-s", type=float, help="seconds for which it is good (default for ever)")
 
 
-def _admin_command(
+def admin_command(
     group: Commands, name: str, *, about: str, examples: str, action: Action
 ) -> argparse.ArgumentParser:
     parser = add_command(group, name, about=about, examples=examples, run=lambda args: _run(action, args))

@@ -42,6 +42,7 @@ from fedtt.messages import (
 from fedtt.task import TaskSpec
 from fedtt.wire import UpdateHeader
 from storage.records import (
+    MAIN,
     Device,
     DeviceState,
     Lease,
@@ -53,6 +54,7 @@ from storage.records import (
     TaskState,
     Update,
     UpdateState,
+    VersionState,
     rank_branch,
 )
 from storage.store import Transaction
@@ -166,7 +168,7 @@ class Coordinator:
         )
         tx.put_device(seen)
         waits: list[Wait] = []
-        for task in tx.tasks():
+        for task in sorted(tx.tasks(), key=lambda task: -task.spec.priority):
             if task.state is TaskState.ACTIVE:
                 answer = self._offer(tx, now, seen, task)
                 if isinstance(answer, Work):
@@ -204,7 +206,15 @@ class Coordinator:
         group, last = group_on(task, branch), tx.latest_round(task.id, branch)
         if group is not None and group.waits and last is not None:
             return self._wait(task.spec, last, device, "its group waits for the others")
+        if last is not None and self._is_judged(tx, task):
+            return self._wait(task.spec, last, device, "the newest version is being judged")
         return Wait(retry_after_s=_FOLDING_RETRY_S, reason="the round is being folded")
+
+    @staticmethod
+    def _is_judged(tx: Transaction, task: Task) -> bool:
+        """Whether the newest version waits for its verdict."""
+        newest = tx.latest_version(task.id, MAIN) if task.spec.evaluation else None
+        return newest is not None and newest.state is VersionState.CANDIDATE
 
     @staticmethod
     def _wait(spec: TaskSpec, round_: Round, device: Device, reason: str) -> Wait:
@@ -302,6 +312,12 @@ class Coordinator:
             return stale("this device has left")
         if current.state is RoundState.FOLDING and task.spec.rounds.max_staleness:
             return busy("a round is being folded")
+        if (
+            current.state is RoundState.FOLDED
+            and task.spec.rounds.max_staleness
+            and self._is_judged(tx, task)
+        ):
+            return busy("the newest version is being judged")
         if why := rules.refusal(task.spec, granted, current, lease):
             return stale(why)
         labels = self.lifecycle.labels(tx, task)

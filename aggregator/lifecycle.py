@@ -161,7 +161,7 @@ class Lifecycle(Rounds):
             sha256=fold.sha256,
             parents=(base.sha256, *fold.merged),
             gauge="plain",
-            state=VersionState.RELEASED,
+            state=VersionState.CANDIDATE if task.spec.evaluation else VersionState.RELEASED,
             created_at=now,
             round_number=round_.number,
             updates=fold.count,
@@ -174,7 +174,8 @@ class Lifecycle(Rounds):
         self._add(tx, version, fold.variants)
         tx.settle(fold.updates, UpdateState.FOLDED, folded_into=version.number)
         tx.put_round(replace(round_, state=RoundState.FOLDED, closed_at=now))
-        self._go_on(tx, now, task, version, fold.grouping)
+        if version.state is VersionState.RELEASED:
+            self._go_on(tx, now, task, version, fold.grouping)
         return version
 
     def _go_on(
@@ -228,7 +229,13 @@ class Lifecycle(Rounds):
         return self._begin_again(tx, now, self._give_up(tx, task), number)
 
     def _begin_period(
-        self, tx: Transaction, now: float, task: Task, version: Version, round_number: int, grouping: Grouping
+        self,
+        tx: Transaction,
+        now: float,
+        task: Task,
+        version: Version,
+        round_number: int | None,
+        grouping: Grouping,
     ) -> Task:
         """Every group begins from a version of the main branch, under the next number of its own branch."""
         groups = tuple(
@@ -247,7 +254,7 @@ class Lifecycle(Rounds):
         return self._begin_period(tx, now, task, base, round_number, Grouping(groups=task.groups))
 
     @staticmethod
-    def _copy(tx: Transaction, now: float, version: Version, branch: str, round_number: int) -> int:
+    def _copy(tx: Transaction, now: float, version: Version, branch: str, round_number: int | None) -> int:
         """Publish the same factors as the next version of a group's branch; returns its number.
 
         Nothing is published where the branch stands there already.

@@ -12,6 +12,7 @@ __all__ = [
     "conflict",
     "conflict_name",
     "conflict_state",
+    "conflict_version",
     "forbidden",
     "internal",
     "malformed",
@@ -137,4 +138,12 @@ def stale(why: str) -> Problem:
         code=Code.STALE,
         detail=f"this update comes too late: {why}",
         remedy="drop it and check in for new work",
+    )
+
+
+def conflict_version(name: str, number: int, why: str) -> Problem:
+    return Problem(
+        code=Code.CONFLICT,
+        detail=f"version {number} of task {name[:100]!r} is {why}",
+        remedy="see `fedtt version list`",
     )

@@ -14,7 +14,7 @@ from fedtt.sampling import invite, uniformly
 from fedtt.server_optimiser import ServerState
 from fedtt.task import RoundSpec
 from fedtt.work import work_share
-from storage.records import MAIN, Group, Round, RoundState, Task, Version, group_branch
+from storage.records import MAIN, Group, Round, RoundState, Task, Version, VersionState, group_branch
 from storage.store import Transaction
 
 __all__ = ["Rounds"]
@@ -75,7 +75,7 @@ class Rounds:
     def ensure_round(self, tx: Transaction, now: float, task: Task, branch: str = MAIN) -> Round | None:
         """The open round of an active task, opening one where the last has ended.
 
-        None while it is folding, and while a group waits for the others.
+        None while it is folding, while a group waits for the others, and while the newest version is judged.
         """
         last = tx.latest_round(task.id, branch)
         if last is not None and last.state is RoundState.OPEN:
@@ -84,8 +84,10 @@ class Rounds:
         waits = group.waits if group else bool(task.groups)
         if waits or (last is not None and last.state is RoundState.FOLDING):
             return None
-        number = self.newest_round(tx, task) + 1
         base = promised(tx.latest_version(task.id, branch), "a branch's first version")
+        if base.state is VersionState.CANDIDATE:
+            return None
+        number = self.newest_round(tx, task) + 1
         round_ = Round(
             task_id=task.id,
             branch=branch,

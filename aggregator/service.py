@@ -15,9 +15,9 @@ from aggregator.coordinator import Admission, Coordinator
 from aggregator.differences import Differences
 from aggregator.folding import server_state, sum_round
 from aggregator.inline import Aside, InlineWriter, at_once
-from aggregator.lifecycle import Lifecycle
 from aggregator.metrics import Metrics
 from aggregator.problems import busy, malformed, not_found
+from aggregator.releases import Releases
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
@@ -46,7 +46,7 @@ class Service:
 
     def __init__(self, store: Store, blobs: BlobStore, clock: Clock, *, inline: bool = False) -> None:
         self.store, self.blobs, self.clock = store, blobs, clock
-        self.lifecycle = Lifecycle(lambda version: server_state(blobs, version))
+        self.lifecycle = Releases(lambda version: server_state(blobs, version))
         self.coordinator = Coordinator(self.lifecycle)
         self.metrics = Metrics()
         self.started_at = clock.now()

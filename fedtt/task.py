@@ -13,12 +13,13 @@ from msgspec import Meta, Struct
 from fedtt.algorithms import FedTT, Method, Tier
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
+from fedtt.evaluation import EvaluationSpec
 from fedtt.folds import Fold, Mean
 from fedtt.optimiser import TrainingSpec
 from fedtt.sampling import PowerOfChoice, Sampling, Uniform
 from fedtt.server_optimiser import ServerSpec
 
-__all__ = ["RoundSpec", "ServerSpec", "TaskSpec", "TrainingSpec", "parse_task", "read_task"]
+__all__ = ["EvaluationSpec", "RoundSpec", "ServerSpec", "TaskSpec", "TrainingSpec", "parse_task", "read_task"]
 
 _SIZE_LIMIT_BYTES = 64 * 1024
 
@@ -79,7 +80,9 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: ServerSpec = ServerSpec()
     sampling: Sampling = Uniform()
     codec: CodecSpec = CodecSpec()
+    evaluation: EvaluationSpec | None = None  #: None where every version is released as it is folded
     min_examples: Positive = 1  #: a device with fewer usable examples is not invited
+    priority: Annotated[int, Meta(ge=0, le=1000)] = 0  #: tasks with more are offered to devices first
 
     def __post_init__(self) -> None:
         name, plain = _tag(self.method), isinstance(self.fold, Mean) and self.server.is_plain
@@ -148,6 +151,7 @@ _SECTIONS: dict[str, type[Struct]] = {
     "training": TrainingSpec,
     "server": ServerSpec,
     "codec": CodecSpec,
+    "evaluation": EvaluationSpec,
     "method.tiers[]": Tier,
 }
 _CHOICES: dict[str, tuple[str, Any]] = {

@@ -1,4 +1,4 @@
-"""`fedtt demo` and `fedtt fleet`."""
+"""`fedtt demo`, `fedtt fleet` and `fedtt judge`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedtt.cli import add_command, print_json
 from fleet.fleet_commands import register_fleet
+from fleet.judge_command import register_judge
 
 if TYPE_CHECKING:
     from fedtt.cli import Commands
@@ -38,6 +39,7 @@ def register(commands: Commands) -> None:
     add("--model", help="encoder directory or hub id (default the MiniLM-L6 of the demo extra)")
     add("--fresh", action="store_true", help="export again even if a bundle is there")
     register_fleet(commands)
+    register_judge(commands)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -277,6 +277,12 @@ class _MemoryTransaction:
         if latest is None or latest.number < version.number:
             self._put(self._t.latest_versions, (version.task_id, version.branch), version)
 
+    def put_version(self, version: Version) -> None:
+        self._put(self._t.versions, (version.task_id, version.branch, version.number), version)
+        latest = self.latest_version(version.task_id, version.branch)
+        if latest is not None and latest.number == version.number:
+            self._put(self._t.latest_versions, (version.task_id, version.branch), version)
+
     def latest_version(self, task_id: int, branch: str) -> Version | None:
         return self._t.latest_versions.get((task_id, branch))
 

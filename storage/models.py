@@ -166,6 +166,7 @@ class VersionRow(Base):
     loss_last: Mapped[Number | None]  #: and of their last
     server_state: Mapped[Sha256 | None]  #: blob with what the next fold needs of this one
     report: Mapped[dict[str, float]] = mapped_column(_REPORT, server_default="{}")  #: what it measured
+    reason: Mapped[Reason] = mapped_column(server_default="")  #: why it was held, or what it brings back
 
 
 class RoundRow(Base):

@@ -161,6 +161,7 @@ class Version(Struct, frozen=True, kw_only=True):
     loss_last: float | None  #: and of their last
     server_state: str | None = None  #: sha256 of the blob with what the next fold needs of this one
     report: dict[str, float] = {}  #: what the method measured while folding, units in the names
+    reason: str = ""  #: why it was held, or what it brings back
 
 
 class Round(Struct, frozen=True, kw_only=True):

@@ -183,6 +183,9 @@ class SqlTransaction:
         if self._write(sql.versions.add, asdict(version)).rowcount == 0:
             raise StorageError(f"version {version.number} of branch {version.branch!r} exists already")
 
+    def put_version(self, version: Version) -> None:
+        self._put(sql.versions, version)
+
     def latest_version(self, task_id: int, branch: str) -> Version | None:
         return self._one(sql.versions, sql.latest_version, task_id=task_id, branch=branch)
 

@@ -54,6 +54,10 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
         return LiveSet(adapter.layout, chosen)
 
     def check_task(self, task: TaskSpec) -> None:
+        if task.evaluation is not None:
+            raise ConfigError(
+                "evaluation", "…", "left out: groups go on from a version as it is put together"
+            )
         rounds, least = task.rounds, self.groups * task.fold.least
         if rounds.cohort < least:
             raise ConfigError(

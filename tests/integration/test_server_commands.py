@@ -93,7 +93,7 @@ async def test_the_life_of_a_task_as_tables(
         await until(folded)
         shown = await terminal.shown("task", "show", "lights")
         assert shown[1] == "lights active 1 2 2 0 0.5000 -"
-        assert shown[2] == "[task] seed = 0, min_examples = 1"
+        assert shown[2] == "[task] seed = 0, min_examples = 1, priority = 0"
         assert shown[3].startswith("[rounds] count = 2, cohort = 2, quorum = 1, deadline_s = 3600.0, ")
         settings = [line.split()[0] for line in shown if line.startswith("[")]
         sections = ("task", "rounds", "training", "method", "fold", "server", "sampling", "codec")
@@ -105,7 +105,9 @@ async def test_the_life_of_a_task_as_tables(
         rounds = [line.split()[:4] for line in shown[3:]]
         assert rounds == [["2", "main", "1", "open"], ["1", "main", "0", "folded"]]
         versions = await terminal.shown("version", "list", "lights")
-        assert versions[0] == "number branch state updates examples loss first loss last sha256 created"
+        assert (
+            versions[0] == "number branch state updates examples loss first loss last sha256 created reason"
+        )
         assert versions[1].startswith("0 main released 0 0 - - ")
         assert versions[2].startswith("1 main released 2 10 1.0000 0.5000 ")
         devices = await terminal.shown("device", "list")

@@ -21,7 +21,7 @@ from aggregator.app import Listening, ServerConfig, serving
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
 from fedtt.codec import encode_delta
-from fedtt.layout import LiveSet
+from fedtt.layout import FactorLayout, LiveSet
 from fedtt.messages import MEDIA_TYPE, STATUS, CheckIn, Code, Enroll, Plan, Problem, Receipt, Work, decode
 from fedtt.seams import Clock, SystemClock
 from fedtt.wire import UpdateHeader, encode_update, layout_tag
@@ -54,15 +54,17 @@ def task_text(name: str = "lights", *, quantise: str = "fp32", **rounds: float) 
     return f'name = "{name}"\n[rounds]\n{lines}\n[codec]\nquantise = "{quantise}"\n'
 
 
-def frame_of(plan: Plan, delta: NDArray[np.float32] | None = None, **header: Any) -> bytes:
+def frame_of(
+    plan: Plan, delta: NDArray[np.float32] | None = None, *, factors: FactorLayout = LAYOUT, **header: Any
+) -> bytes:
     """The update of a device that moved its live factors by `delta`, or each by 0.01."""
-    live = LiveSet(LAYOUT, plan.live)
+    live = LiveSet(factors, plan.live)
     moved = np.full(live.size, 0.01, np.float32) if delta is None else delta
     # encode_delta refuses what is not finite; in fp32 the payload is the numbers themselves
     finite = bool(np.isfinite(moved).all())
     payload = encode_delta(plan.codec, live, moved, np.random.default_rng(0)) if finite else moved.tobytes()
     plain: dict[str, Any] = {
-        "layout": layout_tag(LAYOUT),
+        "layout": layout_tag(factors),
         "examples": 5,
         "steps": 2,
         "loss_first": 1.0,

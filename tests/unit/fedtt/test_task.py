@@ -15,6 +15,7 @@ from msgspec import NODEFAULT, Struct
 from fedtt.algorithms import FedAvg, FedTT, Method
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
+from fedtt.evaluation import EvaluationSpec
 from fedtt.task import RoundSpec, TaskSpec, TrainingSpec, parse_task
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "task.md").read_text()
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "`[rounds]`": RoundSpec,
     "`[training]`": TrainingSpec,
     "`[codec]`": CodecSpec,
+    "`[evaluation]`": EvaluationSpec,
 }
 METHODS: dict[str, type[Struct]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Method)}
 
@@ -138,7 +140,7 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    assert len(_ranges()) == 23  # 2 of the task, 6 of rounds, 8 of training, 7 of methods
+    assert len(_ranges()) == 28  # 3 of the task, 6 of rounds, 8 of training, 7 of methods, 4 of evaluation
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")
