@@ -17,13 +17,14 @@ from msgspec import Struct
 
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
 from aggregator.auth import token_sha256
-from aggregator.data_directory import sole_server
+from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, SERVICE, answer, problems_as
 from aggregator.service import Service
 from aggregator.token_files import secret_file
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
+from storage.backend import is_shared
 from storage.blobs import FileBlobs
 from storage.records import Token
 from storage.sql import SqlStore
@@ -45,6 +46,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     port: int = 8440  #: for devices; 0 picks a free one
     admin_host: str = "127.0.0.1"
     admin_port: int = 8441  #: for people; 0 picks a free one
+    reuse_port: bool = False  #: let other servers listen on the devices' port too
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
@@ -82,8 +84,9 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
     Raises StorageError where the directory or database cannot be used, ConfigError where a port is taken.
     """
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(sole_server(config.data))
-        store = SqlStore.open(config.database or config.data / "fedtt.db")
+        database = config.database or config.data / "fedtt.db"
+        stack.enter_context(server_directory(config.data, alone=not is_shared(database)))
+        store = SqlStore.open(database)
         stack.callback(store.close)
         service = Service(store, FileBlobs(config.data / "blobs"), SystemClock())
         service.writer.start()
@@ -96,7 +99,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s)
         meter = service.metrics.meter
-        url = await listen(devices, config.host, config.port, meter("devices"))
+        url = await listen(devices, config.host, config.port, meter("devices"), reuse_port=config.reuse_port)
         admin_url = await listen(
             people, config.admin_host, config.admin_port, meter("admin"), option="admin-"
         )
@@ -120,6 +123,7 @@ async def _listen(
     *,
     idle_s: float,
     option: str = "",
+    reuse_port: bool = False,
 ) -> str:
     """Serve an application until the stack is left; `option` begins the names of its two options."""
     runner = web.AppRunner(
@@ -135,7 +139,7 @@ async def _listen(
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None)
     try:
         await site.start()
     except OSError as error:

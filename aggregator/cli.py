@@ -72,7 +72,17 @@ def _register_serve(commands: Commands) -> None:
     serve.add_argument(
         "--admin-port", type=_port, default=8441, help="0 picks a free one (default %(default)s)"
     )
-    serve.add_argument("--database", help="SQLAlchemy URL (default SQLite in the data directory)")
+    serve.add_argument(
+        "--reuse-port",
+        action="store_true",
+        help="share the devices' port with other servers on one PostgreSQL",
+    )
+    serve.add_argument(
+        "--database",
+        default=os.environ.get("FEDTT_DATABASE"),
+        help="where the ledger lies, as postgresql+psycopg://USER@HOST/NAME "
+        "(default $FEDTT_DATABASE or SQLite in the data directory)",
+    )
 
 
 def _register_tasks(commands: Commands) -> None:
@@ -238,6 +248,7 @@ def _serve(args: argparse.Namespace) -> None:
         admin_host=args.admin_host,
         admin_port=args.admin_port,
         database=args.database,
+        reuse_port=args.reuse_port,
     )
     asyncio.run(_serve_until_stopped(config, as_json=args.json))
 

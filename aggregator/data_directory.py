@@ -1,4 +1,4 @@
-"""The directory that holds a server's database, blobs and tokens: made when missing, for one server alone."""
+"""The directory that holds a server's database, blobs and tokens: made when missing, locked while in use."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from fedtt.errors import StorageError
 
-__all__ = ["sole_server"]
+__all__ = ["server_directory"]
 
 
 @contextmanager
-def sole_server(directory: Path) -> Iterator[None]:
+def server_directory(directory: Path, *, alone: bool = True) -> Iterator[None]:
     """Make the directory and hold its lock, which a crash frees too.
 
-    Raises StorageError where the directory cannot be made or written, or another server runs on it: its
-    start would sweep away what the other is just receiving.
+    alone: no other server may run on it, as its database takes one process only. Raises StorageError where
+    another does, and where the directory cannot be made or written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -28,7 +28,7 @@ def sole_server(directory: Path) -> Iterator[None]:
             f"the data directory {directory} cannot be used: {error.strerror}; choose one with --data"
         ) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise StorageError(

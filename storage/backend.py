@@ -15,7 +15,7 @@ from fedtt.errors import StorageError
 from storage.engine import SqliteBackend
 from storage.postgresql import PostgresqlBackend, is_postgresql
 
-__all__ = ["Backend", "errors_in_words", "open_backend"]
+__all__ = ["Backend", "errors_in_words", "is_shared", "open_backend"]
 
 
 class Backend(Protocol):
@@ -35,10 +35,15 @@ class Backend(Protocol):
         ...
 
 
+def is_shared(database: str | Path) -> bool:
+    """Whether several processes may use what this path or URL names at a time."""
+    return isinstance(database, str) and is_postgresql(database)
+
+
 def open_backend(database: str | Path, *, busy_timeout_s: float) -> Backend:
     """By a path or URL; raises StorageError where it names nothing that can be used."""
-    if isinstance(database, str) and is_postgresql(database):
-        return PostgresqlBackend(database, busy_timeout_s=busy_timeout_s)
+    if is_shared(database):
+        return PostgresqlBackend(str(database), busy_timeout_s=busy_timeout_s)
     return SqliteBackend(database, busy_timeout_s=busy_timeout_s)
 
 

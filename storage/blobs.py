@@ -7,8 +7,9 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import AsyncIterable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO
 from pathlib import Path
 from typing import BinaryIO, Generic, Protocol, TypeVar
@@ -19,6 +20,7 @@ __all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "load", "save"]
 
 F = TypeVar("F", FileIO, BytesIO)
 
+_ABANDONED_S = 3600.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,7 +55,7 @@ class BlobStore(Protocol):
 
 
 class FileBlobs:
-    """A directory of files, `ab/abcdef…`; one process writes, any number may read."""
+    """A directory of files, `ab/abcdef…`, which several processes may share."""
 
     def __init__(self, directory: Path) -> None:
         """Make the directory and sweep out what a crash has left half written; raises StorageError."""
@@ -62,6 +64,13 @@ class FileBlobs:
         with _errors_in_words(directory):
             self._incoming.mkdir(parents=True, exist_ok=True)
             for leftover in self._incoming.iterdir():
+                self._sweep(leftover)
+
+    @staticmethod
+    def _sweep(leftover: Path) -> None:
+        """Remove what nobody has written to for long: another process may be at work on the rest."""
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
                 leftover.unlink()
 
     def path(self, sha256: str) -> Path:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def task_text(quantise: str = "fp32", *, fold: str = "", **rounds: float) -> str
 class ServerProcess:
     """`fedtt serve` on a data directory and two ports that stay the same; its log grows in `server.log`."""
 
-    def __init__(self, data: Path, *wrapper: str) -> None:
-        """wrapper: a command to run it under, such as strace."""
-        self.data, self._wrapper = data, wrapper
+    def __init__(self, data: Path, *wrapper: str, options: Sequence[str] = ()) -> None:
+        """wrapper: a command to run it under, such as strace; options: more of `fedtt serve`."""
+        self.data, self._wrapper, self._options = data, wrapper, options
         self.port, self.admin_port = _free_ports()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: asyncio.subprocess.Process | None = None
@@ -57,7 +57,7 @@ class ServerProcess:
         self.data.parent.mkdir(parents=True, exist_ok=True)
         with (self.data.parent / "server.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(*self._wrapper, sys.executable, *arguments, *ports),
+                *(*self._wrapper, sys.executable, *arguments, *ports, *self._options),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.app import ServerConfig, serving
-from aggregator.data_directory import sole_server
+from aggregator.data_directory import server_directory
 from fedtt.cli import main
 from fedtt.errors import Refused
 from fedtt.messages import Code, UpdateState
@@ -85,7 +85,7 @@ def test_a_data_directory_that_is_a_file_or_lies_below_one_is_named(
 def test_a_second_server_on_the_same_directory_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with sole_server(tmp_path):
+    with server_directory(tmp_path):
         said = refuses_to_start(capsys, tmp_path)
     assert f"another server runs on {tmp_path}: stop it, or choose another" in said
     assert starts(tmp_path)

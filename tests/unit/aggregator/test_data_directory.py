@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.data_directory import sole_server
+from aggregator.data_directory import server_directory
 from aggregator.token_files import secret_file
 from fedtt.errors import StorageError
 
@@ -14,16 +14,26 @@ from fedtt.errors import StorageError
 def test_a_directory_is_made_for_its_owner_and_free_again_afterwards(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     for _ in range(2):
-        with sole_server(directory):
+        with server_directory(directory):
             assert directory.stat().st_mode & 0o777 == 0o700
-            with pytest.raises(StorageError, match="another server runs on"), sole_server(directory):
+            with pytest.raises(StorageError, match="another server runs on"), server_directory(directory):
                 pass
 
 
+def test_servers_that_share_a_database_share_a_directory_and_none_is_alone_there(tmp_path: Path) -> None:
+    with (
+        server_directory(tmp_path, alone=False),
+        server_directory(tmp_path, alone=False),
+        pytest.raises(StorageError, match="another server runs on"),
+        server_directory(tmp_path),
+    ):
+        pass
+
+
 def test_a_failing_server_frees_its_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bug"), sole_server(tmp_path):
+    with pytest.raises(ValueError, match="bug"), server_directory(tmp_path):
         raise ValueError("bug")
-    with sole_server(tmp_path):
+    with server_directory(tmp_path):
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from io import FileIO
@@ -75,8 +76,10 @@ async def test_a_blob_that_arrives_is_written_beside_the_event_loop(
 def test_what_a_crash_left_half_written_is_swept_out_at_the_next_start(tmp_path: Path) -> None:
     FileBlobs(tmp_path).put(NAME, [CONTENT], limit_bytes=10_000)
     (tmp_path / "incoming" / "half").write_bytes(CONTENT[:500])
+    os.utime(tmp_path / "incoming" / "half", (0, 0))
+    (tmp_path / "incoming" / "coming").write_bytes(CONTENT[:500])  # by another process, at this moment
     FileBlobs(tmp_path)
-    assert _files(tmp_path) == [Path(NAME[:2]) / NAME]
+    assert sorted(_files(tmp_path)) == sorted([Path(NAME[:2]) / NAME, Path("incoming") / "coming"])
 
 
 def test_two_writers_of_one_blob_do_not_mix(tmp_path: Path) -> None:

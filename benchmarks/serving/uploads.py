@@ -1,0 +1,159 @@
+"""Durable signed updates a second: one or more server processes on one database, loaded from another."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from aggregator.lifecycle import Lifecycle
+from aggregator.promised import promised
+from benchmarks.faults.server import TASK, ServerProcess, task_text
+from benchmarks.local_postgresql import LocalPostgresql, postgresql_binaries
+from benchmarks.serving.load import Answers, Load, identity, lease_id
+from benchmarks.serving.part import Measured, Part
+from storage.records import MAIN, Device, DeviceState, Lease, LeaseState, UpdateState
+from storage.sql import SqlStore
+
+__all__ = ["postgresql", "postgresql_replicas", "sqlite"]
+
+_NUMBERS = 10_000  #: in an update, a byte each
+_CONNECTIONS = 200
+_PUT_AT_ONCE = 2000
+
+
+async def sqlite(part: Part) -> Measured:
+    return await _measured(part, part.directory / "data" / "fedtt.db", "sqlite")
+
+
+async def postgresql(part: Part) -> Measured:
+    return await _on_postgresql(part, "postgresql", servers=1)
+
+
+async def postgresql_replicas(part: Part) -> Measured:
+    return await _on_postgresql(part, "postgresql_2_replicas", servers=2)
+
+
+async def _on_postgresql(part: Part, name: str, *, servers: int) -> Measured:
+    binaries = postgresql_binaries()
+    if binaries is None:
+        return Measured(skipped="no initdb on this machine (Debian: apt install postgresql)")
+    database = LocalPostgresql(binaries, durable=True)
+    try:
+        return await _measured(part, database.new_database(), name, servers=servers)
+    finally:
+        database.close()
+
+
+async def _measured(part: Part, database: str | Path, name: str, *, servers: int = 1) -> Measured:
+    updates = 2000 if part.quick else 15_000
+    options = ("--database", database) if isinstance(database, str) else ()
+    first = ServerProcess(part.directory / "data", options=options)
+    async with first.running():
+        await first.open_task(task_text("int8", cohort=updates, deadline_s=3600), _NUMBERS)
+        await first.stop()
+    _give_leases(database, updates)
+    async with AsyncExitStack() as stack:
+        running = [first] if servers == 1 else _replicas(part.directory, servers, options)
+        for server in running:
+            await stack.enter_async_context(server.running())
+        load = Load(
+            url=running[0].url, updates=updates, connections=_CONNECTIONS, numbers=_NUMBERS, seed=part.seed
+        )
+        answers, server_cpu_s = await _send(load, [server.pid for server in running])
+    with closing(SqlStore.open(database)) as store, store.reading() as tx:
+        durable = tx.count_updates(1, MAIN, 1, UpdateState.ACCEPTED)
+    part.report.line(part=name, durable=durable, server_cpu_s=server_cpu_s, **msgspec.structs.asdict(answers))
+    failed = updates - answers.statuses.get("200", 0)
+    if failed or durable != updates:
+        raise RuntimeError(f"{failed} of {updates} were not acknowledged, {durable} are in the ledger")
+    return Measured(
+        figures={
+            f"durable_signed_updates_per_s_{name}": round(updates / answers.seconds, 1),
+            f"p50_ms_{name}": round(answers.p50_ms, 1),
+            f"p99_ms_{name}": round(answers.p99_ms, 1),
+            f"server_cpu_us_per_update_{name}": round(1e6 * server_cpu_s / updates, 1),
+            f"load_cpu_us_per_update_{name}": round(1e6 * answers.cpu_s / updates, 1),
+        },
+        against={
+            f"durable_signed_updates_per_s_{name}": f"{updates} updates of {answers.update_bytes} bytes, "
+            f"each by a device of its own, over {_CONNECTIONS} connections from one process on the same cores"
+        },
+    )
+
+
+def _replicas(directory: Path, servers: int, options: Sequence[str]) -> list[ServerProcess]:
+    """On one port, for which the kernel gives each new connection to one of them."""
+    found = [ServerProcess(directory / "data", options=(*options, "--reuse-port")) for _ in range(servers)]
+    for server in found:
+        server.port, server.url = found[0].port, found[0].url
+    return found
+
+
+def _give_leases(database: str | Path, count: int) -> None:
+    """So many devices of this program's key, each with a lease in the task's first round."""
+    now = time.time()
+    with closing(SqlStore.open(database)) as store:
+        with store.transaction() as tx:
+            task = promised(tx.task(TASK), "the task")
+            round_ = promised(Lifecycle().ensure_round(tx, now, task), "its round")
+        for start in range(0, count, _PUT_AT_ONCE):
+            with store.transaction() as tx:
+                for number in range(start, min(start + _PUT_AT_ONCE, count)):
+                    device = identity(number)
+                    tx.put_device(
+                        Device(
+                            id=device.device,
+                            public_key=device.public_key,
+                            client="benchmark",
+                            runtimes=("onnxruntime",),
+                            examples=50,
+                            enrolled_at=now,
+                            seen_at=now,
+                            state=DeviceState.ACTIVE,
+                        )
+                    )
+                    tx.put_lease(
+                        Lease(
+                            id=lease_id(number),
+                            task_id=task.id,
+                            branch=MAIN,
+                            round_number=round_.number,
+                            version_number=0,
+                            device_id=device.device,
+                            granted_at=now,
+                            expires_at=now + 3600,
+                            state=LeaseState.ACTIVE,
+                        )
+                    )
+
+
+async def _send(load: Load, servers: Sequence[int]) -> tuple[Answers, float]:
+    """What was answered, and the CPU seconds that the servers took meanwhile."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.serving.load"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(msgspec.json.encode(load) + b"\n")
+    await process.stdin.drain()
+    await process.stdout.readline()
+    before = _cpu_s(servers)
+    process.stdin.write(b"go\n")
+    await process.stdin.drain()
+    line = await process.stdout.readline()
+    await process.wait()
+    return msgspec.json.decode(line, type=Answers), _cpu_s(servers) - before
+
+
+def _cpu_s(processes: Sequence[int]) -> float:
+    times = [psutil.Process(pid).cpu_times() for pid in processes]
+    return float(sum(time.user + time.system for time in times))
