@@ -116,7 +116,7 @@ def _no_token(data: Path) -> None:
 
 SPOILT: dict[str, Callable[[Path], None]] = {
     "fedtt.db: its schema '9999' is newer than this program: use the newer fedtt that made it": _newer,
-    "fedtt.db: the database belongs to another program: name another file": _foreign,
+    "fedtt.db: the database belongs to another program: name another one": _foreign,
     "fedtt.db: the file is not a SQLite database: name another one, or move it away": _garbage,
     "fedtt.db: this is a directory: name a file in it": _directory,
     "admin-token is empty: delete it, and the next start makes a new token": _no_token,
