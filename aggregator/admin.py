@@ -260,7 +260,8 @@ async def version_files(service: Service, name: str, number: int) -> dict[str, b
 
 async def list_devices(service: Service, after: str) -> list[Row]:
     devices = await service.read(lambda tx: tx.devices(after=after))
-    return [{key: value for key, value in asdict(d).items() if key != "public_key"} for d in devices]
+    hidden = {"public_key", "last_nonce"}
+    return [{key: value for key, value in asdict(d).items() if key not in hidden} for d in devices]
 
 
 class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

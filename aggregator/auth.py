@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from aggregator.problems import bad_signature, clock_skew, unknown_device
+from aggregator.problems import bad_signature, clock_skew, revoked, unknown_device
 from fedtt.errors import WireError
-from fedtt.messages import Problem
+from fedtt.messages import Problem, device_id
 from fedtt.signature import Signed, parse_signature, signature_base
 from storage.records import Device, DeviceState
 
-__all__ = ["claim_of", "same_token", "token_sha256", "verify"]
+__all__ = ["CLOCK_SKEW_S", "claim_of", "same_token", "token_sha256", "verify", "verify_key"]
 
 CLOCK_SKEW_S = 300.0  #: how far a signature's time may lie from the server's
 
@@ -41,12 +41,20 @@ def verify(claim: Signed, signature: bytes, device: Device | None, now: float) -
     """None where the device did sign this, recently."""
     if device is None or device.state is DeviceState.ERASED:
         return unknown_device()
+    if problem := verify_key(claim, signature, device.public_key, now):
+        return problem
+    return revoked() if device.revoked_at is not None else None
+
+
+def verify_key(claim: Signed, signature: bytes, public_key: bytes, now: float) -> Problem | None:
+    """None where whoever holds this key did sign this, recently."""
     try:
-        key = Ed25519PublicKey.from_public_bytes(device.public_key)
-        key.verify(signature, signature_base(claim))
+        if device_id(public_key) != claim.device:
+            return bad_signature("keyid is not the name of the key that signs")
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, signature_base(claim))
     except InvalidSignature:
         return bad_signature("the signature does not match the request")
-    if abs(claim.created - now) > CLOCK_SKEW_S:
+    if abs(claim.created - now) > CLOCK_SKEW_S or claim.expires < now:
         return clock_skew(claim.created, now)
     return None
 

@@ -20,6 +20,9 @@ from aggregator.problems import (
     bad_token,
     busy,
     conflict,
+    not_found,
+    replayed,
+    revoked,
     stale,
     unknown_device,
     unknown_lease,
@@ -89,12 +92,18 @@ class Coordinator:
 
     # enrolment
 
-    def enroll(self, tx: Transaction, now: float, message: Enroll, token_sha256: str) -> Enrolled | Problem:
+    def enroll(
+        self, tx: Transaction, now: float, message: Enroll, token_sha256: str, nonce: int | None = None
+    ) -> Enrolled | Problem:
         """Take a key into the population; enrolling it again is harmless and costs no use of the token."""
         name = device_id(message.public_key)
         known = tx.device(name)
         if known and known.state is DeviceState.ACTIVE:
             return Enrolled(device=name)
+        if known and known.revoked_at is not None:
+            return revoked()
+        if known and not _is_new(known, nonce):
+            return replayed()
         token = tx.token(token_sha256)
         if token is None or token.uses_left == 0 or (token.expires_at or now) < now:
             return bad_token()
@@ -110,26 +119,48 @@ class Coordinator:
                 enrolled_at=now,
                 seen_at=now,
                 state=DeviceState.ACTIVE,
+                last_nonce=_newer(known, nonce),
             )
         )
         return Enrolled(device=name)
 
-    def leave(self, tx: Transaction, device_name: str, *, erase: bool) -> Problem | None:
+    def leave(
+        self, tx: Transaction, device_name: str, *, erase: bool, nonce: int | None = None
+    ) -> Problem | None:
         """Take a device out: its leases end, its updates that are not folded yet are discarded."""
         device = tx.device(device_name)
         if device is None:
             return unknown_device()
         if device.state is DeviceState.ERASED:
             return None
-        reason = "its device was erased" if erase else "its device left"
-        discarded = self._not_claimed(tx, tx.updates_of(device_name, UpdateState.ACCEPTED))
-        tx.settle(discarded, UpdateState.DISCARDED, reason=reason)
-        self._free_seats(tx, device_name, discarded)
+        if not _is_new(device, nonce):
+            return replayed()
+        device = replace(device, last_nonce=_newer(device, nonce))
+        self._discard(tx, device_name, "its device was erased" if erase else "its device left")
         tx.put_device(_erased(device) if erase else replace(device, state=DeviceState.LEFT))
         if erase:
             tx.forget_settled(device_name)
             tx.forget_participations(device_name)
         return None
+
+    def revoke(self, tx: Transaction, now: float, device_name: str) -> Device | Problem:
+        """Take a device out for good, on an operator's word: its key is never taken again."""
+        device = tx.device(device_name)
+        if device is None:
+            return not_found(f"device {device_name[:32]}")
+        if device.revoked_at is not None:
+            return device
+        self._discard(tx, device_name, "its device was revoked")
+        state = DeviceState.LEFT if device.state is DeviceState.ACTIVE else device.state
+        device = replace(device, state=state, revoked_at=now)
+        tx.put_device(device)
+        return device
+
+    def _discard(self, tx: Transaction, device_name: str, reason: str) -> None:
+        """What a device leaves unfinished: its leases end, its updates that no fold has claimed go."""
+        discarded = self._not_claimed(tx, tx.updates_of(device_name, UpdateState.ACCEPTED))
+        tx.settle(discarded, UpdateState.DISCARDED, reason=reason)
+        self._free_seats(tx, device_name, discarded)
 
     @staticmethod
     def _free_seats(tx: Transaction, device_name: str, discarded: list[str]) -> None:
@@ -150,7 +181,7 @@ class Coordinator:
     # work
 
     def check_in(
-        self, tx: Transaction, now: float, device_name: str, message: CheckIn
+        self, tx: Transaction, now: float, device_name: str, message: CheckIn, nonce: int | None = None
     ) -> CheckInAnswer | Problem:
         """Offer work of the first task that has a seat; the same lease again where one is still held."""
         device = tx.device(device_name)
@@ -158,6 +189,8 @@ class Coordinator:
             return unknown_device()
         if device.state is not DeviceState.ACTIVE:
             return Retired(reason=f"this device is {device.state.value}; enrol again to take part")
+        if not _is_new(device, nonce):
+            return replayed()
         seen = replace(
             device,
             client=message.client,
@@ -165,6 +198,7 @@ class Coordinator:
             examples=message.examples,
             memory_mb=message.memory_mb,
             seen_at=now,
+            last_nonce=_newer(device, nonce),
         )
         tx.put_device(seen)
         waits: list[Wait] = []
@@ -397,6 +431,15 @@ class Coordinator:
         if lease.state in {LeaseState.ACTIVE, LeaseState.EXPIRED}:
             tx.put_lease(replace(lease, state=LeaseState.FAILED))
         return None
+
+
+def _is_new(device: Device, nonce: int | None) -> bool:
+    """Whether a request is later than all that have changed this device; None needs no proof."""
+    return nonce is None or nonce > device.last_nonce
+
+
+def _newer(device: Device | None, nonce: int | None) -> int:
+    return max(device.last_nonce if device else 0, nonce or 0)
 
 
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:

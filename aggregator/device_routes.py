@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from aggregator.auth import claim_of, verify
+from aggregator.auth import claim_of, verify, verify_key
 from aggregator.handling import SERVICE, ProblemError, answer, checked, read_body, read_message
 from aggregator.problems import bad_signature, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
@@ -17,11 +17,16 @@ from storage.blobs import FileBlobs, load
 __all__ = ["add_device_routes", "serve_bundle_file"]
 
 
+def _claim(request: web.Request) -> tuple[Signed, bytes]:
+    """Who says to have sent this request, and with which signature; not verified yet."""
+    authority = request.headers.get("Host", "")
+    return checked(claim_of(request.method, authority, request.rel_url.raw_path, request.headers))
+
+
 async def _sender(request: web.Request) -> Signed:
     """The device that signed this request; its body is not read yet, its digest is part of the claim."""
     service = request.app[SERVICE]
-    authority = request.headers.get("Host", "")
-    claim, signature = checked(claim_of(request.method, authority, request.rel_url.raw_path, request.headers))
+    claim, signature = _claim(request)
     if problem := verify(claim, signature, await service.device(claim.device), service.clock.now()):
         raise ProblemError(problem)
     return claim
@@ -34,15 +39,27 @@ async def _signed_body(request: web.Request, claim: Signed, limit_bytes: int) ->
     return body
 
 
+async def _bare_sender(request: web.Request) -> Signed:
+    """The device that signed a request which has no body."""
+    claim = await _sender(request)
+    await _signed_body(request, claim, 0)
+    return claim
+
+
 async def enroll(request: web.Request) -> web.Response:
-    message = read_message(await read_body(request, MESSAGE_LIMIT_BYTES), Enroll)
-    return answer(checked(await request.app[SERVICE].enroll(message)))
+    """Signed by the very key that it brings, so that nobody enrols a key of someone else."""
+    service = request.app[SERVICE]
+    claim, signature = _claim(request)
+    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Enroll)
+    if problem := verify_key(claim, signature, message.public_key, service.clock.now()):
+        raise ProblemError(problem)
+    return answer(checked(await service.enroll(message, claim.nonce)))
 
 
 async def check_in(request: web.Request) -> web.Response:
     claim = await _sender(request)
     message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), CheckIn)
-    return answer(checked(await request.app[SERVICE].check_in(claim.device, message)))
+    return answer(checked(await request.app[SERVICE].check_in(claim.device, message, claim.nonce)))
 
 
 async def upload(request: web.Request) -> web.Response:
@@ -56,7 +73,7 @@ async def upload(request: web.Request) -> web.Response:
 
 
 async def receipt(request: web.Request) -> web.Response:
-    claim = await _sender(request)
+    claim = await _bare_sender(request)
     return answer(checked(await request.app[SERVICE].receipt(claim.device, request.match_info["lease"])))
 
 
@@ -68,13 +85,14 @@ async def failure(request: web.Request) -> web.Response:
 
 
 async def leave(request: web.Request) -> web.Response:
-    claim = await _sender(request)
-    checked(await request.app[SERVICE].leave(claim.device, erase=request.method == "DELETE"))
+    claim = await _bare_sender(request)
+    erase = request.method == "DELETE"
+    checked(await request.app[SERVICE].leave(claim.device, erase=erase, nonce=claim.nonce))
     return web.Response(status=204)
 
 
 async def version(request: web.Request) -> web.Response:
-    await _sender(request)
+    await _bare_sender(request)
     sha256, held = request.match_info["sha256"], request.query.get("from")
     body = checked(await request.app[SERVICE].version(sha256, held))
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -83,7 +101,7 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def bundle_file(request: web.Request) -> web.StreamResponse:
-    await _sender(request)
+    await _bare_sender(request)
     return await serve_bundle_file(request)
 
 

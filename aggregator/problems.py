@@ -18,6 +18,8 @@ __all__ = [
     "malformed",
     "not_allowed",
     "not_found",
+    "replayed",
+    "revoked",
     "stale",
     "storage_failed",
     "too_large",
@@ -36,6 +38,22 @@ def clock_skew(created: float, now: float) -> Problem:
         detail=f"the request was signed {abs(created - now):.0f} s away from the server's time",
         remedy="set the clock, or sign again with the server's time in `now`",
         now=now,
+    )
+
+
+def replayed() -> Problem:
+    return Problem(
+        code=Code.REPLAYED,
+        detail="the signature's nonce is not above that of an earlier request",
+        remedy="sign again with a higher nonce; where the clock was set back, try again in some minutes",
+    )
+
+
+def revoked() -> Problem:
+    return Problem(
+        code=Code.REVOKED,
+        detail="an operator has revoked this device's key",
+        remedy="stop; whoever runs the server can say why",
     )
 
 

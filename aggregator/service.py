@@ -76,16 +76,22 @@ class Service:
 
     # devices
 
-    async def enroll(self, message: Enroll) -> Enrolled | Problem:
+    # a nonce is that of the request's signature; None where a caller in this process needs none
+
+    async def enroll(self, message: Enroll, nonce: int | None = None) -> Enrolled | Problem:
         sha256 = token_sha256(message.token)
-        return await self.write(lambda tx: self.coordinator.enroll(tx, self.clock.now(), message, sha256))
+        return await self.write(
+            lambda tx: self.coordinator.enroll(tx, self.clock.now(), message, sha256, nonce)
+        )
 
     async def device(self, device_name: str) -> Device | None:
         return await self.read(lambda tx: tx.device(device_name))
 
-    async def check_in(self, device_name: str, message: CheckIn) -> CheckInAnswer | Problem:
+    async def check_in(
+        self, device_name: str, message: CheckIn, nonce: int | None = None
+    ) -> CheckInAnswer | Problem:
         answer = await self.write(
-            lambda tx: self.coordinator.check_in(tx, self.clock.now(), device_name, message)
+            lambda tx: self.coordinator.check_in(tx, self.clock.now(), device_name, message, nonce)
         )
         if not isinstance(answer, Problem):
             self.metrics.checked_in(answer)
@@ -132,8 +138,8 @@ class Service:
         )
         return await self.write(lambda tx: self.coordinator.fail(tx, device_name, lease))
 
-    async def leave(self, device_name: str, *, erase: bool) -> Problem | None:
-        return await self.write(lambda tx: self.coordinator.leave(tx, device_name, erase=erase))
+    async def leave(self, device_name: str, *, erase: bool, nonce: int | None = None) -> Problem | None:
+        return await self.write(lambda tx: self.coordinator.leave(tx, device_name, erase=erase, nonce=nonce))
 
     async def version(self, sha256: str, held: str | None = None) -> VersionBody | Problem:
         """A version, as its difference from the one the device holds where that is known here and shorter."""

@@ -183,6 +183,9 @@ class Device:
         code = error.problem.code
         if code is Code.BAD_TOKEN:
             raise error if self.config.token else _no_token() from None
+        if code is Code.REVOKED:
+            self.journal.update(enrolled=False)
+            return events.Retired(reason=error.problem.detail)
         if code is Code.UNKNOWN_DEVICE:
             self.journal.update(enrolled=False)
         return events.Retrying(error=str(error), pause_s=self._backoff.failed(error.retry_after_s or 0.0))

@@ -50,7 +50,6 @@ class _Request(Struct, frozen=True, kw_only=True):
     body: bytes = b""
     media: str = MEDIA_TYPE
     headers: dict[str, str] = {}
-    signed: bool = True
     total_s: float | None = None  #: for the whole exchange; None where its length is not bounded
 
 
@@ -82,11 +81,12 @@ class HttpTransport:
         self._base = _server_url(server)
         self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
         self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
+        self._nonce = 0
         self._session: aiohttp.ClientSession | None = None
         self.traffic = Traffic() if traffic is None else traffic
 
     async def enroll(self, message: Enroll) -> Enrolled:
-        return await self._message("POST", "v1/enroll", encode(message), Enrolled, signed=False)
+        return await self._message("POST", "v1/enroll", encode(message), Enrolled)
 
     async def check_in(self, message: CheckIn) -> CheckInAnswer:
         kind = cast("type[CheckInAnswer]", CheckInAnswer)
@@ -145,11 +145,8 @@ class HttpTransport:
         kind: type[M],
         *,
         media: str = MEDIA_TYPE,
-        signed: bool = True,
     ) -> M:
-        request = _Request(
-            method=method, path=path, body=body, media=media, signed=signed, total_s=self._timeout_s
-        )
+        request = _Request(method=method, path=path, body=body, media=media, total_s=self._timeout_s)
         async with self._exchange(request) as response:
             if response.content_type != MEDIA_TYPE:
                 raise self._foreign(response)
@@ -199,14 +196,7 @@ class HttpTransport:
         headers = dict(request.headers)
         if request.body:
             headers["Content-Type"] = request.media
-        if request.signed:
-            headers |= self._identity.sign(
-                method=request.method,
-                authority=url.host_port_subcomponent or "",
-                path=url.raw_path,
-                body=request.body,
-                created=int(self._clock.now() + self._offset_s),
-            )
+        headers |= self._sign(request, url)
         self.traffic.sent_bytes += len(request.body)
         return await self._open_session().request(
             request.method,
@@ -215,6 +205,19 @@ class HttpTransport:
             headers=headers,
             allow_redirects=False,  # a signature covers one address
             timeout=aiohttp.ClientTimeout(total=request.total_s, sock_connect=15, sock_read=self._timeout_s),
+        )
+
+    def _sign(self, request: _Request, url: URL) -> dict[str, str]:
+        """Microseconds are the nonce, so that it also rises from one run of the client to the next."""
+        now = self._clock.now() + self._offset_s
+        self._nonce = max(self._nonce + 1, int(now * 1e6))
+        return self._identity.sign(
+            method=request.method,
+            authority=url.host_port_subcomponent or "",
+            path=url.raw_path,
+            body=request.body,
+            created=int(now),
+            nonce=self._nonce,
         )
 
     def _open_session(self) -> aiohttp.ClientSession:

@@ -18,7 +18,7 @@ from edge_client.files import storage_errors, write_atomically
 from edge_client.home import Home
 from fedtt.errors import StorageError
 from fedtt.messages import device_id
-from fedtt.signature import Signed, content_digest, signature_base, signature_headers
+from fedtt.signature import LASTS_S, Signed, content_digest, signature_base, signature_headers
 
 __all__ = ["Identity"]
 
@@ -53,14 +53,18 @@ class Identity:
             )
         return cls(found)
 
-    def sign(self, *, method: str, authority: str, path: str, body: bytes, created: int) -> dict[str, str]:
-        """The headers that sign one request (see `fedtt.signature`)."""
+    def sign(
+        self, *, method: str, authority: str, path: str, body: bytes, created: int, nonce: int
+    ) -> dict[str, str]:
+        """The headers that sign one request (see `fedtt.signature`), good for as long as may be."""
         signed = Signed(
             method=method,
             authority=authority,
             path=path,
             digest=content_digest(body),
             created=created,
+            expires=created + LASTS_S,
+            nonce=nonce,
             device=self.device,
         )
         return signature_headers(signed, self._key.sign(signature_base(signed)))

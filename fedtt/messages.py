@@ -173,6 +173,8 @@ class Code(Enum):
     BAD_SIGNATURE = "bad_signature"  #: missing or wrong request signature
     UNKNOWN_DEVICE = "unknown_device"  #: signed by a key that is not enrolled here; enrol again
     CLOCK_SKEW = "clock_skew"  #: signed too long ago or in the future; `now` carries the server's time
+    REPLAYED = "replayed"  #: signed with a nonce that is not above an earlier one
+    REVOKED = "revoked"  #: an operator took this device's key out for good
     FORBIDDEN = "forbidden"  #: the admin token is missing or wrong
     NOT_FOUND = "not_found"
     UNKNOWN_LEASE = "unknown_lease"  #: never given, or given to another device
@@ -191,6 +193,8 @@ STATUS: dict[Code, int] = {
     Code.BAD_SIGNATURE: 401,
     Code.UNKNOWN_DEVICE: 401,
     Code.CLOCK_SKEW: 401,
+    Code.REPLAYED: 401,
+    Code.REVOKED: 403,
     Code.FORBIDDEN: 403,
     Code.NOT_FOUND: 404,
     Code.UNKNOWN_LEASE: 404,

@@ -1,8 +1,9 @@
 """Signed requests: a fixed profile of RFC 9421 (HTTP Message Signatures) with Ed25519.
 
-Covered, in this order: "@method" "@authority" "@path" "content-digest"; parameters created, keyid
-(the device's name) and alg; one label, `sig1`. This file builds and reads the text, the programs sign and
-check it with a library. The body's digest is that of RFC 9530 with sha-256.
+Covered, in this order: "@method" "@authority" "@path" "content-digest"; parameters created, keyid (the
+device's name), alg, expires and nonce (a number that rises from request to request); one label, `sig1`.
+This file builds and reads the text, the programs sign and check it with a library. The body's digest is
+that of RFC 9530 with sha-256.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ from msgspec import Struct
 
 from fedtt.errors import WireError
 
-__all__ = ["Signed", "content_digest", "hex_digest", "parse_signature", "signature_base", "signature_headers"]
+__all__ = [
+    "LASTS_S",
+    "Signed",
+    "content_digest",
+    "hex_digest",
+    "parse_signature",
+    "signature_base",
+    "signature_headers",
+]
+
+LASTS_S = 300  #: longest that a request may be good for
 
 _COVERED = '("@method" "@authority" "@path" "content-digest")'
 _INPUT = re.compile(
     r"sig1="
     + re.escape(_COVERED)
     + r';created=(?P<created>0|[1-9][0-9]{0,11});keyid="(?P<key>[0-9a-f]{32})";alg="ed25519"'
+    + r';expires=(?P<expires>[1-9][0-9]{0,11});nonce="(?P<nonce>[1-9][0-9]{0,15})"'
 )
 _VALUE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{85}[AQgw]==):")
 _DIGEST = re.compile(r"sha-256=:(?P<value>[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=):")
@@ -35,6 +47,8 @@ class Signed(Struct, frozen=True, kw_only=True):
     path: str  #: without the query
     digest: str  #: value of Content-Digest
     created: int  #: Unix seconds
+    expires: int  #: Unix seconds, at most `LASTS_S` after `created`
+    nonce: int  #: above that of every earlier request of this device, below 10**16
     device: str
 
 
@@ -73,7 +87,8 @@ def signature_headers(signed: Signed, signature: bytes) -> dict[str, str]:
 
 
 def _params(signed: Signed) -> str:
-    return f'{_COVERED};created={signed.created};keyid="{signed.device}";alg="ed25519"'
+    who = f'created={signed.created};keyid="{signed.device}";alg="ed25519"'
+    return f'{_COVERED};{who};expires={signed.expires};nonce="{signed.nonce}"'
 
 
 def parse_signature(
@@ -90,6 +105,10 @@ def parse_signature(
         path=path,
         digest=digest,
         created=int(params["created"]),
+        expires=int(params["expires"]),
+        nonce=int(params["nonce"]),
         device=params["key"],
     )
+    if not 0 < claim.expires - claim.created <= LASTS_S:
+        raise WireError(f"a signature's expires must lie 1 to {LASTS_S} s after its created")
     return claim, base64.b64decode(value["value"])

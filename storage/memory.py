@@ -17,6 +17,8 @@ import msgspec
 from fedtt.errors import StorageError
 from fedtt.sampling import Candidate
 from storage.records import (
+    AdminToken,
+    Audit,
     Bundle,
     Device,
     DeviceState,
@@ -75,6 +77,8 @@ class _Tables:
     def __init__(self) -> None:
         self.tokens: dict[str, Token] = {}
         self.devices: dict[str, Device] = {}
+        self.admin_tokens: dict[str, AdminToken] = {}
+        self.audit: dict[int, Audit] = {}  #: by sequence, in order
         self.participations: dict[str, dict[int, Participation]] = {}  #: device -> task -> its part in it
         self.groups: dict[str, dict[int, int]] = {}  #: device -> task -> its group
         self.bundles: dict[str, Bundle] = {}
@@ -163,6 +167,26 @@ class _MemoryTransaction:
 
     def put_device(self, device: Device) -> None:
         self._put(self._t.devices, device.id, device)
+
+    def put_admin_token(self, token: AdminToken) -> None:
+        self._put(self._t.admin_tokens, token.sha256, token)
+
+    def admin_token(self, sha256: str) -> AdminToken | None:
+        return self._t.admin_tokens.get(sha256)
+
+    def admin_tokens(self) -> list[AdminToken]:
+        return sorted(self._t.admin_tokens.values(), key=lambda token: token.name)
+
+    def add_audit(self, entry: Audit) -> None:
+        if entry.sequence in self._t.audit:
+            raise StorageError(f"entry {entry.sequence} of the audit log exists already")
+        self._put(self._t.audit, entry.sequence, entry)
+
+    def last_audit(self) -> Audit | None:
+        return next(reversed(self._t.audit.values()), None)
+
+    def audits(self, *, after: int = 0, limit: int = 1000) -> list[Audit]:
+        return [entry for number, entry in self._t.audit.items() if number > after][:limit]
 
     def device(self, device_id: str) -> Device | None:
         return self._t.devices.get(device_id)

@@ -33,9 +33,20 @@ from storage.columns import (
     sha256_check,
     sha256s_check,
 )
-from storage.records import DeviceState, Group, LeaseState, RoundState, TaskState, UpdateState, VersionState
+from storage.records import (
+    DeviceState,
+    Group,
+    LeaseState,
+    Role,
+    RoundState,
+    TaskState,
+    UpdateState,
+    VersionState,
+)
 
 __all__ = [
+    "AdminTokenRow",
+    "AuditRow",
     "Base",
     "BundleRow",
     "DeviceRow",
@@ -104,6 +115,43 @@ class DeviceRow(Base):
     enrolled_at: Mapped[Seconds]  #: when it enrolled for the first time, or again after leaving
     seen_at: Mapped[Seconds]  #: when it last checked in
     state: Mapped[DeviceState] = mapped_column(one_of(DeviceState))  #: whether it takes part
+    last_nonce: Mapped[Count] = mapped_column(server_default="0")  #: of the last request that changed it
+    revoked_at: Mapped[Seconds | None]  #: when an operator took its key out for good
+
+
+class AdminTokenRow(Base):
+    """A right to the admin listener, known by its hash alone; the row stays, and its name with it."""
+
+    __tablename__ = "admin_tokens"
+    __table_args__ = (UniqueConstraint("name"), sha256_check("sha256"))
+
+    sha256: Mapped[Sha256] = mapped_column(primary_key=True)  #: of the token
+    name: Mapped[str] = mapped_column(String(63))  #: stands in the audit log
+    role: Mapped[Role] = mapped_column(one_of(Role))  #: what its holder may do
+    created_at: Mapped[Seconds]  #: when it was made
+    expires_at: Mapped[Seconds | None]  #: NULL for never
+    revoked_at: Mapped[Seconds | None]  #: when it was taken back
+
+
+class AuditRow(Base):
+    """Each change a person made, chained by hashes; triggers refuse to change or delete a row."""
+
+    __tablename__ = "audit"
+    __table_args__ = (
+        UniqueConstraint("previous"),  # the chain has no branches
+        CheckConstraint("sequence > 0", name="sequence_starts_at_one"),
+        sha256_check("previous"),
+        sha256_check("sha256"),
+    )
+
+    sequence: Mapped[Count] = mapped_column(primary_key=True, autoincrement=False)  #: from 1, no gaps
+    at: Mapped[Seconds]  #: when the change was made
+    actor: Mapped[str] = mapped_column(String(63))  #: name of the admin token
+    action: Mapped[str] = mapped_column(String(63))  #: what was done
+    subject: Mapped[str] = mapped_column(String(100))  #: to what
+    detail: Mapped[Reason]  #: JSON, "{}" where there is no more to say
+    previous: Mapped[Sha256]  #: hash of the entry before; 64 zeros for the first
+    sha256: Mapped[Sha256]  #: of all the others
 
 
 class BundleRow(Base):

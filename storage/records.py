@@ -11,6 +11,8 @@ from fedtt.task import TaskSpec
 
 __all__ = [
     "MAIN",
+    "AdminToken",
+    "Audit",
     "Bundle",
     "Device",
     "DeviceState",
@@ -18,6 +20,7 @@ __all__ = [
     "Lease",
     "LeaseState",
     "Participation",
+    "Role",
     "Round",
     "RoundState",
     "Task",
@@ -97,6 +100,40 @@ class Device(Struct, frozen=True, kw_only=True):
     seen_at: float
     state: DeviceState
     memory_mb: int = 0  #: it may use, as last reported; 0 where it did not say
+    last_nonce: int = 0  #: of the signature of the last request that changed this row
+    revoked_at: float | None = None  #: when an operator took its key out for good
+
+
+class Role(Enum):
+    """What whoever holds an admin token may do; each may do all that those before it may."""
+
+    VIEWER = "viewer"  #: look at everything
+    OPERATOR = "operator"  #: bring bundles, make and steer tasks, make enrolment tokens
+    ADMIN = "admin"  #: make and revoke admin tokens, revoke devices
+
+
+class AdminToken(Struct, frozen=True, kw_only=True):
+    """A person's or program's right to the admin listener, known by its hash alone."""
+
+    sha256: str  #: of the token
+    name: str  #: whose it is: stands in the audit log
+    role: Role
+    created_at: float
+    expires_at: float | None = None  #: None for never
+    revoked_at: float | None = None
+
+
+class Audit(Struct, frozen=True, kw_only=True):
+    """One change that a person made, chained to the one before it."""
+
+    sequence: int  #: from 1, without gaps
+    at: float
+    actor: str  #: name of the admin token
+    action: str  #: such as "task.create"
+    subject: str  #: name of what was changed
+    detail: str  #: JSON
+    previous: str  #: sha256 of the entry before, 64 zeros for the first
+    sha256: str  #: of all of the above, see `storage.audit`
 
 
 class Bundle(Struct, frozen=True, kw_only=True):

@@ -16,6 +16,8 @@ from fedtt.sampling import Candidate
 from storage import statements as sql
 from storage.backend import Backend
 from storage.records import (
+    AdminToken,
+    Audit,
     Bundle,
     Device,
     DeviceState,
@@ -87,6 +89,25 @@ class SqlTransaction:
 
     def put_device(self, device: Device) -> None:
         self._put(sql.devices, device)
+
+    def put_admin_token(self, token: AdminToken) -> None:
+        self._put(sql.admin_tokens, token)
+
+    def admin_token(self, sha256: str) -> AdminToken | None:
+        return self._one(sql.admin_tokens, sql.admin_tokens.get, sha256=sha256)
+
+    def admin_tokens(self) -> list[AdminToken]:
+        return self._all(sql.admin_tokens, sql.all_admin_tokens)
+
+    def add_audit(self, entry: Audit) -> None:
+        if self._write(sql.audit.add, asdict(entry)).rowcount == 0:
+            raise StorageError(f"entry {entry.sequence} of the audit log exists already")
+
+    def last_audit(self) -> Audit | None:
+        return self._one(sql.audit, sql.last_audit)
+
+    def audits(self, *, after: int = 0, limit: int = 1000) -> list[Audit]:
+        return self._all(sql.audit, sql.audits_after, after=after, limit=limit)
 
     def device(self, device_id: str) -> Device | None:
         return self._one(sql.devices, sql.devices.get, id=device_id)

@@ -12,6 +12,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 
 from storage.models import (
+    AdminTokenRow,
+    AuditRow,
     Base,
     BundleRow,
     DeviceRow,
@@ -25,6 +27,8 @@ from storage.models import (
     VersionRow,
 )
 from storage.records import (
+    AdminToken,
+    Audit,
     Bundle,
     Device,
     DeviceState,
@@ -43,7 +47,11 @@ __all__ = [
     "Rows",
     "active_devices",
     "active_members",
+    "admin_tokens",
+    "all_admin_tokens",
     "all_tasks",
+    "audit",
+    "audits_after",
     "bundles",
     "candidates",
     "candidates_of_group",
@@ -58,6 +66,7 @@ __all__ = [
     "forget_participations",
     "forget_settled",
     "group_of",
+    "last_audit",
     "latest_round",
     "latest_version",
     "lease_of",
@@ -131,6 +140,8 @@ _MEASURED = ("examples", "loss_first", "loss_last")
 
 tokens = Rows(Token, TokenRow, "sha256")
 devices = Rows(Device, DeviceRow, "id")
+admin_tokens = Rows(AdminToken, AdminTokenRow, "sha256")
+audit = Rows(Audit, AuditRow, "sequence")
 bundles = Rows(Bundle, BundleRow, "sha256")
 tasks = Rows(Task, TaskRow, "id")
 versions = Rows(Version, VersionRow, *_PLACE, "number")
@@ -144,6 +155,13 @@ _round, _lease, _update = rounds.table.c, leases.table.c, updates.table.c
 _part = participations.table.c
 _memberships = cast("Table", MembershipRow.__table__)
 _member = _memberships.c
+
+all_admin_tokens = admin_tokens.select.order_by(admin_tokens.table.c.name)
+_sequence = audit.table.c.sequence
+last_audit = audit.select.order_by(_sequence.desc()).limit(1)
+audits_after = (
+    audit.select.where(_sequence > bindparam("after")).order_by(_sequence).limit(bindparam("limit"))
+)
 
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from fedtt.sampling import Candidate
 from storage.records import (
+    AdminToken,
+    Audit,
     Bundle,
     Device,
     DeviceState,
@@ -77,6 +79,22 @@ class Transaction(Protocol):
 
     def count_devices(self, *, seen_since: float = 0.0) -> dict[DeviceState, int]:
         """How many devices seen since then are in each state; states without any may be missing."""
+        ...
+
+    # people
+    def put_admin_token(self, token: AdminToken) -> None: ...
+    def admin_token(self, sha256: str) -> AdminToken | None: ...
+    def admin_tokens(self) -> list[AdminToken]:
+        """In order of their names, which are unique."""
+        ...
+
+    def add_audit(self, entry: Audit) -> None:
+        """Append; its sequence must be new (StorageError), and no entry is ever changed."""
+        ...
+
+    def last_audit(self) -> Audit | None: ...
+    def audits(self, *, after: int = 0, limit: int = 1000) -> list[Audit]:
+        """In order of their sequence, starting behind `after`."""
         ...
 
     # participation

@@ -63,9 +63,11 @@ async def pieces(data: bytes) -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_message_over_the_limit_is_cut_off(place: Attacked, announced: bool) -> None:
     data = bytes(MESSAGE_LIMIT_BYTES + 1)
-    answer = await place.server.raw("POST", "/v1/enroll", data if announced else pieces(data))
+    headers = place.honest.signed("POST", "/v1/enroll", data[:-1])
+    answer = await place.server.raw("POST", "/v1/enroll", data if announced else pieces(data), headers)
     refused(answer, Code.TOO_LARGE, "longer than the 16384 bytes this call takes")
-    short = await place.server.raw("POST", "/v1/enroll", data[:-1] if announced else pieces(data[:-1]))
+    body = data[:-1] if announced else pieces(data[:-1])
+    short = await place.server.raw("POST", "/v1/enroll", body, headers)
     refused(short, Code.MALFORMED)
 
 
@@ -87,9 +89,24 @@ async def _pour(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.005)
 
 
+def enrolling(place: Attacked, *more: str) -> bytes:
+    """The head of a signed enrolment."""
+    headers = {"Host": "x"} | place.honest.signed("POST", "/v1/enroll")
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join(["POST /v1/enroll HTTP/1.1", *lines, *more, "", ""]).encode()
+
+
+async def test_an_unsigned_body_is_not_read_at_all(place: Attacked) -> None:
+    reader, writer = await place.server.connect()
+    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+    writer.close()
+
+
 async def test_an_endless_body_is_answered_and_cut(place: Attacked) -> None:
     reader, writer = await place.server.connect()
-    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    writer.write(enrolling(place, "Transfer-Encoding: chunked"))
     said = asyncio.create_task(reader.read(4096))
     async with asyncio.timeout(10):
         with pytest.raises(ConnectionError):
@@ -103,7 +120,8 @@ async def test_a_compressed_body_is_not_unpacked(place: Attacked, device: Peer) 
     bomb = gzip.compress(bytes(10_000_000))
     assert len(bomb) < MESSAGE_LIMIT_BYTES
     for coding in ("gzip", "deflate", "br", "nonsense"):
-        answer = await place.server.raw("POST", "/v1/enroll", bomb, {"Content-Encoding": coding})
+        headers = device.signed("POST", "/v1/enroll", bomb) | {"Content-Encoding": coding}
+        answer = await place.server.raw("POST", "/v1/enroll", bomb, headers)
         refused(answer, Code.MALFORMED, "Content-Encoding is not taken: send the body as it is")
     path = f"/v1/leases/{(await device.work()).lease}/update"
     headers = device.signed("PUT", path, bomb)
@@ -133,7 +151,7 @@ async def test_a_connection_without_a_whole_request_is_closed(place: Attacked, b
 
 async def test_a_body_that_does_not_come_is_not_waited_for(place: Attacked) -> None:
     reader, writer = await place.server.connect()
-    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+    writer.write(enrolling(place, "Content-Length: 100") + b"half")
     async with asyncio.timeout(5):
         said = await reader.read()
     assert said.startswith(b"HTTP/1.1 400 ")
@@ -147,7 +165,7 @@ async def test_a_sender_that_hangs_up_is_no_bug_of_the_server(
     with caplog.at_level(logging.DEBUG):
         for begun in (b"half", b""):
             _, writer = await place.server.connect()
-            writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + begun)
+            writer.write(enrolling(place, "Content-Length: 100") + begun)
             await writer.drain()
             await asyncio.sleep(0.05)
             writer.close()

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from fedtt.task import RoundSpec, TaskSpec
 from storage.records import (
     MAIN,
+    AdminToken,
     Bundle,
     Device,
     DeviceState,
@@ -17,6 +18,7 @@ from storage.records import (
     Lease,
     LeaseState,
     Participation,
+    Role,
     Round,
     RoundState,
     Task,
@@ -30,6 +32,7 @@ from storage.records import (
 from storage.store import Transaction
 
 __all__ = [
+    "admin_token",
     "bundle",
     "device",
     "group",
@@ -66,6 +69,10 @@ def device(name: object = "alice", **changes: Any) -> Device:
         state=DeviceState.ACTIVE,
     )
     return replace(plain, **changes)
+
+
+def admin_token(name: str = "alice", **changes: Any) -> AdminToken:
+    return replace(AdminToken(sha256=sha256(name), name=name, role=Role.ADMIN, created_at=80.0), **changes)
 
 
 def bundle(name: object = "bundle", **changes: Any) -> Bundle:

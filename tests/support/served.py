@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -131,15 +132,21 @@ class Peer:
         return await self.transport.upload(work.lease, frame_of(work.plan, delta, **header))
 
     def signed(
-        self, method: str, path: str, body: bytes = b"", created: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        created: float | None = None,
+        nonce: int | None = None,
     ) -> dict[str, str]:
-        """The headers that sign one request, now unless `created` says when."""
+        """The headers that sign one request, now and as the latest unless told otherwise."""
         return self.identity.sign(
             method=method,
             authority=self._url.host_port_subcomponent or "",
             path=path,
             body=body,
             created=int(SystemClock().now() if created is None else created),
+            nonce=time.time_ns() // 1000 if nonce is None else nonce,
         )
 
     async def request(

@@ -22,7 +22,7 @@ def enrolled(**changes: object) -> Device:
 
 
 def claim() -> tuple[Signed, bytes]:
-    headers = IDENTITY.sign(method="GET", authority="h:1", path="/p", body=b"", created=SIGNED_AT)
+    headers = IDENTITY.sign(method="GET", authority="h:1", path="/p", body=b"", created=SIGNED_AT, nonce=1)
     found = claim_of("GET", "H:1", "/p", headers)
     assert not isinstance(found, Problem)
     return found

@@ -99,7 +99,7 @@ def test_a_signature_is_that_of_the_key_over_the_request(tmp_path: Path) -> None
     from fedtt.signature import content_digest, parse_signature, signature_base
 
     identity = Identity.open(Home(tmp_path))
-    headers = identity.sign(method="PUT", authority="a:1", path="/v1/x", body=b"body", created=7)
+    headers = identity.sign(method="PUT", authority="a:1", path="/v1/x", body=b"body", created=7, nonce=9)
     claim, signature = parse_signature(
         "PUT", "a:1", "/v1/x", content_digest(b"body"), headers["Signature-Input"], headers["Signature"]
     )

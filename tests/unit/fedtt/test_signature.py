@@ -21,6 +21,8 @@ SIGNED = Signed(
     path="/v1/check-in",
     digest=content_digest(b"{}"),
     created=1_700_000_000,
+    expires=1_700_000_300,
+    nonce=1_700_000_000_000_000,
     device=device_id(PUBLIC),
 )
 VALUE = KEY.sign(signature_base(SIGNED))
@@ -47,7 +49,7 @@ def test_the_signature_base_is_the_text_of_rfc_9421() -> None:
         '"@path": /v1/check-in\n'
         '"content-digest": sha-256=:RBNvo1WzZ4oRRq0W9+hknpT7T8If536DEMBg9hyq/4o=:\n'
         '"@signature-params": ("@method" "@authority" "@path" "content-digest")'
-        ';created=1700000000;keyid="56475aa75463474c0285df5dbf2bcab7";alg="ed25519"'
+        ';created=1700000000;keyid="56475aa75463474c0285df5dbf2bcab7";alg="ed25519";expires=1700000300;nonce="1700000000000000"'
     )
 
 
@@ -61,9 +63,9 @@ def test_a_fixed_key_gives_a_fixed_signature() -> None:
     assert HEADERS == {
         "Content-Digest": "sha-256=:RBNvo1WzZ4oRRq0W9+hknpT7T8If536DEMBg9hyq/4o=:",
         "Signature-Input": 'sig1=("@method" "@authority" "@path" "content-digest");created=1700000000'
-        ';keyid="56475aa75463474c0285df5dbf2bcab7";alg="ed25519"',
-        "Signature": "sig1=:1pnOZd3ViOnMtSQiifconu5eHTQ2H0U6PGGKnc+CwcVU"
-        "vZ8ZjZhLrCIJw36j4jzHoSXfNYnat4yqeVoeuoqYDQ==:",
+        ';keyid="56475aa75463474c0285df5dbf2bcab7";alg="ed25519";expires=1700000300;nonce="1700000000000000"',
+        "Signature": "sig1=:p31Yo/BVdFrGXHShLy+vhcqV+361PKBDOaFMpQSwhYGMc1ByNSbz"
+        "qZlP07DOZSJD8OzCxj6etjgxE9A6z2jkCg==:",
     }
 
 
@@ -81,6 +83,8 @@ def test_what_was_signed_is_read_back_and_verifies() -> None:
         {"path": "/v1/check-in/"},
         {"digest": content_digest(b"{} ")},
         {"created": 1_700_000_001},
+        {"expires": 1_700_000_299},
+        {"nonce": 1_700_000_000_000_001},
         {"device": "0" * 32},
     ],
     ids=lambda change: next(iter(change)),
@@ -108,8 +112,13 @@ _INPUT, _VALUE = HEADERS["Signature-Input"], HEADERS["Signature"]
         {"signature_input": _INPUT.replace(' "@path"', "")},
         {"signature_input": _INPUT.replace('"@method" "@authority"', '"@authority" "@method"')},
         {"signature_input": _INPUT.replace("ed25519", "hmac-sha256")},
-        {"signature_input": _INPUT.replace(";alg", ";nonce=1;alg")},
-        {"signature_input": _INPUT + ";expires=1700000300"},
+        {"signature_input": _INPUT.replace(";alg", ";tag=1;alg")},
+        {"signature_input": _INPUT.replace(";nonce", ";tag=1;nonce")},
+        {"signature_input": _INPUT.replace(";expires=1700000300", "")},
+        {"signature_input": _INPUT.replace(';nonce="1700000000000000"', "")},
+        {"signature_input": _INPUT.replace('nonce="17', 'nonce="017')},
+        {"signature_input": _INPUT.replace('nonce="17', 'nonce="x17')},
+        {"signature_input": _INPUT.replace('nonce="17', 'nonce="117')},
         {"signature_input": _INPUT + ", " + _INPUT},
         {"signature_input": " " + _INPUT},
         {"signature_input": _INPUT.replace("=1700000000", "=-1700000000")},
@@ -132,14 +141,25 @@ def test_a_header_off_the_profile_is_refused(change: dict[str, str]) -> None:
         parse(**change)
 
 
+@pytest.mark.parametrize("expires", [1_699_999_999, 1_700_000_000, 1_700_000_301])
+def test_a_signature_lasts_five_minutes_at_most(expires: int) -> None:
+    text = _INPUT.replace("expires=1700000300", f"expires={expires}")
+    with pytest.raises(WireError, match="must lie 1 to 300 s after its created"):
+        parse(signature_input=text)
+
+
 @given(
-    created=st.integers(0, 10**12 - 1),
+    created=st.integers(0, 10**12 - 301),
+    lasts=st.integers(1, 300),
+    nonce=st.integers(1, 10**16 - 1),
     device=st.binary(min_size=16, max_size=16),
     value=st.binary(min_size=64, max_size=64),
 )
 @settings(deadline=None, max_examples=60)
-def test_headers_and_claim_are_one_to_one(created: int, device: bytes, value: bytes) -> None:
-    signed = replace(SIGNED, created=created, device=device.hex())
+def test_headers_and_claim_are_one_to_one(
+    created: int, lasts: int, nonce: int, device: bytes, value: bytes
+) -> None:
+    signed = replace(SIGNED, created=created, expires=created + lasts, nonce=nonce, device=device.hex())
     headers = signature_headers(signed, value)
     claim, raw = parse(signature_input=headers["Signature-Input"], signature=headers["Signature"])
     assert (claim, raw) == (signed, value)

@@ -1,0 +1,230 @@
+"""Each call with each fault: refused with the right code, and not a bit of the ledger has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import Struct
+from msgspec.structs import replace
+
+from edge_client.identity import Identity
+from fedtt.messages import Code, Enroll, Failure, FailureCode, Work, encode
+from fedtt.signature import Signed, content_digest, signature_base, signature_headers
+from tests.support.served import CHECK_IN, Answer, Peer, Served, frame_of, refused, served, task_text
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Call(Struct, frozen=True):
+    """One request before it is signed."""
+
+    method: str
+    path: str
+    body: bytes = b""
+
+
+class Place(Struct, frozen=True):
+    """A server with a device that holds a lease, and its ledger's file."""
+
+    server: Served
+    peer: Peer
+    work: Work
+    database: Path
+
+    def calls(self) -> dict[str, Call]:
+        lease, plan = f"/v1/leases/{self.work.lease}", self.work.plan
+        token, key = self.server.token, self.peer.identity.public_key
+        return {
+            "enroll": Call("POST", "/v1/enroll", encode(Enroll(public_key=key, token=token, client="x"))),
+            "check in": Call("POST", "/v1/check-in", encode(CHECK_IN)),
+            "bundle": Call("GET", f"/v1/bundles/{plan.bundle}/manifest.json"),
+            "version": Call("GET", f"/v1/versions/{plan.version}"),
+            "upload": Call("PUT", f"{lease}/update", frame_of(plan)),
+            "receipt": Call("GET", lease),
+            "failure": Call("POST", f"{lease}/failure", encode(Failure(code=FailureCode.OTHER))),
+            "leave": Call("POST", "/v1/device/leave"),
+            "erase": Call("DELETE", "/v1/device"),
+        }
+
+    def snapshot(self) -> str:
+        """A hash over every row of every table."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            return hashlib.sha256("\n".join(connection.iterdump()).encode()).hexdigest()
+
+    async def send(self, call: Call, headers: dict[str, str]) -> Answer:
+        return await self.server.raw(call.method, call.path, call.body, headers)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Served, Path]]:
+    directory = tmp_path_factory.mktemp("refusals")
+    async with served(directory, task_text()) as started:
+        yield started, directory / "data" / "fedtt.db"
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def place(server: tuple[Served, Path]) -> AsyncIterator[Place]:
+    started, database = server
+    async with started.device() as peer:
+        yield Place(started, peer, await peer.work(), database)
+
+
+CALLS = ("enroll", "check in", "bundle", "version", "upload", "receipt", "failure", "leave", "erase")
+Sign = Callable[[Place, Call], dict[str, str]]
+
+
+def signed(place: Place, call: Call, *, by: Identity | None = None, **changes: int) -> dict[str, str]:
+    """Sound headers, but for what is changed: `late_s` shifts all times, `lasts_s` sets the expiry."""
+    now = int(place.server.service.clock.now()) + changes.get("late_s", 0)
+    identity = by or place.peer.identity
+    claim = Signed(
+        method=call.method,
+        authority=place.server.url.removeprefix("http://"),
+        path=call.path,
+        digest=content_digest(call.body),
+        created=now,
+        expires=now + changes.get("lasts_s", 300),
+        nonce=now * 10**6,
+        device=identity.device,
+    )
+    return signature_headers(claim, identity._key.sign(signature_base(claim)))
+
+
+async def test_every_call_is_taken_when_it_is_signed_as_it_should_be(place: Place) -> None:
+    for name, call in place.calls().items():
+        answer = await place.send(call, place.peer.signed(call.method, call.path, call.body))
+        assert answer.status < 300, (name, answer.body)
+
+
+STRANGER = Identity(Ed25519PrivateKey.from_private_bytes(b"\7" * 32))
+
+
+def damaged(place: Place, call: Call) -> dict[str, str]:
+    headers = signed(place, call)
+    value = headers["Signature"]
+    return headers | {"Signature": value[:20] + ("A" if value[20] != "A" else "B") + value[21:]}
+
+
+FAULTS: dict[str, tuple[Code, Sign]] = {
+    "no signature": (Code.BAD_SIGNATURE, lambda _place, _call: {}),
+    "a damaged signature": (Code.BAD_SIGNATURE, damaged),
+    "another method's signature": (
+        Code.BAD_SIGNATURE,
+        lambda place, call: signed(place, replace(call, method="PATCH")),
+    ),
+    "another path's signature": (
+        Code.BAD_SIGNATURE,
+        lambda place, call: signed(place, replace(call, path="/v1/device/leave/x")),
+    ),
+    "another body's signature": (
+        Code.BAD_SIGNATURE,
+        lambda place, call: signed(place, replace(call, body=call.body + b"x")),
+    ),
+    "a clock behind": (Code.CLOCK_SKEW, lambda place, call: signed(place, call, late_s=-400)),
+    "a clock ahead": (Code.CLOCK_SKEW, lambda place, call: signed(place, call, late_s=400)),
+    "an expired signature": (
+        Code.CLOCK_SKEW,
+        lambda place, call: signed(place, call, late_s=-200, lasts_s=100),
+    ),
+    "a signature for a day": (Code.BAD_SIGNATURE, lambda place, call: signed(place, call, lasts_s=86400)),
+    "a stranger's key": (Code.UNKNOWN_DEVICE, lambda place, call: signed(place, call, by=STRANGER)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_fault_in_the_signature_changes_nothing(place: Place, name: str, fault: str) -> None:
+    code, sign = FAULTS[fault]
+    call, before = place.calls()[name], place.snapshot()
+    if name == "enroll" and code is Code.UNKNOWN_DEVICE:
+        code = Code.BAD_SIGNATURE  # the key that signs is not the one it brings
+    if name == "receipt":
+        await place.peer.transport.upload(place.work.lease, frame_of(place.work.plan))
+        before = place.snapshot()
+    problem = refused(await place.send(call, sign(place, call)), code)
+    assert (problem.now is not None) == (code is Code.CLOCK_SKEW)
+    assert place.snapshot() == before
+
+
+# the same bytes again
+
+
+async def twice(place: Place, name: str) -> tuple[Answer, bool]:
+    """Send a call, then once more to the byte: the second answer, and whether it left the ledger alone."""
+    call = place.calls()[name]
+    headers = place.peer.signed(call.method, call.path, call.body)
+    first = await place.send(call, headers)
+    assert first.status < 300, first.body
+    before = place.snapshot()
+    return await place.send(call, headers), place.snapshot() == before
+
+
+async def test_a_replay_of_what_changes_a_device_is_refused(place: Place) -> None:
+    for name, code in (
+        ("check in", Code.REPLAYED),
+        ("leave", Code.REPLAYED),
+        ("erase", Code.UNKNOWN_DEVICE),
+    ):
+        answer, untouched = await twice(place, name)
+        refused(answer, code)
+        assert untouched, name
+
+
+async def test_a_replay_of_anything_else_gets_the_same_answer_and_changes_nothing(place: Place) -> None:
+    for name in ("enroll", "bundle", "version", "upload", "receipt", "failure"):
+        answer, untouched = await twice(place, name)
+        assert answer.status < 300, name
+        assert untouched, name
+
+
+async def test_an_enrolment_that_was_recorded_does_not_bring_a_device_back(place: Place) -> None:
+    call = place.calls()["enroll"]
+    recorded = place.peer.signed(call.method, call.path, call.body)
+    await place.peer.transport.leave(erase=False)
+    before = place.snapshot()
+    refused(await place.send(call, recorded), Code.REPLAYED)
+    await place.peer.transport.leave(erase=True)
+    left = place.snapshot()
+    refused(await place.send(call, recorded), Code.REPLAYED)
+    assert before != left == place.snapshot()
+    await place.peer.enroll(place.server.token)
+    await place.peer.transport.check_in(CHECK_IN)
+
+
+async def test_an_older_request_that_arrives_late_is_refused(place: Place) -> None:
+    call = place.calls()["leave"]
+    early = place.peer.signed(call.method, call.path, call.body)
+    await place.peer.work()
+    before = place.snapshot()
+    problem = refused(await place.send(call, early), Code.REPLAYED)
+    assert "sign again with a higher nonce" in problem.remedy
+    assert place.snapshot() == before
+
+
+# who may not
+
+
+@pytest.mark.parametrize("name", ["upload", "receipt", "failure"])
+async def test_another_devices_lease_is_worth_nothing(place: Place, name: str) -> None:
+    async with place.server.device() as thief:
+        call, before = place.calls()[name], place.snapshot()
+        answer = await place.send(call, thief.signed(call.method, call.path, call.body))
+        refused(answer, Code.UNKNOWN_LEASE, "was never given to this device")
+        assert place.snapshot() == before
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_revoked_key_is_taken_nowhere(place: Place, name: str) -> None:
+    service, device = place.server.service, place.peer.identity.device
+    await service.write(lambda tx: service.coordinator.revoke(tx, service.clock.now(), device))
+    call, before = place.calls()[name], place.snapshot()
+    answer = await place.send(call, place.peer.signed(call.method, call.path, call.body))
+    refused(answer, Code.REVOKED, "an operator has revoked this device's key")
+    assert place.snapshot() == before
