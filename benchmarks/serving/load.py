@@ -76,7 +76,7 @@ def _requests(load: Load) -> list[tuple[bytes, bytes]]:
         body = encode_update(header, payloads[number % _DIFFERENT])
         path = f"/v1/leases/{lease_id(number)}/update"
         signed = identity(number).sign(
-            method="PUT", authority=authority, path=path, body=body, created=created
+            method="PUT", authority=authority, path=path, body=body, created=created, nonce=1
         )
         headers = {
             "Host": authority,
