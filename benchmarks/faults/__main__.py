@@ -18,6 +18,9 @@ from benchmarks.harness import Report, arguments, reporting
 #: row -> what it does; each is a module of this folder with a coroutine function `run`
 ROWS = {
     "kill": "kill -9 of the server at random instants, devices in flight",
+    "flips": "every prefix and single-bit flip of a valid upload",
+    "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
+    "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
 }
 
 

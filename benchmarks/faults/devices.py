@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Self
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -85,8 +86,23 @@ class Device:
         self.number, self._numbers, self.notes, self._habits = number, numbers, notes, habits
         key = Ed25519PrivateKey.from_private_bytes((number + 1).to_bytes(32, "big"))
         self.identity = Identity(key)
-        self.transport = HttpTransport(url, self.identity, SystemClock(), timeout_s=20)
+        self.transport = self._connect(url)
+        self._in_hand: tuple[str, bytes] | None = None  #: lease and frame without a final answer yet
         self._rng = np.random.default_rng((1, number))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.transport.close()
+
+    async def move(self, url: str) -> None:
+        """Go to the server's new address."""
+        await self.transport.close()
+        self.transport = self._connect(url)
+
+    def _connect(self, url: str) -> HttpTransport:
+        return HttpTransport(url, self.identity, SystemClock(), timeout_s=20)
 
     async def enroll(self, token: str) -> None:
         """Until it is taken."""
@@ -102,13 +118,10 @@ class Device:
         """Take part until it is over; a frame in hand is sent until it meets a final answer."""
         while not over.is_set():
             try:
-                answer = await self.transport.check_in(CHECK_IN)
-                if isinstance(answer, Work):
-                    frame = frame_of(answer.plan, self._numbers, self.number % self._numbers)
-                    await self._pause(self._habits.pause_s)
-                    await self._send(answer.lease, frame, over)
+                if self._in_hand is None:
+                    await self._check_in()
                 else:
-                    await self._pause(max(self._habits.pause_s, self._habits.retry_s))
+                    await self._send(*self._in_hand, over)
             except Unreachable:
                 self.notes.counts["unreachable"] += 1
                 await self._pause(self._habits.retry_s)
@@ -117,6 +130,15 @@ class Device:
                 await self._pause(self._habits.retry_s)
             except FedttError as error:
                 self.notes.wrong.append(str(error))
+
+    async def _check_in(self) -> None:
+        answer = await self.transport.check_in(CHECK_IN)
+        if isinstance(answer, Work):
+            frame = frame_of(answer.plan, self._numbers, self.number % self._numbers)
+            self._in_hand = answer.lease, frame
+            await self._pause(self._habits.pause_s)
+        else:
+            await self._pause(max(self._habits.pause_s, self._habits.retry_s))
 
     async def _send(self, lease: str, frame: bytes, over: asyncio.Event) -> None:
         """The same bytes again and again, sometimes together with themselves, once more, or with others."""
@@ -135,12 +157,14 @@ class Device:
             except Refused as error:
                 self._refused(error)
                 if error.problem.code in _FINAL:
+                    self._in_hand = None
                     return
                 await self._pause(self._habits.retry_s)
                 continue
             self.notes.latencies_s.append(time.perf_counter() - started)
             for receipt in receipts:
                 self.notes.receipt(lease, frame, receipt)
+            self._in_hand = None
             await self._repeat(lease, frame)
             return
 
@@ -172,10 +196,8 @@ async def devices(
 ) -> AsyncIterator[tuple[list[Device], Notes]]:
     """So many devices that share their notes; their connections end with the block."""
     notes = Notes()
+    found = [Device(number, url, numbers, notes, habits or Habits()) for number in range(count)]
     async with AsyncExitStack() as stack:
-        found = []
-        for number in range(count):
-            device = Device(number, url, numbers, notes, habits or Habits())
-            stack.push_async_callback(device.transport.close)
-            found.append(device)
+        for device in found:
+            await stack.enter_async_context(device)
         yield found, notes

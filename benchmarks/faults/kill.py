@@ -49,7 +49,7 @@ async def killed(setting: Setting, *, count: int, kills: int, up_s: float = 1.0)
                     await _killed_while_starting(server, rng)
                 before = len(notes.acknowledged)
                 starts_s.append(await server.start())
-                back_s.append(await _acknowledges(notes, before, starts_s[-1]))
+                back_s.append(await _acknowledges(server, notes, before, starts_s[-1]))
                 if (number + 1) % 20 == 0:
                     setting.report.line(row="kill", kills=number + 1, acknowledged=len(notes.acknowledged))
         finally:
@@ -87,7 +87,7 @@ async def _killed_while_starting(server: ServerProcess, rng: np.random.Generator
     await server.kill()
 
 
-async def _acknowledges(notes: Notes, before: int, start_s: float) -> float:
+async def _acknowledges(server: ServerProcess, notes: Notes, before: int, start_s: float) -> float:
     """Seconds from the start of the process to its first acknowledgement of something new."""
     started = time.perf_counter()
     async with asyncio.timeout(_NEXT_ACKNOWLEDGEMENT_S):

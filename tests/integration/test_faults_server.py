@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.hostile import bounded
 from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
 from benchmarks.faults.row import Outcome, Setting
+from benchmarks.faults.syscalls import injected
 from benchmarks.harness import Report
 
 pytestmark = pytest.mark.slow
@@ -30,3 +32,18 @@ async def test_a_server_killed_again_and_again_loses_and_doubles_nothing(setting
     assert wrong(outcome) == {}
     assert int(outcome.figures["acknowledged"]) >= 3
     assert int(outcome.figures["unreachable"]) > 0
+
+
+async def test_a_server_whose_writes_fail_or_end_it_loses_and_doubles_nothing(setting: Setting) -> None:
+    outcome = await injected(setting, most=3)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert wrong(outcome) == {}
+    assert (outcome.figures["faults"], outcome.figures["not_recovered"]) == (3, 0)
+    assert outcome.figures["acknowledged"] == 12  # 3 rounds of 4 devices
+
+
+async def test_one_device_moves_the_model_by_its_bounded_norm_and_weight_and_no_further(
+    setting: Setting,
+) -> None:
+    assert await bounded(setting) == {"moved_over_bound": 1.0}

