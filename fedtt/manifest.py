@@ -121,6 +121,10 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     signature: str | None = None
 
 
+#: Made here and not at first use: two threads that make msgspec learn a type at once crash it (0.22).
+_MANIFEST = msgspec.json.Decoder(Manifest)
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """The canonical bytes of a manifest: keys in the order of the type, two spaces of indentation."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
@@ -132,7 +136,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         raise BundleError(f"{where} has {len(data)} bytes, at most {MANIFEST_LIMIT_BYTES} are read")
     check_format(data, where, "a bundle manifest")
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _MANIFEST.decode(data)
         _check(manifest, where)
     except (msgspec.DecodeError, UnicodeDecodeError, ConfigError, LayoutError) as error:
         raise BundleError(f"{where} is not a valid manifest: {error}; export it again") from None

@@ -217,6 +217,9 @@ class Problem(Message, frozen=True):
 
 M = TypeVar("M")
 
+#: msgspec (0.22) crashes where two threads make it learn a type at once, so it learns them all here.
+_LEARNT = [msgspec.msgpack.Decoder(kind) for kind in Message.__subclasses__()]
+
 
 def encode(message: Message) -> bytes:
     return msgspec.msgpack.encode(message)

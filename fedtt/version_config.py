@@ -53,12 +53,15 @@ def encode_config(config: VersionConfig) -> bytes:
     return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
 
 
+_CONFIG = msgspec.json.Decoder(VersionConfig)  #: made here, as `fedtt.manifest` says why
+
+
 def decode_config(data: bytes, where: str = CONFIG) -> VersionConfig:
     """Read the config of a version directory; raises BundleError with what is wrong."""
     if len(data) > _LIMIT_BYTES:
         raise BundleError(f"{where} has {len(data)} bytes, at most {_LIMIT_BYTES} are read")
     check_format(data, where, "a version's config")
     try:
-        return msgspec.json.decode(data, type=VersionConfig)
+        return _CONFIG.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, ConfigError, LayoutError) as error:
         raise BundleError(f"{where} does not describe a version: {error}; download it again") from None

@@ -60,6 +60,9 @@ class UpdateHeader(Struct, frozen=True, kw_only=True, array_like=True, forbid_un
     )
 
 
+_HEADER = msgspec.msgpack.Decoder(UpdateHeader)  #: made here, as `fedtt.manifest` says why
+
+
 def layout_tag(layout: FactorLayout) -> bytes:
     """The first 8 bytes of the layout's digest."""
     return bytes.fromhex(layout.digest)[:8]
@@ -107,7 +110,7 @@ def decode_update(frame: bytes, labels: int = 0) -> tuple[UpdateHeader, bytes]:
         raise WireError("an update's checksum does not match: it was damaged on its way, send it again")
     split = _PREFIX.size + head_bytes
     try:
-        header = msgspec.msgpack.decode(frame[_PREFIX.size : split], type=UpdateHeader)
+        header = _HEADER.decode(frame[_PREFIX.size : split])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"an update's header is not valid: {error}") from None
     if not np.isfinite([header.loss_first, header.loss_last]).all():

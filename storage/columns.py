@@ -63,13 +63,14 @@ class Json(TypeDecorator[Any]):
     def __init__(self, kind: Any) -> None:
         super().__init__()
         self.kind = kind
+        self._decode = msgspec.json.Decoder(kind).decode  # made here, as `fedtt.manifest` says why
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         encode = msgspec.json.encode
         return lambda value: encode(value).decode()
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str], Any]:
-        return msgspec.json.Decoder(self.kind).decode
+        return self._decode
 
 
 Parents = Annotated[

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from benchmarks.faults.devices import CHECK_IN, Device, Habits, Notes, frame_of
@@ -50,7 +50,7 @@ async def damaged(setting: Setting, *, stride: int) -> Outcome:
 
 
 async def _try_all(
-    counts: Counter[str], codec: str, working: AsyncIterator[tuple[Device, Work]], stride: int
+    counts: Counter[str], codec: str, working: AsyncGenerator[tuple[Device, Work], None], stride: int
 ) -> None:
     device, work = await anext(working)
     frame = frame_of(work.plan, NUMBERS, 7)
@@ -92,7 +92,7 @@ async def _send(counts: Counter[str], device: Device, work: Work, frame: bytes) 
     return False
 
 
-async def _working(server: ServerProcess) -> AsyncIterator[tuple[Device, Work]]:
+async def _working(server: ServerProcess) -> AsyncGenerator[tuple[Device, Work], None]:
     """New devices with a lease each."""
     for number in range(100_000):
         async with Device(number, server.url, NUMBERS, Notes(), Habits()) as device:

@@ -56,7 +56,13 @@ async def run(setting: Setting) -> Outcome:
 
 def _frame(work: Work, delta: NDArray[np.float32], payload: bytes | None = None, **header: Any) -> bytes:
     layout = head_of(NUMBERS).layout
-    plain = {"layout": layout_tag(layout), "examples": 1, "steps": 1, "loss_first": 1.0, "loss_last": 0.5}
+    plain: dict[str, Any] = {
+        "layout": layout_tag(layout),
+        "examples": 1,
+        "steps": 1,
+        "loss_first": 1.0,
+        "loss_last": 0.5,
+    }
     coded = delta.tobytes() if payload is None else payload
     return encode_update(UpdateHeader(**plain | header), coded)
 

@@ -144,8 +144,8 @@ class ServerProcess:
 def _free_ports() -> tuple[int, int]:
     """Two that are free, below those that connections come from.
 
-    A client that asks for a port in that range again and again while nobody listens there may be given the same
-    port to ask from: it then talks to itself, and the server cannot have its port back.
+    A client that asks again and again for a port in that range while nobody listens there may be given the
+    same port to ask from: it then talks to itself, and the server cannot have its port back.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
