@@ -184,11 +184,11 @@ class Coordinator:
         self, tx: Transaction, now: float, device_name: str, message: CheckIn, nonce: int | None = None
     ) -> CheckInAnswer | Problem:
         """Offer work of the first task that has a seat; the same lease again where one is still held."""
-        device = tx.device(device_name)
+        device = _known(tx, device_name)
         if device is None:
             return unknown_device()
-        if device.state is not DeviceState.ACTIVE:
-            return Retired(reason=f"this device is {device.state.value}; enrol again to take part")
+        if device.state is DeviceState.LEFT:
+            return Retired(reason="this device has left; enrol again to take part")
         if not _is_new(device, nonce):
             return replayed()
         seen = replace(
@@ -332,7 +332,9 @@ class Coordinator:
         self, tx: Transaction, device_name: str, lease_id: str, digest: str
     ) -> Admission | Receipt | Problem:
         """Look at the digest first: the same bytes get their receipt whatever has happened since."""
-        lease = tx.lease(lease_id)
+        device, lease = _known(tx, device_name), tx.lease(lease_id)
+        if device is None:
+            return unknown_device()
         if lease is None or lease.device_id != device_name:
             return unknown_lease(lease_id)
         if known := tx.update(lease_id):
@@ -342,7 +344,7 @@ class Coordinator:
         granted = promised(tx.round(lease.task_id, lease.branch, lease.round_number), "a lease's round")
         if task.state in {TaskState.STOPPED, TaskState.FINISHED}:
             return stale(f"task {task.spec.name!r} is {task.state.value}")
-        if not self._is_active(tx, device_name):
+        if device.state is DeviceState.LEFT:
             return stale("this device has left")
         if current.state is RoundState.FOLDING and task.spec.rounds.max_staleness:
             return busy("a round is being folded")
@@ -357,11 +359,6 @@ class Coordinator:
         labels = self.lifecycle.labels(tx, task)
         return Admission(task=task, lease=lease, live=granted.live, labels=labels)
 
-    @staticmethod
-    def _is_active(tx: Transaction, device_name: str) -> bool:
-        device = tx.device(device_name)
-        return device is not None and device.state is DeviceState.ACTIVE
-
     def accept(
         self,
         tx: Transaction,
@@ -372,10 +369,20 @@ class Coordinator:
         payload: bytes,
     ) -> Receipt | Problem:
         """Append a checked update to the ledger. Admission is looked at again: time may have passed."""
+        again = self.admit(tx, admission.lease.device_id, admission.lease.id, digest)
+        return self.append(tx, now, again, digest, header, payload) if isinstance(again, Admission) else again
+
+    def append(
+        self,
+        tx: Transaction,
+        now: float,
+        admission: Admission,
+        digest: str,
+        header: UpdateHeader,
+        payload: bytes,
+    ) -> Receipt:
+        """Append an update that was admitted in this very transaction."""
         lease = admission.lease
-        again = self.admit(tx, lease.device_id, lease.id, digest)
-        if not isinstance(again, Admission):
-            return again
         current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
         update = tx.add_update(
             Update(
@@ -440,6 +447,12 @@ def _is_new(device: Device, nonce: int | None) -> bool:
 
 def _newer(device: Device | None, nonce: int | None) -> int:
     return max(device.last_nonce if device else 0, nonce or 0)
+
+
+def _known(tx: Transaction, device_name: str) -> Device | None:
+    """None also where it was erased: nothing is left that could tell it from a stranger."""
+    device = tx.device(device_name)
+    return None if device is None or device.state is DeviceState.ERASED else device
 
 
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:

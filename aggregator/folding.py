@@ -6,15 +6,17 @@ Of a round that puts groups together: read the factors they have come to, and ad
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby, islice
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from aggregator.grouping import Grouping, changes_of, form_groups, hierarchical, next_period
 from aggregator.lifecycle import Fold, Lifecycle
 from aggregator.promised import promised
 from fedtt.algorithms.group_fold import GroupChange, merge_groups
-from fedtt.codec import decode_delta
+from fedtt.codec import decode_deltas
 from fedtt.errors import WireError
 from fedtt.folds import Contribution, Mean
 from fedtt.folds import Fold as UpdateFold
@@ -29,6 +31,7 @@ from storage.store import Store, Transaction
 
 __all__ = ["server_state", "sum_round"]
 
+_DECODED = 64  #: updates that are decoded together
 _WEIGHT = "weight"  #: what a version of a group says of the examples behind it
 
 
@@ -87,16 +90,20 @@ class _Round:
     def contributions(self) -> Iterator[Contribution]:
         codec, number = self.task.spec.codec, self._round.version_number
         place = (self._round.task_id, self._round.branch, self._round.number)
-        for update in self._tx.updates(*place, UpdateState.ACCEPTED):
-            self.tally.count(update)
-            contribution = Contribution(
-                delta=decode_delta(codec, self._lives[update.rank], update.payload),
-                examples=update.examples,
-                staleness=number - update.version_number,
-                rank=update.rank,
-            )
-            self.tally.weight += _weight(self.task.spec.fold, contribution)
-            yield contribution
+        updates = self._tx.updates(*place, UpdateState.ACCEPTED)
+        for rank, some in groupby(updates, key=lambda update: update.rank):
+            while few := list(islice(some, _DECODED)):
+                deltas = decode_deltas(codec, self._lives[rank], [update.payload for update in few])
+                for update, delta in zip(few, deltas, strict=True):
+                    yield self._contribution(update, delta, number - update.version_number)
+
+    def _contribution(self, update: Update, delta: NDArray[np.float32], staleness: int) -> Contribution:
+        self.tally.count(update)
+        contribution = Contribution(
+            delta=delta, examples=update.examples, staleness=staleness, rank=update.rank
+        )
+        self.tally.weight += _weight(self.task.spec.fold, contribution)
+        return contribution
 
 
 def _weight(fold: UpdateFold, contribution: Contribution) -> float:
@@ -112,7 +119,7 @@ def server_state(blobs: BlobStore, version: Version) -> ServerState | None:
 def sum_round(store: Store, blobs: BlobStore, lifecycle: Lifecycle, round_: Round) -> Fold:
     """Compute and store version n+1 of a claimed round; the same ledger gives the same bits.
 
-    Runs outside any writing transaction; where the fold is a sum it holds one update at a time. Raises
+    Runs outside any writing transaction; where the fold is a sum it holds a few updates at a time. Raises
     WireError where the sum is not finite: each update is, and one of a hostile device may still be as large
     as a float can be.
     """

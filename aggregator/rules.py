@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from fedtt.rng import Purpose, rng_for
+from fedtt.rng import Purpose, uniform_at
 from fedtt.task import RoundSpec, TaskSpec
 from storage.records import Lease, LeaseState, Round, RoundState
 
@@ -77,5 +77,5 @@ def refusal(task: TaskSpec, granted: Round, current: Round, lease: Lease) -> str
 
 def retry_after_s(spec: RoundSpec, seed: int, round_number: int, device_id: str) -> float:
     """When this device asks again: between half and one and a half of `retry_s`, so that herds disperse."""
-    rng = rng_for(seed, Purpose.BACKOFF, round_number, int(device_id[:16], 16))
-    return spec.retry_s * float(0.5 + rng.random())
+    drawn = uniform_at(seed, Purpose.BACKOFF, round_number, int(device_id[:16], 16))
+    return spec.retry_s * (0.5 + drawn)

@@ -126,6 +126,25 @@ class Service:
         self._wake.set()
         return answer
 
+    async def take(self, device_name: str, lease: str, frame: bytes) -> Receipt | Problem:
+        """Admit, check and acknowledge in one change, for a caller who has the whole frame already.
+
+        Nobody else's change goes on meanwhile: over HTTP, updates are checked outside the writer.
+        """
+        digest = hashlib.sha256(frame).hexdigest()
+
+        def change(tx: Transaction) -> Receipt | Problem:
+            admission = self.coordinator.admit(tx, device_name, lease, digest)
+            if not isinstance(admission, Admission):
+                return admission
+            layout, spec = self._layout(tx, admission), admission.task.spec
+            checked = check_update(frame, layout, admission.live, spec.codec, admission.labels)
+            if isinstance(checked, Problem):
+                return checked
+            return self.coordinator.append(tx, self.clock.now(), admission, digest, *checked)
+
+        return await self.write(change)
+
     def _layout(self, tx: Transaction, admission: Admission) -> FactorLayout:
         return self.lifecycle.adapter(tx, admission.task, admission.lease.rank).layout
 

@@ -23,12 +23,12 @@ def check_update(
     except WireError as error:
         return Problem(code=Code.MALFORMED, detail=str(error)[:500], remedy="send the stored frame unchanged")
     live_set = layout.live_set(live)
-    expected = payload_bytes(codec, live_set)
-    if header.layout != layout_tag(layout) or len(payload) != expected:
+    tag, expected = layout_tag(layout), payload_bytes(codec, live_set)
+    if header.layout != tag or len(payload) != expected:
         return Problem(
             code=Code.WRONG_LAYOUT,
             detail=f"the update is for layout {header.layout.hex()} with {len(payload)} payload bytes, "
-            f"the lease's plan needs {layout_tag(layout).hex()} with {expected}",
+            f"the lease's plan needs {tag.hex()} with {expected}",
             remedy="drop it, check in again and train by the new plan",
         )
     if header.examples < 1 or header.steps < 1:

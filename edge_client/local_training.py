@@ -7,12 +7,10 @@ from edge_client.bundle_cache import Bundles
 from edge_client.examples import Examples
 from edge_client.journal import residual_key
 from edge_client.trainer import LocalUpdate, Trainer, TrainingRequest, trained_adapter
-from edge_client.version_cache import VersionCache
-from fedtt.codec.difference import decode_difference
+from edge_client.version_cache import Held, VersionCache
 from fedtt.errors import BundleError, Refused, Unreachable, WireError
 from fedtt.messages import Code, Plan
 from fedtt.seams import Transport
-from fedtt.wire import version_digest
 
 __all__ = ["LocalTraining"]
 
@@ -53,17 +51,16 @@ class LocalTraining:
         layout = trained_adapter(plan, bundle.manifest).layout
         key, size_bytes = residual_key(plan.task, layout.digest), 4 * layout.size
         held = self._versions.get(key, size_bytes)
-        name = version_digest(held) if held is not None else None
-        if held is not None and name == plan.version:
-            return held
-        body = await self._transport.version(plan.version, size_bytes, name)
-        version = body.data
-        if body.difference and held is not None:
-            rebuilt = _rebuilt(held, body.data, plan.version)
-            version = rebuilt or (await self._transport.version(plan.version, size_bytes)).data
-        if version_digest(version) != plan.version:
+        if held is not None and held.sha256 == plan.version:
+            return held.data
+        body = await self._transport.version(plan.version, size_bytes, held.sha256 if held else None)
+        version = self._versions.unpack(body, held, plan.version)
+        if version is None and body.difference:
+            body = await self._transport.version(plan.version, size_bytes)
+            version = self._versions.unpack(body, None, plan.version)
+        if version is None:
             raise BundleError(f"version {plan.version[:12]}… does not match its sha256")
-        self._versions.put(key, version)
+        self._versions.put(key, Held(plan.version, version))
         return version
 
     async def run(self, plan: Plan, bundle: Bundle, version: bytes, residual: bytes) -> LocalUpdate:
@@ -78,12 +75,3 @@ class LocalTraining:
                 residual=residual,
             )
         )
-
-
-def _rebuilt(held: bytes, difference: bytes, sha256: str) -> bytes | None:
-    """The version of this sha256; None where the difference does not give it."""
-    try:
-        version = decode_difference(held, difference)
-    except WireError:
-        return None
-    return version if version_digest(version) == sha256 else None

@@ -7,7 +7,7 @@ that names them. Binary parts (updates, versions, bundle files) travel as bodies
 from __future__ import annotations
 
 import hashlib
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -145,7 +145,7 @@ class Failure(Message, frozen=True):
     detail: Text = ""
 
 
-class UpdateState(Enum):
+class UpdateState(StrEnum):
     """Where an acknowledged update stands; all but ACCEPTED are terminal."""
 
     ACCEPTED = "accepted"  #: durable, not yet folded

@@ -15,6 +15,7 @@ A version is theta itself, little-endian float32; its name is the sha256 of thos
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import zlib
 from typing import Annotated
@@ -113,7 +114,7 @@ def decode_update(frame: bytes, labels: int = 0) -> tuple[UpdateHeader, bytes]:
         header = _HEADER.decode(frame[_PREFIX.size : split])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"an update's header is not valid: {error}") from None
-    if not np.isfinite([header.loss_first, header.loss_last]).all():
+    if not (math.isfinite(header.loss_first) and math.isfinite(header.loss_last)):
         raise WireError("an update's losses are not finite")
     if header.label_counts:
         decode_label_counts(header.label_counts, labels)

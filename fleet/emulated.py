@@ -8,10 +8,11 @@ from aggregator.inline import Aside, at_once
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.journal import Journal, Leased
 from edge_client.trainer import LocalUpdate, TrainingRequest, trained_adapter
+from edge_client.version_cache import Held, unpacked
 from fedtt.errors import BundleError, RuntimeFailure
 from fedtt.messages import Plan
 from fedtt.rng import Purpose, rng_for
-from fedtt.seams import Clock, Transport
+from fedtt.seams import Clock, Transport, VersionBody
 from fedtt.work import work_share
 from fleet.link import Link
 from fleet.pool import Pool
@@ -60,28 +61,34 @@ class SharedVersions:
 
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
-        self._kept: dict[int, bytes] = {}
-        self._numbers: dict[bytes, int] = {}
-        self._held: dict[int, tuple[str, int]] = {}  #: device -> what it is of, and its number
-        self._count = 0
+        self._kept: dict[tuple[str, str], Held] = {}  #: what it is of, and its sha256
+        self._held: dict[int, tuple[str, str]] = {}  #: device -> the same
+        self._unpacked: dict[tuple[VersionBody, Held | None, str], bytes | None] = {}
 
     def of(self, index: int) -> _DeviceVersions:
         return _DeviceVersions(self, index)
 
-    def get(self, index: int, key: str, size_bytes: int) -> bytes | None:
-        held_key, number = self._held.get(index, ("", 0))
-        data = self._kept.get(number) if held_key == key else None
-        return data if data is not None and len(data) == size_bytes else None
+    def get(self, index: int, key: str, size_bytes: int) -> Held | None:
+        name = self._held.get(index)
+        found = self._kept.get(name) if name and name[0] == key else None
+        return found if found is not None and len(found.data) == size_bytes else None
 
-    def put(self, index: int, key: str, data: bytes) -> None:
-        number = self._numbers.get(data)
-        if number is None:
-            number = self._count = self._count + 1
-            self._kept[number], self._numbers[data] = data, number
+    def put(self, index: int, key: str, version: Held) -> None:
+        name = (key, version.sha256)
+        if name not in self._kept:
+            self._kept[name] = version
             if len(self._kept) > self._limit:
-                oldest = next(iter(self._kept))
-                del self._numbers[self._kept.pop(oldest)]
-        self._held[index] = (key, number)
+                del self._kept[next(iter(self._kept))]
+        self._held[index] = name
+
+    def unpack(self, body: VersionBody, held: Held | None, sha256: str) -> bytes | None:
+        """The same bytes come to the same version, on whichever device."""
+        work = (body, held, sha256)
+        if work not in self._unpacked:
+            while len(self._unpacked) >= self._limit:
+                del self._unpacked[next(iter(self._unpacked))]
+            self._unpacked[work] = unpacked(body, held, sha256)
+        return self._unpacked[work]
 
 
 class _DeviceVersions:
@@ -89,12 +96,13 @@ class _DeviceVersions:
 
     def __init__(self, shared: SharedVersions, index: int) -> None:
         self._shared, self._index = shared, index
+        self.unpack = shared.unpack
 
-    def get(self, key: str, size_bytes: int) -> bytes | None:
+    def get(self, key: str, size_bytes: int) -> Held | None:
         return self._shared.get(self._index, key, size_bytes)
 
-    def put(self, key: str, data: bytes) -> None:
-        self._shared.put(self._index, key, data)
+    def put(self, key: str, version: Held) -> None:
+        self._shared.put(self._index, key, version)
 
 
 class EmulatedTrainer:

@@ -24,7 +24,7 @@ from edge_client.device import Device, DeviceConfig
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased
 from fedtt.errors import FedttError
-from fedtt.rng import Purpose, rng_for
+from fedtt.rng import Purpose, rng_for, uniform_at
 from fedtt.seams import Clock, Transport
 from fleet.availability import Always, Availability
 from fleet.emulated import EmulatedTrainer, SharedBundle, SharedVersions, Vanished
@@ -283,8 +283,8 @@ class Fleet:
         every_s = self.settings.visit_every_s
         if every_s is None:
             return now + step.pause_s
-        rng = rng_for(self.settings.seed, Purpose.ARRIVALS, int(1000 * now), index)
-        return now + max(step.pause_s, every_s * (0.5 + rng.random()))
+        drawn = uniform_at(self.settings.seed, Purpose.ARRIVALS, int(1000 * now), index)
+        return now + max(step.pause_s, every_s * (0.5 + drawn))
 
     def _observe(self, index: int, event: events.Event, participation: Participation, link: Link) -> None:
         participation.observe(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
@@ -44,7 +43,7 @@ class InProcess:
         return _checked(await self._service.enroll(message))
 
     async def check_in(self, message: CheckIn) -> CheckInAnswer:
-        answer = await self._service.check_in(await self._known(), message)
+        answer = await self._service.check_in(self._device, message)
         if isinstance(answer, Problem):
             raise Refused(answer)
         return answer
@@ -73,11 +72,7 @@ class InProcess:
         return body
 
     async def upload(self, lease: str, frame: bytes) -> Receipt:
-        digest = hashlib.sha256(frame).hexdigest()
-        admitted = await self._service.admit(await self._known(), lease, digest)
-        if not isinstance(admitted, tuple):
-            return _checked(admitted)
-        receipt = _checked(await self._service.upload(admitted[0], frame))
+        receipt = _checked(await self._service.take(self._device, lease, frame))
         if self._settle is None:
             await self._service.tick()
         else:

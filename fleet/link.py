@@ -61,11 +61,11 @@ class Link:
 
     async def enroll(self, message: Enroll) -> Enrolled:
         await self._up(len(encode(message)))
-        return await self._message(self._inner.enroll(message))
+        return self._answered(await self._inner.enroll(message))
 
     async def check_in(self, message: CheckIn) -> CheckInAnswer:
         await self._up(len(encode(message)))
-        return await self._message(self._inner.check_in(message))
+        return self._answered(await self._inner.check_in(message))
 
     async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
         self._ask()
@@ -86,11 +86,11 @@ class Link:
 
     async def upload(self, lease: str, frame: bytes) -> Receipt:
         await self._up(len(frame))
-        return await self._message(self._inner.upload(lease, frame))
+        return self._answered(await self._inner.upload(lease, frame))
 
     async def receipt(self, lease: str) -> Receipt:
         self._ask()
-        return await self._message(self._inner.receipt(lease))
+        return self._answered(await self._inner.receipt(lease))
 
     async def fail(self, lease: str, failure: Failure) -> None:
         await self._up(len(encode(failure)))
@@ -103,14 +103,13 @@ class Link:
     async def close(self) -> None:
         await self._inner.close()
 
-    async def _message(self, answer: Awaitable[M]) -> M:
-        found = await answer
-        self._down(len(encode(found)))
-        return found
+    def _answered(self, answer: M) -> M:
+        self._down(len(encode(answer)))
+        return answer
 
-    async def _up(self, size_bytes: int) -> None:
+    def _up(self, size_bytes: int) -> Awaitable[None]:
         self.sent_bytes += size_bytes
-        await self._clock.sleep(self._profile.up_s(size_bytes) + self._profile.latency_s)
+        return self._clock.sleep(self._profile.up_s(size_bytes) + self._profile.latency_s)
 
     def _ask(self) -> None:
         """A request without a body, for something that is the same whenever it is asked for."""

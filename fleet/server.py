@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aggregator.admin import open_task
@@ -49,7 +49,7 @@ class FleetServer:
     ) -> None:
         """Open the task; raises FedttError where the bundle cannot serve it."""
         self.service = Service(store, blobs, time, inline=True)
-        self.service.coordinator = Coordinator(self.service.lifecycle, _lease_ids(seed))
+        self.service.coordinator = Coordinator(self.service.lifecycle, _lease_ids(seed).__next__)
         self._time, self._shelf = time, Shelf()
         self._settling, self._on_version = False, on_version
         self._arrived, self._enough = 0, spec.rounds.closes_at  #: updates since the last version
@@ -120,6 +120,8 @@ class FleetServer:
             return promised(tx.latest_version(self.task.id, MAIN), "a version of the fleet's task")
 
 
-def _lease_ids(seed: int) -> Callable[[], str]:
+def _lease_ids(seed: int) -> Iterator[str]:
     draw = rng_for(seed, Purpose.LEASES).bytes
-    return lambda: draw(16).hex()
+    while True:
+        many = draw(16 * 256)
+        yield from (many[start : start + 16].hex() for start in range(0, len(many), 16))

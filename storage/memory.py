@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from heapq import heappop, heappush, nlargest
+from heapq import heapify, heappop, heappush, nlargest
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -40,7 +39,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 RoundKey = tuple[int, str, int]
 BranchKey = tuple[int, str]
-_NOTHING: Counter[UpdateState] = Counter()  #: moved by a transaction that reads
+_ABSENT: Any = object()  #: stands for no value in a log of reversals
 
 
 class MemoryStore:
@@ -96,7 +95,7 @@ class _Tables:
         self.updates: dict[str, Update] = {}
         self.updates_in: dict[RoundKey, dict[str, None]] = {}  #: round -> lease ids, in ledger order
         self.update_counts: dict[RoundKey, dict[UpdateState, int]] = {}
-        self.sequence = [0]  #: of the newest update
+        self.sequence: dict[str, int] = {}  #: of the newest update
         self.oldest_kept: dict[BranchKey, int] = {}  #: the first round whose leases and updates are there
 
     def forget_rounds(self, keep: int) -> None:
@@ -117,6 +116,12 @@ class _Tables:
                 del self.leases_by[device]
         self.lease_counts.pop(key, None)
         self.update_counts.pop(key, None)
+        self.expiries = [entry for entry in self.expiries if self._may_expire(entry[1])]
+        heapify(self.expiries)
+
+    def _may_expire(self, name: str) -> bool:
+        lease = self.leases.get(name)
+        return lease is not None and lease.state is LeaseState.ACTIVE
 
 
 def _round_key(row: Lease | Update) -> RoundKey:
@@ -126,10 +131,13 @@ def _round_key(row: Lease | Update) -> RoundKey:
 class _MemoryTransaction:
     """A transaction and the block it lasts for: an emulated fleet opens many for each device."""
 
+    __slots__ = ("_expired", "_lock", "_readonly", "_t", "_undo_log", "moved")
+
     def __init__(self, lock: threading.Lock, tables: _Tables, *, readonly: bool = False) -> None:
         self._lock, self._t, self._readonly = lock, tables, readonly
-        self.undo_log: list[Callable[[], object]] = []
-        self.moved: Counter[UpdateState] = _NOTHING if readonly else Counter()
+        self._undo_log: list[tuple[Any, Any, Any]] = []  #: table, key and what it had
+        self._expired: list[tuple[float, str]] = []  #: entries taken from the heap
+        self.moved: dict[UpdateState, int] = {}
 
     def __enter__(self) -> Self:
         self._lock.acquire()
@@ -139,25 +147,31 @@ class _MemoryTransaction:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self.undo_log and (kind is not None or self._readonly):
-                for undo in reversed(self.undo_log):
-                    undo()
+            if self._undo_log and (kind is not None or self._readonly):
+                self._undo()
                 if kind is None:
                     raise StorageError("a reading transaction wrote; this is a bug in the caller")
         finally:
             self._lock.release()
 
+    def _undo(self) -> None:
+        for table, key, before in reversed(self._undo_log):
+            if before is _ABSENT:
+                del table[key]
+            else:
+                table[key] = before
+        for entry in self._expired:
+            heappush(self._t.expiries, entry)
+
     def _put(self, table: dict[K, V], key: K, value: V) -> None:
-        if key in table:
-            self.undo_log.append(partial(table.__setitem__, key, table[key]))
-        else:
-            self.undo_log.append(partial(table.pop, key))
+        self._undo_log.append((table, key, table.get(key, _ABSENT)))
         table[key] = value
 
-    def _change(self, counts: dict[K, dict[V, int]], key: K, state: V, by: int) -> None:
+    def _count(self, counts: dict[K, dict[V, int]], key: K, state: V, by: int) -> None:
         of_key = counts.setdefault(key, {})
-        of_key[state] = of_key.get(state, 0) + by
-        self.undo_log.append(partial(_add, of_key, state, -by))
+        before = of_key.get(state, 0)
+        self._undo_log.append((of_key, state, before))
+        of_key[state] = before + by
 
     def put_token(self, token: Token) -> None:
         self._put(self._t.tokens, token.sha256, token)
@@ -345,8 +359,8 @@ class _MemoryTransaction:
             self._put(self._t.leases_in.setdefault(key, {}), lease.device_id, lease.id)
             self._put(self._t.leases_by.setdefault(lease.device_id, {}), lease.id, None)
         else:
-            self._change(self._t.lease_counts, _round_key(before), before.state, -1)
-        self._change(self._t.lease_counts, key, lease.state, 1)
+            self._count(self._t.lease_counts, _round_key(before), before.state, -1)
+        self._count(self._t.lease_counts, key, lease.state, 1)
         if lease.state is LeaseState.ACTIVE:
             heappush(self._t.expiries, (lease.expires_at, lease.id))
 
@@ -369,7 +383,7 @@ class _MemoryTransaction:
         due, expired = self._t.expiries, 0
         while due and due[0][0] <= now:
             entry = heappop(due)
-            self.undo_log.append(partial(heappush, due, entry))
+            self._expired.append(entry)
             lease = self._t.leases.get(entry[1])
             if lease is not None and lease.state is LeaseState.ACTIVE and lease.expires_at <= now:
                 self.put_lease(msgspec.structs.replace(lease, state=LeaseState.EXPIRED))
@@ -379,14 +393,13 @@ class _MemoryTransaction:
     def add_update(self, update: Update) -> Update:
         if update.lease_id in self._t.updates:
             raise StorageError(f"lease {update.lease_id} has an update already")
-        self._t.sequence[0] += 1
-        self.undo_log.append(partial(_add_at, self._t.sequence, -1))
-        update = msgspec.structs.replace(update, sequence=self._t.sequence[0])
-        key = _round_key(update)
+        sequence = 1 + self._t.sequence.get("newest", 0)
+        self._put(self._t.sequence, "newest", sequence)
+        update, key = msgspec.structs.replace(update, sequence=sequence), _round_key(update)
         self._put(self._t.updates, update.lease_id, update)
         self._put(self._t.updates_in.setdefault(key, {}), update.lease_id, None)
-        self._change(self._t.update_counts, key, update.state, 1)
-        self.moved[update.state] += 1
+        self._count(self._t.update_counts, key, update.state, 1)
+        self._moved(update.state, 1)
         return update
 
     def update(self, lease_id: str) -> Update | None:
@@ -411,24 +424,25 @@ class _MemoryTransaction:
         reason: str = "",
         folded_into: int | None = None,
     ) -> int:
-        moved = 0
+        changes: dict[str, Any] = {"state": state, "reason": reason, "folded_into": folded_into}
+        moved: Counter[RoundKey] = Counter()
         for lease_id in updates:
             row = self._t.updates.get(lease_id)
             if row is None or row.state is not UpdateState.ACCEPTED:
                 continue
-            changes: dict[str, Any] = {"state": state, "reason": reason, "folded_into": folded_into}
             settled = msgspec.structs.replace(row, payload=b"", **changes)
             owner = self._t.devices.get(row.device_id)
-            self._put(
-                self._t.updates,
-                lease_id,
-                _forgotten(settled) if owner and owner.state is DeviceState.ERASED else settled,
-            )
-            self._change(self._t.update_counts, _round_key(row), row.state, -1)
-            self._change(self._t.update_counts, _round_key(row), state, 1)
-            moved += 1
-        self.moved[state] += moved
-        return moved
+            is_erased = owner is not None and owner.state is DeviceState.ERASED
+            self._put(self._t.updates, lease_id, _forgotten(settled) if is_erased else settled)
+            moved[_round_key(row)] += 1
+        for key, count in moved.items():
+            self._count(self._t.update_counts, key, UpdateState.ACCEPTED, -count)
+            self._count(self._t.update_counts, key, state, count)
+        self._moved(state, moved.total())
+        return moved.total()
+
+    def _moved(self, state: UpdateState, count: int) -> None:
+        self.moved[state] = self.moved.get(state, 0) + count
 
     def forget_settled(self, device_id: str) -> int:
         rows = [u for u in self._t.updates.values() if u.device_id == device_id]
@@ -452,11 +466,3 @@ def _candidate(device: Device, part: Participation | None) -> Candidate:
         last_loss=part.last_loss if part else None,
         duration_s=part.duration_s if part else None,
     )
-
-
-def _add(counts: dict[V, int], state: V, by: int) -> None:
-    counts[state] += by
-
-
-def _add_at(counts: list[int], by: int) -> None:
-    counts[0] += by

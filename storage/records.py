@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from msgspec import Struct
 
@@ -47,33 +47,33 @@ def rank_branch(rank: int) -> str:
     return f"rank-{rank}"
 
 
-class DeviceState(Enum):
+class DeviceState(StrEnum):
     ACTIVE = "active"  #: enrolled and welcome
     LEFT = "left"  #: its owner took it out; it may enrol again
     ERASED = "erased"  #: key, client and all counts and losses are gone; name, times and receipts stay
 
 
-class TaskState(Enum):
+class TaskState(StrEnum):
     ACTIVE = "active"  #: rounds are open and leases are given
     PAUSED = "paused"  #: no new leases; updates under old ones are still taken
     STOPPED = "stopped"  #: ended by an operator
     FINISHED = "finished"  #: all rounds are folded
 
 
-class VersionState(Enum):
+class VersionState(StrEnum):
     CANDIDATE = "candidate"  #: published, not yet judged
     RELEASED = "released"  #: devices train from it
     HELD = "held"  #: judged worse than allowed; nothing folds onto it
 
 
-class RoundState(Enum):
+class RoundState(StrEnum):
     OPEN = "open"  #: leases are given and updates taken
     FOLDING = "folding"  #: its accepted updates are fixed and being summed
     FOLDED = "folded"  #: its updates are part of a version
     ABANDONED = "abandoned"  #: too few updates by the deadline, or the task ended
 
 
-class LeaseState(Enum):
+class LeaseState(StrEnum):
     ACTIVE = "active"  #: the device is at work
     UPLOADED = "uploaded"  #: an update was acknowledged under it
     FAILED = "failed"  #: the device gave it back, asked for another where it may hold one, or left
@@ -104,7 +104,7 @@ class Device(Struct, frozen=True, kw_only=True):
     revoked_at: float | None = None  #: when an operator took its key out for good
 
 
-class Role(Enum):
+class Role(StrEnum):
     """What whoever holds an admin token may do; each may do all that those before it may."""
 
     VIEWER = "viewer"  #: look at everything

@@ -7,7 +7,6 @@ writer thread and groups many requests into one commit.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -37,7 +36,10 @@ __all__ = ["Store", "Transaction"]
 class Transaction(Protocol):
     """Reads and writes that happen together or not at all. `put_` inserts or replaces by key."""
 
-    moved: Counter[UpdateState]  #: how many updates it has brought into each state
+    @property
+    def moved(self) -> Mapping[UpdateState, int]:
+        """How many updates it has brought into each state; those into which it has brought none may lack."""
+        ...
 
     # enrolment
     def put_token(self, token: Token) -> None: ...

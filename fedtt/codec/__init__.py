@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from fedtt.codec import quantise
 from fedtt.errors import ConfigError, LayoutError, WireError
 from fedtt.layout import LiveSet
 
-__all__ = ["CodecSpec", "compensate", "decode_delta", "encode_delta", "payload_bytes"]
+__all__ = ["CodecSpec", "compensate", "decode_delta", "decode_deltas", "encode_delta", "payload_bytes"]
 
 Delta = NDArray[np.float32]
 
@@ -45,7 +46,13 @@ class CodecSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def payload_bytes(codec: CodecSpec, live: LiveSet) -> int:
     """The exact size of every payload of this codec and live set, known before a byte is read."""
-    return sum(quantise.encoded_bytes(codec.bits, size) for size in live.sizes)
+    bits = codec.bits
+    return sum([quantise.encoded_bytes(bits, size) for size in _pieces(bits, live)])
+
+
+def _pieces(bits: int, live: LiveSet) -> tuple[int, ...]:
+    """Sizes of what is coded by itself: each factor, with its own scale; without scales all are one."""
+    return (live.size,) if bits == quantise.PLAIN else live.sizes
 
 
 def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.Generator) -> bytes:
@@ -59,7 +66,7 @@ def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.G
         raise WireError("the delta is not finite: training diverged; lower the learning rate")
     noise = rng if codec.rounding == "stochastic" else None
     parts, start = [], 0
-    for size in live.sizes:
+    for size in _pieces(codec.bits, live):
         parts.append(quantise.encode(codec.bits, delta[start : start + size], noise))
         start += size
     return b"".join(parts)
@@ -67,18 +74,26 @@ def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.G
 
 def decode_delta(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
     """The inverse, (live.size,) float32; total over all bytes: a value or a WireError."""
-    expected = payload_bytes(codec, live)
-    if len(payload) != expected:
-        raise WireError(f"the payload has {len(payload)} bytes, this layout and codec need {expected}")
-    parts, start = [], 0
-    for size in live.sizes:
-        end = start + quantise.encoded_bytes(codec.bits, size)
-        parts.append(quantise.decode(codec.bits, payload[start:end], size))
-        start = end
-    delta = np.concatenate(parts)
-    if not np.isfinite(delta).all():
-        raise WireError("the update holds NaN or infinite factors")
+    delta: Delta = decode_deltas(codec, live, (payload,))[0]
     return delta
+
+
+def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> Delta:
+    """Those of several updates, (n, live.size); a WireError where any of them is not sound."""
+    expected, bits = payload_bytes(codec, live), codec.bits
+    for payload in payloads:
+        if len(payload) != expected:
+            raise WireError(f"the payload has {len(payload)} bytes, this layout and codec need {expected}")
+    rows = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), expected)
+    parts, start = [], 0
+    for size in _pieces(bits, live):
+        end = start + quantise.encoded_bytes(bits, size)
+        parts.append(quantise.decode(bits, rows[:, start:end], size))
+        start = end
+    deltas = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    if not np.isfinite(deltas).all():
+        raise WireError("the update holds NaN or infinite factors")
+    return deltas
 
 
 def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -> tuple[bytes, Delta]:

@@ -18,6 +18,7 @@ from fedtt.errors import WireError
 
 __all__ = ["decode", "encode", "encoded_bytes"]
 
+PLAIN = 32  #: bits, without a scale
 _SCALE_BYTES = 2
 
 Factor = NDArray[np.float32]
@@ -25,12 +26,12 @@ Factor = NDArray[np.float32]
 
 def encoded_bytes(bits: int, size: int) -> int:
     """Bytes of one factor of `size` numbers."""
-    return 4 * size if bits == 32 else _SCALE_BYTES + (size * bits + 7) // 8
+    return 4 * size if bits == PLAIN else _SCALE_BYTES + (size * bits + 7) // 8
 
 
 def encode(bits: int, x: Factor, noise: np.random.Generator | None) -> bytes:
     """x: (size,). Rounds to nearest, or with `noise` up or down so that the mean is x."""
-    if bits == 32:
+    if bits == PLAIN:
         return x.astype("<f4").tobytes()
     levels = 2 ** (bits - 1) - 1
     scale, scale_bytes = _scale_up(float(np.abs(x).max(initial=0.0)) / levels)
@@ -40,14 +41,18 @@ def encode(bits: int, x: Factor, noise: np.random.Generator | None) -> bytes:
     return scale_bytes + (q.tobytes() if bits == 8 else _pack_nibbles(q))
 
 
-def decode(bits: int, data: bytes, size: int) -> Factor:
-    """The inverse: (size,) float32, possibly not finite; raises WireError for non-canonical integers."""
-    if bits == 32:
-        return np.frombuffer(data, "<f4").astype(np.float32)
-    scale = np.frombuffer(b"\0\0" + data[:_SCALE_BYTES], "<f4").astype(np.float32)
-    if np.signbit(scale[0]):
+def decode(bits: int, rows: NDArray[np.uint8], size: int) -> Factor:
+    """The inverse, of n factors of one size, (n, encoded_bytes): (n, size) float32, possibly not finite.
+
+    Raises WireError where integers of any of them are not canonical.
+    """
+    if bits == PLAIN:
+        return rows.view("<f4").astype(np.float32, copy=False)
+    scales = np.ascontiguousarray(rows[:, :_SCALE_BYTES]).view("<u2").astype(np.uint32) << 16
+    scale = scales.view(np.float32)  # (n, 1)
+    if np.signbit(scale).any():
         raise WireError("the payload's scale is negative")
-    body = np.frombuffer(data, np.int8, offset=_SCALE_BYTES)
+    body = rows[:, _SCALE_BYTES:].view(np.int8)
     q = body if bits == 8 else _unpack_nibbles(body, size)
     if q.size and q.min() == -(2 ** (bits - 1)):
         raise WireError(f"the payload holds {-(2 ** (bits - 1))}, which {bits}-bit values never take")
@@ -73,7 +78,7 @@ def _pack_nibbles(q: NDArray[np.int8]) -> bytes:
 
 def _unpack_nibbles(body: NDArray[np.int8], size: int) -> NDArray[np.int8]:
     low = (body << 4).astype(np.int8) >> 4
-    values = np.stack([low, body >> 4], axis=1).reshape(-1)
-    if values.size > size and values[-1]:
+    values = np.stack([low, body >> 4], axis=2).reshape(len(body), -1)
+    if values[:, size:].any():
         raise WireError("the payload's padding is not zero")
-    return values[:size]
+    return values[:, :size]

@@ -147,7 +147,7 @@ def _answers(store: Store, changes: list[Step], fails: bool) -> list[Any]:
                 answers.append(change(tx))
             except StorageError as error:
                 answers.append(str(error))
-        answers.append({state: tx.moved[state] for state in UpdateState})
+        answers.append({state: tx.moved.get(state, 0) for state in UpdateState})
         if fails:
             raise Undone
     return answers

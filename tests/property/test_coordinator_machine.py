@@ -9,7 +9,7 @@ from tests.property.machine import CoordinatorMachine
 
 
 class MemoryMachine(CoordinatorMachine):
-    make_store = MemoryStore
+    make_store = staticmethod(MemoryStore)
 
 
 TestCoordinatorOverMemory = MemoryMachine.TestCase

@@ -326,7 +326,7 @@ def test_an_erased_device_leaves_no_key_and_no_update_behind() -> None:
     assert update is not None
     assert (row.public_key, row.client, update.payload) == (b"", "", b"")
     assert update.state is UpdateState.DISCARDED
-    assert isinstance(server.check_in(device), Retired)
+    assert code_of(server.check_in(device)) is Code.UNKNOWN_DEVICE
 
 
 def test_an_erased_device_leaves_no_count_and_no_loss_behind_whether_folded_before_or_after() -> None:

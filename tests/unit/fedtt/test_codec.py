@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedtt.codec import CodecSpec, compensate, decode_delta, encode_delta, payload_bytes
+from fedtt.codec import CodecSpec, compensate, decode_delta, decode_deltas, encode_delta, payload_bytes
 from fedtt.errors import ConfigError, LayoutError, WireError
 from fedtt.layout import Factor, FactorLayout, LiveSet
 
@@ -234,3 +234,20 @@ def test_golden_payloads() -> None:
     # 1/7 = 0.142857, the bfloat16 above it is 0x3e13 = 0.143555: 3.48, -1.74 and 6.97 steps: 3, -2 = 0xe, 7
     assert encode_delta(INT4, live, delta, rng).hex(" ") == "13 3e e3 07"
     assert encode_delta(FP32, live, delta, rng).hex(" ", 4) == "0000003f 000080be 0000803f"
+
+
+@pytest.mark.parametrize("codec", EVERY)
+def test_several_updates_decode_together_to_what_each_decodes_to(codec: CodecSpec) -> None:
+    moved = np.random.default_rng(3).standard_normal((5, 16), np.float32)
+    payloads = [encode(codec, delta, seed) for seed, delta in enumerate(moved)]
+    each = np.stack([decode_delta(codec, LIVE, payload) for payload in payloads])
+    np.testing.assert_array_equal(decode_deltas(codec, LIVE, payloads), each)
+
+
+@pytest.mark.parametrize("codec", EVERY)
+def test_one_unsound_update_among_several_is_refused(codec: CodecSpec) -> None:
+    sound = encode(codec, np.ones(16, np.float32))
+    infinite = b"\xff\x7f" + sound[2:] if codec.bits < 32 else b"\0\0\x80\x7f" + sound[4:]
+    for unsound in (sound[:-1], infinite):
+        with pytest.raises(WireError):
+            decode_deltas(codec, LIVE, [sound, unsound])

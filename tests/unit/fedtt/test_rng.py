@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from fedtt.rng import Purpose, rng_for
+from fedtt.rng import Purpose, rng_for, uniform_at
 
 _WORD = 2**64
+GOLDEN_DRAWS = [0.8721971213125475, 0.08159765285834197]
 Words = tuple[int, int, int, int]
 
 
@@ -88,3 +89,18 @@ def test_addresses_wrap_at_64_bits() -> None:
 
 def test_no_two_purposes_share_a_number() -> None:
     assert len({int(purpose) for purpose in Purpose.__members__.values()}) == len(Purpose.__members__)
+
+
+def test_golden_numbers_of_single_draws() -> None:
+    found = [uniform_at(0, Purpose.BACKOFF), uniform_at(2**53, Purpose.ARRIVALS, 12, 2**64 - 1)]
+    assert found == GOLDEN_DRAWS
+
+
+def test_single_draws_are_uniform_and_differ_with_every_part_of_the_address() -> None:
+    parts = list(itertools.product((0, 1), (Purpose.BACKOFF, Purpose.ARRIVALS), range(25), range(100)))
+    drawn = np.sort([uniform_at(*address) for address in parts])
+    assert len(set(drawn)) == len(parts)
+    assert drawn[0] >= 0
+    assert drawn[-1] < 1
+    # Kolmogorov-Smirnov at n = 10,000: 1.95/√n is passed by one uniform sample in a thousand
+    assert np.abs(drawn - (np.arange(len(parts)) + 0.5) / len(parts)).max() < 1.95 / len(parts) ** 0.5
