@@ -8,7 +8,7 @@ transactions loses nothing, and any number of coordinators may share one store.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -62,7 +62,7 @@ from storage.records import (
 )
 from storage.store import Transaction
 
-__all__ = ["NO_TASK", "Admission", "Coordinator"]
+__all__ = ["NO_TASK", "Admission", "Coordinator", "Upload"]
 
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active
@@ -75,11 +75,22 @@ class Admission(Struct, frozen=True, kw_only=True):
 
     task: Task
     lease: Lease
+    layout: FactorLayout  #: of its lease's rank
     live: tuple[int, ...]
     labels: int = 0  #: of which it may bring counts
 
-    def live_set(self, layout: FactorLayout) -> LiveSet:
-        return layout.live_set(self.live)
+    @property
+    def live_set(self) -> LiveSet:
+        return self.layout.live_set(self.live)
+
+
+class Upload(Struct, frozen=True, kw_only=True):
+    """An admitted update whose content is sound."""
+
+    admission: Admission
+    digest: str
+    header: UpdateHeader
+    payload: bytes
 
 
 class Coordinator:
@@ -357,7 +368,8 @@ class Coordinator:
         if why := rules.refusal(task.spec, granted, current, lease):
             return stale(why)
         labels = self.lifecycle.labels(tx, task)
-        return Admission(task=task, lease=lease, live=granted.live, labels=labels)
+        layout = self.lifecycle.adapter(tx, task, lease.rank).layout
+        return Admission(task=task, lease=lease, layout=layout, live=granted.live, labels=labels)
 
     def accept(
         self,
@@ -422,6 +434,14 @@ class Coordinator:
         if current.deadline_at is None:
             tx.put_round(replace(current, deadline_at=now + admission.task.spec.rounds.deadline_s))
         return receipt_of(update)
+
+    def accept_all(self, tx: Transaction, now: float, uploads: Sequence[Upload]) -> list[Receipt | Problem]:
+        """Append many, each as `accept` does."""
+        with tx.together([upload.admission.lease.id for upload in uploads]):
+            return [
+                self.accept(tx, now, upload.admission, upload.digest, upload.header, upload.payload)
+                for upload in uploads
+            ]
 
     def receipt(self, tx: Transaction, device_name: str, lease_id: str) -> Receipt | Problem:
         """What has become of an acknowledged update."""

@@ -63,9 +63,12 @@ async def check_in(request: web.Request) -> web.Response:
 
 
 async def upload(request: web.Request) -> web.Response:
-    claim = await _sender(request)
+    """Who sends it and whether it may come is one look at the store, for this call comes in crowds."""
     service, lease = request.app[SERVICE], request.match_info["lease"]
-    admitted = await service.admit(claim.device, lease, hex_digest(claim.digest))
+    claim, signature = _claim(request)
+    device, admitted = await service.knock(claim.device, lease, hex_digest(claim.digest))
+    if problem := verify(claim, signature, device, service.clock.now()):
+        raise ProblemError(problem)
     if not isinstance(admitted, tuple):
         return answer(checked(admitted))
     admission, limit_bytes = admitted

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
 from storage.store import Store, Transaction
 
-__all__ = ["Aside", "InlineWriter", "at_once"]
+__all__ = ["Aside", "InlineReader", "InlineWriter", "at_once"]
 
 P = ParamSpec("P")
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -39,6 +40,11 @@ class InlineWriter:
 
     run = request
 
+    async def request_together(self, change_all: Callable[[Transaction, Sequence[A]], list[T]], item: A) -> T:
+        with self._store.transaction() as tx:
+            (outcome,) = change_all(tx, [item])
+            return outcome
+
     async def maintain(self) -> bool:
         return self._store.maintain()
 
@@ -47,3 +53,15 @@ class InlineWriter:
 
     async def stop(self) -> None:
         """And nothing that waits."""
+
+
+class InlineReader(Generic[A, T]):
+    """What `aggregator.reader.Reader` does, with a look for each question."""
+
+    def __init__(self, store: Store, look: Callable[[Transaction, Sequence[A]], list[T]]) -> None:
+        self._store, self._look = store, look
+
+    async def ask(self, question: A) -> T:
+        with self._store.reading() as tx:
+            (answer,) = self._look(tx, [question])
+            return answer

@@ -7,22 +7,22 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from aggregator.auth import token_sha256
-from aggregator.coordinator import Admission, Coordinator
+from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.differences import Differences
 from aggregator.folding import server_state, sum_round
-from aggregator.inline import Aside, InlineWriter, at_once
+from aggregator.inline import Aside, InlineReader, InlineWriter, at_once
 from aggregator.metrics import Metrics
-from aggregator.problems import busy, malformed, not_found
+from aggregator.problems import busy, malformed, not_found, unknown_lease
+from aggregator.reader import Reader
 from aggregator.releases import Releases
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError
-from fedtt.layout import FactorLayout
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_limit_bytes
@@ -33,8 +33,19 @@ from storage.store import Store, Transaction
 __all__ = ["Service"]
 
 T = TypeVar("T")
+Admitted = tuple[Admission, int]  #: and the most bytes its frame may have
+_Known = tuple[Device | None, Admitted | Receipt | Problem]
 _log = logging.getLogger("fedtt.aggregator")
+_TICKS_APART_S = 0.02  #: however fast updates arrive
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class _Knock(NamedTuple):
+    """Who asks, and for which upload, if any."""
+
+    device: str
+    lease: str = ""
+    digest: str = ""
 
 
 class Service:
@@ -55,6 +66,9 @@ class Service:
             InlineWriter(store) if inline else Writer(store, observe=self.metrics.committed)
         )
         self.metrics.watch_queue(lambda: self.writer.waiting())
+        self._reader: Reader[_Knock, _Known] | InlineReader[_Knock, _Known] = (
+            InlineReader(store, self._look) if inline else Reader(store, self._look)
+        )
         self._differences = Differences(blobs, aside=self.aside)
         self._wake = asyncio.Event()
 
@@ -85,7 +99,7 @@ class Service:
         )
 
     async def device(self, device_name: str) -> Device | None:
-        return await self.read(lambda tx: tx.device(device_name))
+        return (await self._reader.ask(_Knock(device_name)))[0]
 
     async def check_in(
         self, device_name: str, message: CheckIn, nonce: int | None = None
@@ -97,32 +111,40 @@ class Service:
             self.metrics.checked_in(answer)
         return answer
 
-    async def admit(
-        self, device_name: str, lease: str, digest: str
-    ) -> tuple[Admission, int] | Receipt | Problem:
-        """Before the body is read: whether it may come, and the most bytes it may have."""
+    async def knock(self, device_name: str, lease: str, digest: str) -> _Known:
+        """Before the body is read: who asks, whether it may come, and the most bytes it may have."""
+        return await self._reader.ask(_Knock(device_name, lease, digest))
 
-        def look(tx: Transaction) -> tuple[Admission, int] | Receipt | Problem:
-            admission = self.coordinator.admit(tx, device_name, lease, digest)
-            if not isinstance(admission, Admission):
-                return admission
-            live = admission.live_set(self._layout(tx, admission))
-            return admission, update_limit_bytes(
-                payload_bytes(admission.task.spec.codec, live), admission.labels
-            )
+    async def admit(self, device_name: str, lease: str, digest: str) -> Admitted | Receipt | Problem:
+        """The same where who asks is known."""
+        return (await self.knock(device_name, lease, digest))[1]
 
-        return await self.read(look)
+    def _look(self, tx: Transaction, knocks: Sequence[_Knock]) -> list[_Known]:
+        leases = [knock.lease for knock in knocks if knock.lease]
+        with tx.together(leases, [knock.device for knock in knocks]):
+            return [(tx.device(knock.device), self._admitted(tx, knock)) for knock in knocks]
+
+    def _admitted(self, tx: Transaction, knock: _Knock) -> Admitted | Receipt | Problem:
+        if not knock.lease:
+            return unknown_lease(knock.lease)
+        admission = self.coordinator.admit(tx, knock.device, knock.lease, knock.digest)
+        if not isinstance(admission, Admission):
+            return admission
+        payload = payload_bytes(admission.task.spec.codec, admission.live_set)
+        return admission, update_limit_bytes(payload, admission.labels)
 
     async def upload(self, admission: Admission, frame: bytes) -> Receipt | Problem:
         """Check an admitted update and acknowledge it once it is durable."""
-        layout = await self.read(lambda tx: self._layout(tx, admission))
-        checked = check_update(frame, layout, admission.live, admission.task.spec.codec, admission.labels)
+        codec = admission.task.spec.codec
+        checked = check_update(frame, admission.layout, admission.live, codec, admission.labels)
         if isinstance(checked, Problem):
             return checked
         digest = hashlib.sha256(frame).hexdigest()
-        answer = await self.write(
-            lambda tx: self.coordinator.accept(tx, self.clock.now(), admission, digest, *checked)
-        )
+        upload = Upload(admission=admission, digest=digest, header=checked[0], payload=checked[1])
+        try:
+            answer = await self.writer.request_together(self._accept_all, upload)
+        except QueueFullError as error:
+            return busy(str(error))
         self._wake.set()
         return answer
 
@@ -137,16 +159,16 @@ class Service:
             admission = self.coordinator.admit(tx, device_name, lease, digest)
             if not isinstance(admission, Admission):
                 return admission
-            layout, spec = self._layout(tx, admission), admission.task.spec
-            checked = check_update(frame, layout, admission.live, spec.codec, admission.labels)
+            codec = admission.task.spec.codec
+            checked = check_update(frame, admission.layout, admission.live, codec, admission.labels)
             if isinstance(checked, Problem):
                 return checked
             return self.coordinator.append(tx, self.clock.now(), admission, digest, *checked)
 
         return await self.write(change)
 
-    def _layout(self, tx: Transaction, admission: Admission) -> FactorLayout:
-        return self.lifecycle.adapter(tx, admission.task, admission.lease.rank).layout
+    def _accept_all(self, tx: Transaction, uploads: Sequence[Upload]) -> list[Receipt | Problem]:
+        return self.coordinator.accept_all(tx, self.clock.now(), uploads)
 
     async def receipt(self, device_name: str, lease: str) -> Receipt | Problem:
         return await self.read(lambda tx: self.coordinator.receipt(tx, device_name, lease))
@@ -216,6 +238,7 @@ class Service:
             except Exception:
                 _log.exception("a tick failed; the ledger is as before and the next tick tries again")
                 await self.clock.sleep(interval_s)
+            await self.clock.sleep(_TICKS_APART_S)
             try:
                 async with asyncio.timeout(interval_s):
                     await self._wake.wait()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from aggregator.reader import each_alone
 from fedtt.errors import FedttError
 from fedtt.messages import UpdateState
 from storage.store import Store, Transaction
 
 __all__ = ["QueueFullError", "Writer"]
 
+A = TypeVar("A")
 T = TypeVar("T")
+ChangeAll = Callable[[Transaction, Sequence[A]], list[T]]
 Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
 _GROUP = 256  #: most changes in one transaction
 
@@ -23,11 +26,11 @@ class QueueFullError(FedttError):
     """More changes wait than the server takes; the caller answers BUSY."""
 
 
-class _Pending(Generic[T]):
-    """One change and the future of whoever waits for it."""
+class _Pending(Generic[A, T]):
+    """One item of a change that takes many, and the future of whoever waits for it."""
 
-    def __init__(self, change: Callable[[Transaction], T]) -> None:
-        self.change = change
+    def __init__(self, change_all: ChangeAll[A, T], item: A) -> None:
+        self.change_all, self.item = change_all, item
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     def resolve(self, outcome: T | BaseException) -> None:
@@ -51,7 +54,7 @@ class Writer:
         self._store = store
         self._limit = queue_limit
         self._observe = observe
-        self._queue: asyncio.Queue[_Pending[Any]] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Pending[Any, Any]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedtt-writer")
         self._task: asyncio.Task[None] | None = None
 
@@ -61,13 +64,20 @@ class Writer:
 
     async def request(self, change: Callable[[Transaction], T]) -> T:
         """Run someone else's change; raises QueueFullError where too many wait."""
+        return await self.request_together(_each, change)
+
+    async def request_together(self, change_all: ChangeAll[A, T], item: A) -> T:
+        """The same for a change that takes all items of a commit at once, and has an outcome for each."""
         if self.waiting() >= self._limit:
             raise QueueFullError(f"{self._limit} changes wait already; come back later")
-        return await self.run(change)
+        return await self._run(change_all, item)
 
     async def run(self, change: Callable[[Transaction], T]) -> T:
         """Answer once the change is durable. It may run twice, so it acts through its transaction alone."""
-        pending = _Pending(change)
+        return await self._run(_each, change)
+
+    async def _run(self, change_all: ChangeAll[A, T], item: A) -> T:
+        pending = _Pending(change_all, item)
         self._queue.put_nowait(pending)
         return await pending.future
 
@@ -95,13 +105,25 @@ class Writer:
                 pending.resolve(outcome)
                 self._queue.task_done()
 
-    def _commit(self, group: list[_Pending[Any]]) -> list[Any]:
+    def _commit(self, group: Sequence[_Pending[Any, Any]]) -> list[Any]:
+        return each_alone(self._commit_all, group)
+
+    def _commit_all(self, group: Sequence[_Pending[Any, Any]]) -> list[Any]:
         started = time.perf_counter()
-        try:
-            with self._store.transaction() as tx:
-                outcomes = [pending.change(tx) for pending in group]
-        except Exception as error:  # each waiter gets its own outcome below
-            return [error] if len(group) == 1 else [self._commit([pending])[0] for pending in group]
+        alike: dict[ChangeAll[Any, Any], list[int]] = {}
+        for place, pending in enumerate(group):
+            alike.setdefault(pending.change_all, []).append(place)
+        outcomes: list[Any] = [None] * len(group)
+        with self._store.transaction() as tx:
+            for change_all, places in alike.items():
+                for place, outcome in zip(
+                    places, change_all(tx, [group[place].item for place in places]), strict=True
+                ):
+                    outcomes[place] = outcome
         if self._observe is not None:
             self._observe(len(group), time.perf_counter() - started, tx.moved)
         return outcomes
+
+
+def _each(tx: Transaction, changes: Sequence[Callable[[Transaction], Any]]) -> list[Any]:
+    return [change(tx) for change in changes]

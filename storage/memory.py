@@ -6,7 +6,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from heapq import heapify, heappop, heappush, nlargest
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -351,6 +351,11 @@ class _MemoryTransaction:
 
     def count_rounds(self, task_id: int) -> dict[RoundState, int]:
         return Counter(r.state for r in self._t.rounds.values() if r.task_id == task_id)
+
+    def together(
+        self, leases: Collection[str], devices: Collection[str] = ()
+    ) -> AbstractContextManager[None]:
+        return nullcontext()  # all is at hand as it is
 
     def put_lease(self, lease: Lease) -> None:
         key, before = _round_key(lease), self._t.leases.get(lease.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from fedtt.errors import StorageError
 from fedtt.sampling import Candidate
 from storage import statements as sql
 from storage.backend import Backend
+from storage.batch import Batch
 from storage.records import (
     AdminToken,
     Audit,
@@ -47,6 +49,7 @@ class SqlTransaction:
     def __init__(self, connection: Connection, backend: Backend, *, readonly: bool) -> None:
         self._connection, self._backend, self._readonly = connection, backend, readonly
         self._newest_update: int | None = None  #: its sequence, once it was asked for
+        self._batch: Batch | None = None
         self._broken: StorageError | None = None
         self.moved: Counter[UpdateState] = Counter()
         self.has_wiped = False  #: whether bytes went that the log still holds
@@ -57,6 +60,10 @@ class SqlTransaction:
             raise self._broken
 
     def _read(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        self._write_behind()
+        return self._execute(statement, parameters)
+
+    def _execute(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
         self.refuse_if_broken()
         try:
             return self._connection.execute(statement, parameters)
@@ -67,14 +74,61 @@ class SqlTransaction:
             raise refusal from error
 
     def _write(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
+        self._refuse_if_reading()
+        self._write_behind()
+        if self._batch is not None:
+            self._batch.forget()
+        return self._execute(statement, parameters)
+
+    def _refuse_if_reading(self) -> None:
         if self._readonly:
             raise StorageError("a reading transaction wrote; this is a bug in the caller")
-        return self._read(statement, parameters)
+
+    @contextmanager
+    def together(self, leases: Collection[str], devices: Collection[str] = ()) -> Iterator[None]:
+        self._batch = Batch()
+        try:
+            self._read_ahead(self._batch, leases, devices)
+            yield
+            self._write_behind()
+        finally:
+            self._batch = None
+
+    def _read_ahead(self, batch: Batch, leases: Collection[str], devices: Collection[str]) -> None:
+        found = self._named(batch, sql.leases, sql.leases_named, leases)
+        self._named(batch, sql.updates, sql.updates_named, leases)
+        owners = {lease.device_id for lease in found} | set(devices)
+        self._named(batch, sql.devices, sql.devices_named, owners)
+        if not self._readonly:
+            parts = self._all(sql.participations, sql.participations_of, names=list(owners))
+            batch.expect(sql.participations, [(lease.device_id, lease.task_id) for lease in found], parts)
+
+    def _named(
+        self, batch: Batch, rows: sql.Rows[R], statement: Executable, names: Collection[str]
+    ) -> list[R]:
+        found = self._all(rows, statement, names=list(names)) if names else []
+        batch.expect(rows, [(name,) for name in names], found)
+        return found
+
+    def _write_behind(self) -> None:
+        """Write what the batch has kept back, one statement for all rows of a table."""
+        if self._batch is not None:
+            for statement, written in self._batch.take_written():
+                self._execute(statement, written)
 
     def _put(self, rows: sql.Rows[R], record: R, **more: object) -> None:
-        self._write(rows.put, asdict(record) | more)
+        if self._batch is not None and self._batch.keeps_back(rows):
+            self._refuse_if_reading()
+            self._batch.write(rows, rows.put, record, asdict(record))
+        else:
+            self._write(rows.put, asdict(record) | more)
 
     def _one(self, rows: sql.Rows[R], statement: Executable, **parameters: object) -> R | None:
+        if self._batch is None:
+            return self._first(rows, statement, parameters)
+        return self._batch.recall(rows, statement, parameters, self._first)
+
+    def _first(self, rows: sql.Rows[R], statement: Executable, parameters: dict[str, object]) -> R | None:
         row = self._read(statement, parameters).first()
         return rows.of(row) if row is not None else None
 
@@ -256,7 +310,9 @@ class SqlTransaction:
 
     def add_update(self, update: Update) -> Update:
         update = replace(update, sequence=self._next_update())
-        if self._write(sql.updates.add, asdict(update)).rowcount == 0:
+        if self._batch is not None and not self._readonly and self.update(update.lease_id) is None:
+            self._batch.write(sql.updates, sql.updates.add, update, asdict(update))
+        elif self._write(sql.updates.add, asdict(update)).rowcount == 0:
             raise StorageError(f"lease {update.lease_id} has an update already")
         self._newest_update = update.sequence
         self.moved[update.state] += 1

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
-from sqlalchemy import Row, Select, Table, bindparam, case, exists, func, literal_column, select, update
+from sqlalchemy import (
+    BindParameter,
+    Row,
+    Select,
+    Table,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -61,6 +73,7 @@ __all__ = [
     "count_updates",
     "devices",
     "devices_after",
+    "devices_named",
     "expire_leases",
     "forget_memberships",
     "forget_participations",
@@ -71,6 +84,7 @@ __all__ = [
     "latest_version",
     "lease_of",
     "leases",
+    "leases_named",
     "leases_of",
     "members",
     "newest_rounds",
@@ -79,6 +93,7 @@ __all__ = [
     "page_of_updates",
     "participants",
     "participations",
+    "participations_of",
     "put_member",
     "rounds",
     "settle",
@@ -86,6 +101,7 @@ __all__ = [
     "tasks",
     "tokens",
     "updates",
+    "updates_named",
     "updates_of",
     "version_named",
     "versions",
@@ -115,7 +131,7 @@ class Rows(Generic[R]):
     """How records of one kind lie in their table: columns are fields, `key` names the unique ones."""
 
     def __init__(self, record: type[R], model: type[Base], *key: str) -> None:
-        self.record, self.table = record, cast("Table", model.__table__)
+        self.record, self.table, self._key = record, cast("Table", model.__table__), key
         c = self.table.c
         self.select = select(*(c[field] for field in record.__struct_fields__))
         self.get = self.where(*key)
@@ -129,6 +145,9 @@ class Rows(Generic[R]):
     def where(self, *names: str) -> Select[Any]:
         """All rows whose columns of these names equal the parameters of these names."""
         return self.select.where(*(self.table.c[name] == bindparam(name) for name in names))
+
+    def key_of(self, record: R) -> tuple[object, ...]:
+        return tuple(getattr(record, name) for name in self._key)
 
     def of(self, row: Row[Any]) -> R:
         return self.record(**row._mapping)
@@ -162,6 +181,12 @@ last_audit = audit.select.order_by(_sequence.desc()).limit(1)
 audits_after = (
     audit.select.where(_sequence > bindparam("after")).order_by(_sequence).limit(bindparam("limit"))
 )
+
+_names: BindParameter[Any] = bindparam("names", expanding=True)
+devices_named = devices.select.where(_device.id.in_(_names))
+leases_named = leases.select.where(_lease.id.in_(_names))
+updates_named = updates.select.where(_update.lease_id.in_(_names))
+participations_of = participations.select.where(_part.device_id.in_(_names))
 
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))

@@ -41,6 +41,15 @@ class Transaction(Protocol):
         """How many updates it has brought into each state; those into which it has brought none may lack."""
         ...
 
+    def together(
+        self, leases: Collection[str], devices: Collection[str] = ()
+    ) -> AbstractContextManager[None]:
+        """A block in which many like things happen to these leases and devices; it changes no answer.
+
+        What they need is read at its beginning, all at once, and what is written may wait for its end.
+        """
+        ...
+
     # enrolment
     def put_token(self, token: Token) -> None: ...
     def token(self, sha256: str) -> Token | None: ...

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +27,14 @@ DEVICES = ("alice", "bob")
 TASKS = ("intents", "replies")
 BRANCHES = (MAIN, "group-1")
 ROUNDS = (1, 2)
+
+
+class Change(NamedTuple):
+    """One transaction."""
+
+    steps: list[Step]
+    fails: bool
+    together: bool  #: in a block that reads ahead and keeps back
 
 
 class Undone(Exception):
@@ -98,6 +106,12 @@ def _join(names: list[str], group: int, tx: Transaction) -> None:
     tx.put_members(1, {ledger.device(name).id: group for name in names})
 
 
+def _look(name: str, tx: Transaction) -> Any:
+    lease = ledger.lease(name).id
+    found = [tx.lease(lease), tx.update(lease), tx.device(_device_of(name)), tx.latest_round(1, MAIN)]
+    return [*found, tx.participation(1, _device_of(name)), tx.lease_of(_device_of(name), 1, MAIN, 1)]
+
+
 def _expire(now: float, tx: Transaction) -> int:
     return tx.expire_leases(now)
 
@@ -129,8 +143,11 @@ steps = st.one_of(
     _step(_forget_participations, st.sampled_from(("x", *DEVICES))),
     _step(_join, st.lists(st.sampled_from(DEVICES)), st.integers(1, 2)),
     _step(_expire, times),
+    _step(_look, names),
 )
-transactions = st.lists(st.tuples(st.lists(steps, max_size=8), st.booleans()), max_size=8)
+transactions = st.lists(
+    st.builds(Change, st.lists(steps, max_size=8), st.booleans(), st.booleans()), max_size=8
+)
 
 
 def _start(store: Store) -> None:
@@ -139,16 +156,18 @@ def _start(store: Store) -> None:
         tx.put_round(ledger.round_(2, state=RoundState.FOLDING))
 
 
-def _answers(store: Store, changes: list[Step], fails: bool) -> list[Any]:
-    answers = []
+def _answers(store: Store, change: Change) -> list[Any]:
+    answers: list[Any] = []
+    leases = [ledger.lease(name).id for name in NAMES]
     with suppress(Undone), store.transaction() as tx:
-        for change in changes:
-            try:
-                answers.append(change(tx))
-            except StorageError as error:
-                answers.append(str(error))
+        with tx.together(leases) if change.together else nullcontext():
+            for step in change.steps:
+                try:
+                    answers.append(step(tx))
+                except StorageError as error:
+                    answers.append(str(error))
         answers.append({state: tx.moved.get(state, 0) for state in UpdateState})
-        if fails:
+        if change.fails:
             raise Undone
     return answers
 
@@ -188,12 +207,12 @@ def _state(store: Store) -> dict[str, Any]:
         }
 
 
-def _agree(memory: MemoryStore, other: SqlStore, transactions: list[tuple[list[Step], bool]]) -> None:
+def _agree(memory: MemoryStore, other: SqlStore, transactions: list[Change]) -> None:
     try:
         _start(memory)
         _start(other)
-        for changes, fails in transactions:
-            assert _answers(memory, changes, fails) == _answers(other, changes, fails)
+        for change in transactions:
+            assert _answers(memory, change) == _answers(other, change)
             assert _state(memory) == _state(other)
     finally:
         other.close()
@@ -201,7 +220,7 @@ def _agree(memory: MemoryStore, other: SqlStore, transactions: list[tuple[list[S
 
 @settings(max_examples=60, deadline=None)
 @given(transactions)
-def test_sqlite_answers_like_the_memory(transactions: list[tuple[list[Step], bool]]) -> None:
+def test_sqlite_answers_like_the_memory(transactions: list[Change]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         _agree(MemoryStore(), SqlStore.open(Path(directory) / "ledger.db"), transactions)
 
@@ -209,5 +228,5 @@ def test_sqlite_answers_like_the_memory(transactions: list[tuple[list[Step], boo
 @needs_postgresql
 @settings(max_examples=40, deadline=None)
 @given(transactions)
-def test_postgresql_answers_like_the_memory(transactions: list[tuple[list[Step], bool]]) -> None:
+def test_postgresql_answers_like_the_memory(transactions: list[Change]) -> None:
     _agree(MemoryStore(), empty_store(), transactions)

@@ -1,0 +1,63 @@
+"""What a transaction has read ahead and keeps back while many like things happen together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import msgspec
+from sqlalchemy import Executable
+
+from storage.statements import Rows, leases, participations, updates
+
+__all__ = ["Batch"]
+
+R = TypeVar("R", bound=msgspec.Struct)
+First = Callable[[Rows[R], Executable, dict[str, object]], R | None]
+_KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates)
+
+
+class Batch:
+    """Records by the statement that reads them, and rows that wait to be written.
+
+    Nobody else writes during a writing transaction and a reading one has one snapshot: what was read stays
+    true until the transaction itself changes it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, tuple[object, ...]], Any] = {}
+        self._written: dict[int, tuple[Executable, list[dict[str, object]]]] = {}
+
+    def expect(self, rows: Rows[R], keys: Iterable[tuple[object, ...]], found: Iterable[R]) -> None:
+        """All there is of these keys was found."""
+        place = id(rows.get)
+        self._known |= dict.fromkeys((place, key) for key in keys)
+        self._known |= {(place, rows.key_of(record)): record for record in found}
+
+    def recall(
+        self, rows: Rows[R], statement: Executable, parameters: dict[str, object], first: First[R]
+    ) -> R | None:
+        """What this statement finds; asked once unless it could find a row that is kept back."""
+        if statement is not rows.get and rows in _KEPT_BACK:
+            return first(rows, statement, parameters)
+        key = (id(statement), tuple(parameters.values()))
+        if key not in self._known:
+            self._known[key] = first(rows, statement, parameters)
+        record: R | None = self._known[key]
+        return record
+
+    def keeps_back(self, rows: Rows[Any]) -> bool:
+        return rows in _KEPT_BACK
+
+    def write(self, rows: Rows[R], statement: Executable, record: R, row: dict[str, object]) -> None:
+        self._known[id(rows.get), rows.key_of(record)] = record
+        self._written.setdefault(id(statement), (statement, []))[1].append(row)
+
+    def take_written(self) -> list[tuple[Executable, list[dict[str, object]]]]:
+        """The rows that wait, by the statement that writes them; they wait no more."""
+        written, self._written = list(self._written.values()), {}
+        return written
+
+    def forget(self) -> None:
+        """Something else was written: what was read may be so no longer."""
+        self._known.clear()
