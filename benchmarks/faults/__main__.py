@@ -20,6 +20,7 @@ ROWS = {
     "kill": "kill -9 of the server at random instants, devices in flight",
     "flips": "every prefix and single-bit flip of a valid upload",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
+    "client": "kill -9 of a client at random points of its rounds",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
 }
 

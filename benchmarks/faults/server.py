@@ -120,10 +120,11 @@ class ServerProcess:
         token = (self.data / "admin-token").read_text().strip()
         return AdminClient(f"http://127.0.0.1:{self.admin_port}", token)
 
-    async def open_task(self, text: str, numbers: int) -> None:
-        """Register a bundle of so many trained numbers and open the task on it."""
-        directory = self.data.parent / f"bundle-{numbers}"
-        bundle_of(directory, numbers)
+    async def open_task(self, text: str, bundle: Path | int) -> None:
+        """Register a bundle, or one of so many trained numbers that nobody can train, and open the task."""
+        directory = self.data.parent / "bundle" if isinstance(bundle, int) else bundle
+        if isinstance(bundle, int):
+            bundle_of(directory, bundle)
         async with self.admin() as admin:
             await admin.create_task(text, await admin.send_bundle(directory))
 
