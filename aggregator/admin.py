@@ -54,6 +54,11 @@ async def add_bundle(service: Service, manifest_bytes: bytes) -> str | Problem:
         manifest = decode_manifest(manifest_bytes)
     except BundleError as error:
         return malformed(str(error))
+    if service.server_key is not None and not service.server_key.has_signed(manifest_bytes):
+        key = service.server_key.release_key.hex()
+        return malformed(
+            f"the bundle is not signed by the release key of this server, {key}: run `fedtt bundle sign`"
+        )
     for name, entry in manifest.files.items():
         if not service.blobs.has(entry.sha256) or service.blobs.size(entry.sha256) != entry.bytes:
             return not_found(

@@ -20,6 +20,7 @@ from aggregator.auth import token_sha256
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, SERVICE, answer, problems_as
+from aggregator.server_key import ServerKey
 from aggregator.service import Service
 from aggregator.token_files import secret_file
 from fedtt.errors import ConfigError
@@ -50,6 +51,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
+    server_key: Path | None = None  #: signs answers to check-ins, for devices that trust its release key
 
 
 class Listening(Struct, frozen=True, kw_only=True):
@@ -89,6 +91,8 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         store = SqlStore.open(database)
         stack.callback(store.close)
         service = Service(store, FileBlobs(config.data / "blobs"), SystemClock())
+        if config.server_key is not None:
+            service.server_key = ServerKey.read(config.server_key, service.clock.now())
         service.writer.start()
         stack.push_async_callback(service.writer.stop)
         admin_token = secret_file(config.data / "admin-token")

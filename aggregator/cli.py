@@ -78,6 +78,11 @@ def _register_serve(commands: Commands) -> None:
         help="share the devices' port with other servers on one PostgreSQL",
     )
     serve.add_argument(
+        "--server-key",
+        type=Path,
+        help="file made by `fedtt key delegate`: devices that trust its release key follow this server",
+    )
+    serve.add_argument(
         "--database",
         default=os.environ.get("FEDTT_DATABASE"),
         help="where the ledger lies, as postgresql+psycopg://USER@HOST/NAME "
@@ -248,6 +253,7 @@ def _serve(args: argparse.Namespace) -> None:
         admin_host=args.admin_host,
         admin_port=args.admin_port,
         database=args.database,
+        server_key=args.server_key,
         reuse_port=args.reuse_port,
     )
     asyncio.run(_serve_until_stopped(config, as_json=args.json))

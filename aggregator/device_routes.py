@@ -59,7 +59,12 @@ async def enroll(request: web.Request) -> web.Response:
 async def check_in(request: web.Request) -> web.Response:
     claim = await _sender(request)
     message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), CheckIn)
-    return answer(checked(await request.app[SERVICE].check_in(claim.device, message, claim.nonce)))
+    service = request.app[SERVICE]
+    response = answer(checked(await service.check_in(claim.device, message, claim.nonce)))
+    if service.server_key is not None and isinstance(response.body, bytes):
+        sender, now = request.headers["Signature"], service.clock.now()
+        response.headers.update(service.server_key.sign(response.status, response.body, sender, now))
+    return response
 
 
 async def upload(request: web.Request) -> web.Response:

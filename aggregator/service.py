@@ -19,6 +19,7 @@ from aggregator.metrics import Metrics
 from aggregator.problems import busy, malformed, not_found, unknown_lease
 from aggregator.reader import Reader
 from aggregator.releases import Releases
+from aggregator.server_key import ServerKey
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
@@ -61,6 +62,7 @@ class Service:
         self.coordinator = Coordinator(self.lifecycle)
         self.metrics = Metrics()
         self.started_at = clock.now()
+        self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread
         self.writer: Writer | InlineWriter = (
             InlineWriter(store) if inline else Writer(store, observe=self.metrics.committed)
@@ -94,9 +96,12 @@ class Service:
 
     async def enroll(self, message: Enroll, nonce: int | None = None) -> Enrolled | Problem:
         sha256 = token_sha256(message.token)
-        return await self.write(
+        answer = await self.write(
             lambda tx: self.coordinator.enroll(tx, self.clock.now(), message, sha256, nonce)
         )
+        if isinstance(answer, Enrolled) and self.server_key is not None:
+            return Enrolled(device=answer.device, release_key=self.server_key.release_key)
+        return answer
 
     async def device(self, device_name: str) -> Device | None:
         return (await self._reader.ask(_Knock(device_name)))[0]

@@ -14,6 +14,7 @@ from typing import Protocol
 from edge_client.bundle import Bundle, RuntimeName, file_fault, needed_files
 from edge_client.events import Downloaded, Downloading, Observer, Redownloading, ignore
 from edge_client.files import publish, storage_errors, try_lock, write_atomically
+from edge_client.release import check_manifest
 from fedtt.errors import BundleError, ConfigError, Unreachable
 from fedtt.manifest import MANIFEST, MANIFEST_LIMIT_BYTES, FileEntry, bundle_digest, decode_manifest
 from fedtt.seams import Clock, Transport
@@ -27,9 +28,10 @@ _LOCK_POLL_S = 0.2
 class Bundles(Protocol):
     """Where a device has its bundles from."""
 
-    async def ensure(self, transport: Transport, digest: str) -> Bundle:
+    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
         """The bundle of this name, every needed file checked.
 
+        release_key: that must have signed it; None asks for no signature.
         Raises BundleError for what another attempt would not mend, Unreachable where it may.
         """
         ...
@@ -58,7 +60,7 @@ class BundleCache:
         self._checked: dict[str, Bundle] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def ensure(self, transport: Transport, digest: str) -> Bundle:
+    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
         """The bundle of this name, downloading what is missing or damaged.
 
         Raises BundleError for what another attempt would not mend, Unreachable where it broke off.
@@ -66,7 +68,11 @@ class BundleCache:
         async with self._locks[digest], self._lock(digest):
             known = self._checked.pop(digest, None)
             if known is None or not self._is_there(known):
-                known = await self._complete(transport, digest)
+                known = await self._complete(transport, digest, release_key)
+            elif release_key is not None:
+                with storage_errors(known.directory):
+                    data = known.path(MANIFEST).read_bytes()
+                check_manifest(data, f"bundle {digest[:12]}…", release_key)
             with storage_errors(known.directory):
                 os.utime(known.directory)
             self._checked[digest] = known
@@ -76,11 +82,13 @@ class BundleCache:
         names = (MANIFEST, *needed_files(bundle.manifest, self._runtime))
         return all(bundle.path(name).is_file() for name in names)
 
-    async def _complete(self, transport: Transport, digest: str) -> Bundle:
+    async def _complete(self, transport: Transport, digest: str, release_key: bytes | None) -> Bundle:
         directory = self.directory / digest
         with storage_errors(directory):
             directory.mkdir(mode=0o700, exist_ok=True)
         data = await self._manifest(transport, digest, directory / MANIFEST)
+        if release_key is not None:
+            check_manifest(data, f"bundle {digest[:12]}…", release_key)
         manifest = decode_manifest(data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
         total_bytes = sum(entry.bytes for entry in files.values())

@@ -77,6 +77,13 @@ def _add_run(commands: Commands) -> None:
         metavar="FILE",
         help="examples (.jsonl or .csv) in place of those kept from it before",
     )
+    run.add_argument(
+        "--release-key",
+        default="",
+        metavar="HEX",
+        help="run only bundles that this key signed, for servers that it vouches for "
+        "(default: the one that the server names when this device enrols)",
+    )
     run.add_argument("--once", action="store_true", help="end after one participation, or when told to wait")
     run.add_argument("--yes", action="store_true", help="agree to take part without being asked")
     run.add_argument("--cache", type=Path, metavar="DIR", help="bundles that several devices share")

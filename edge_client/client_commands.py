@@ -27,6 +27,7 @@ from edge_client.session import leave as leave_server
 from edge_client.session import open_device, supervise
 from fedtt.cli import print_json
 from fedtt.errors import ConfigError, StorageError
+from fedtt.release import parse_public_key
 
 __all__ = ["add", "forget", "leave", "pause", "resume", "run", "status"]
 
@@ -72,6 +73,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         examples=store,
         config=config,
         move=move,
+        release_key=parse_public_key(args.release_key, "--release-key") if args.release_key else b"",
         cache=args.cache,
         cache_limit_bytes=args.cache_limit_mb << 20,
         trainer=LocalTrainer(onnx_runtimes(args.threads)),
@@ -129,6 +131,7 @@ def status(args: Namespace) -> None:
         "device": state.device if state else "",
         "consented": bool(state and state.consented_at is not None),
         "enrolled": bool(state and state.enrolled),
+        "release_key": state.release_key.hex() if state else "",
         "phase": type(state.phase).__name__.lower() if state else "idle",
         "acknowledged": state.acknowledged if state else 0,
         "last_receipt": state.receipt if state else None,

@@ -200,8 +200,20 @@ class Device:
         )
         if enrolled.device != self._name:
             raise WireError("the server enrolled this device under a name that is not its key's")
+        self._trust(enrolled.release_key)
         self.journal.update(enrolled=True)
         return events.Enrolled(device=enrolled.device)
+
+    def _trust(self, release_key: bytes | None) -> None:
+        """Keep the first release key that a server names; raises WireError where it names another later."""
+        trusted = self.journal.state.release_key
+        if release_key and not trusted:
+            self.journal.update(release_key=release_key)
+        elif release_key and release_key != trusted:
+            raise WireError(
+                f"the server's release key is {release_key.hex()}, this device trusts {trusted.hex()}: "
+                "is it the right server?"
+            )
 
     async def _check_in(self) -> Step:
         answer = await self._transport.check_in(
@@ -227,8 +239,13 @@ class Device:
         if work.lease == self.journal.state.finished_lease:
             return await self._give_up(work.lease, FailureCode.OTHER, "this lease has come to its end before")
         expires_at = self._clock.now() + work.expires_in_s
-        self.journal.update(phase=Leased(work=work, expires_at=expires_at))
-        plan = work.plan
+        plan, leased = work.plan, Leased(work=work, expires_at=expires_at)
+        if not self.journal.state.release_key:
+            self.journal.update(phase=leased)
+        elif not self.journal.begin(plan.task, plan.round, leased):
+            newest = self.journal.state.newest_rounds[plan.task]
+            why = f"task {plan.task!r} went back from round {newest} to {plan.round}: is it an old server?"
+            return await self._give_up(work.lease, FailureCode.OTHER, why)
         return events.Granted(
             lease=work.lease, task=plan.task, round=plan.round, version_number=plan.version_number
         )
@@ -250,7 +267,7 @@ class Device:
 
     async def _train(self, leased: Leased) -> Step:
         lease, plan = leased.work.lease, leased.work.plan
-        bundle, version = await self._training.fetch(plan)
+        bundle, version = await self._training.fetch(plan, self.journal.state.release_key or None)
         layout = trained_adapter(plan, bundle.manifest).layout
         key = residual_key(plan.task, layout.digest) if plan.codec.error_feedback else ""
         residual = self.journal.residual(key, plan.version_number)

@@ -17,6 +17,7 @@ from msgspec import Struct
 from yarl import URL
 
 from edge_client.identity import Identity
+from edge_client.release import check_answer
 from fedtt.errors import ConfigError, Refused, Unreachable, WireError
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
@@ -75,9 +76,14 @@ class HttpTransport:
         clock_offset_s: float = 0.0,
         on_clock_offset: Callable[[float], None] = lambda _: None,
         timeout_s: float = 60.0,
+        release_key: Callable[[], bytes] = lambda: b"",
         traffic: Traffic | None = None,
     ) -> None:
-        """traffic: counters to add to, which several transports may share."""
+        """traffic: counters to add to, which several transports may share.
+
+        release_key: of which a server must show the word to be followed; b"" asks for none.
+        """
+        self._release_key = release_key
         self._base = _server_url(server)
         self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
         self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
@@ -90,7 +96,7 @@ class HttpTransport:
 
     async def check_in(self, message: CheckIn) -> CheckInAnswer:
         kind = cast("type[CheckInAnswer]", CheckInAnswer)
-        return await self._message("POST", "v1/check-in", encode(message), kind)
+        return await self._message("POST", "v1/check-in", encode(message), kind, vouched=True)
 
     async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of a file from an offset; where a proxy ignores Range, what lies before is skipped."""
@@ -145,12 +151,26 @@ class HttpTransport:
         kind: type[M],
         *,
         media: str = MEDIA_TYPE,
+        vouched: bool = False,
     ) -> M:
         request = _Request(method=method, path=path, body=body, media=media, total_s=self._timeout_s)
         async with self._exchange(request) as response:
             if response.content_type != MEDIA_TYPE:
                 raise self._foreign(response)
-            return decode(await self._read(response, MESSAGE_LIMIT_BYTES), kind)
+            data = await self._read(response, MESSAGE_LIMIT_BYTES)
+            if vouched:
+                self._check_answer(response, data)
+            return decode(data, kind)
+
+    def _check_answer(self, response: aiohttp.ClientResponse, data: bytes) -> None:
+        """Nothing is begun unless whoever this device trusts has signed it, for this very request."""
+        key = self._release_key()
+        sent, now = response.request_info.headers["Signature"], self._clock.now() + self._offset_s
+        try:
+            if key:
+                check_answer(response.status, response.headers, data, sent, key, now)
+        except WireError as error:
+            raise WireError(f"{self._base}: {error}") from None
 
     async def _command(self, method: str, path: str, message: Message | None = None) -> None:
         body = encode(message) if message else b""

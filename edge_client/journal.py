@@ -38,6 +38,7 @@ __all__ = [
 _MAGIC = b"fTTj"
 _DIGEST_BYTES = 32
 _RESIDUALS_KEPT = 8  #: each as large as the factors; a device takes part in few tasks at a time
+_TASKS_KEPT = 64  #: of which the newest round is remembered
 _RESIDUAL_VERSIONS = 1000  #: after so many versions what was lost then says nothing about what is missing now
 
 
@@ -86,6 +87,8 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     acknowledged: int = 0  #: updates the server has acknowledged
     receipt: Receipt | None = None  #: the last one
     residuals: dict[str, Residual] = {}  #: by `residual_key`, the longest unused first
+    release_key: bytes = b""  #: trusted to sign bundles and to vouch for servers; b"" where none is
+    newest_rounds: dict[str, int] = {}  #: by task: the latest that was begun, so that none goes back
     label_counts: dict[str, bytes] = {}  #: by sha256 of the labels: what was told of them, noise and all
 
 
@@ -125,6 +128,16 @@ class Journal:
         state = replace(self._state, **changes)
         self._place.write(state)
         self._state = state
+
+    def begin(self, task: str, round_number: int, phase: Leased) -> bool:
+        """Take a lease in hand, if its round is not earlier than one that was begun before."""
+        rounds = dict(self._state.newest_rounds)
+        newest = rounds.pop(task, 0)
+        if round_number < newest:
+            return False
+        kept = [*rounds.items(), (task, round_number)][-_TASKS_KEPT:]
+        self.update(phase=phase, newest_rounds=dict(kept))
+        return True
 
     def commit(self, receipt: Receipt) -> None:
         """Close the trained lease with its receipt and let the next residual take its place, at once.

@@ -30,13 +30,14 @@ class LocalTraining:
         self._device, self._transport, self._examples = device, transport, examples
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
 
-    async def fetch(self, plan: Plan) -> tuple[Bundle, bytes]:
+    async def fetch(self, plan: Plan, release_key: bytes | None = None) -> tuple[Bundle, bytes]:
         """The plan's bundle and the bytes of its version, both checked.
 
+        release_key: that must have signed the bundle; None asks for no signature.
         Raises Unreachable where another attempt may help, BundleError where not, Refused for the rest.
         """
         try:
-            bundle = await self._bundles.ensure(self._transport, plan.bundle)
+            bundle = await self._bundles.ensure(self._transport, plan.bundle, release_key)
             version = await self._version(plan, bundle)
         except WireError as error:
             raise Unreachable(f"the download broke off: {error}") from None

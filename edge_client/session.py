@@ -61,10 +61,11 @@ def open_transport(
         clock,
         clock_offset_s=known.clock_offset_s,
         on_clock_offset=remember,
+        release_key=lambda: journal.state.release_key,
         traffic=traffic,
     )
     if known.server != server:
-        journal.update(server=server, enrolled=False, consented_at=None)
+        journal.update(server=server, enrolled=False, consented_at=None, release_key=b"", newest_rounds={})
     return transport
 
 
@@ -76,6 +77,7 @@ async def open_device(
     examples: Examples,
     config: DeviceConfig,
     move: bool = False,
+    release_key: bytes = b"",
     cache: Path | None = None,
     cache_limit_bytes: int = LIMIT_BYTES,
     threads: int = 1,
@@ -87,6 +89,7 @@ async def open_device(
     """A device over HTTP that lives in `home`, alone there until the context ends.
 
     move: the owner has agreed that this device, enrolled elsewhere, now belongs to `server`.
+    release_key: trusted from now on; b"" leaves it to what was trusted before, or to the enrolment.
     cache: a directory of bundles that several devices may share; None keeps them in the home.
     cache_limit_bytes: of bundles in it; the longest unused make room.
     trainer, traffic: likewise shared by the devices of one process; None makes them for this one.
@@ -95,6 +98,8 @@ async def open_device(
     with place.lock():
         journal = Journal(place)
         transport = open_transport(place, journal, server, time, traffic, move=move)
+        if release_key:
+            journal.update(release_key=release_key)
         bundles = BundleCache(cache or place.bundles, time, limit_bytes=cache_limit_bytes, observe=observe)
         try:
             yield Device(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtt.cli import add_command, print_json
+from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["register"]
 
 
 def register(commands: Commands) -> None:
-    """Add both commands; torch is imported only when one of them runs."""
+    """Add the commands; torch is imported only when `export` or `verify` runs."""
     parser = add_command(
         commands,
         "export",
@@ -33,6 +33,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory or Hugging Face hub id")
     parser.add_argument("--out", metavar="BUNDLE", type=Path, required=True, help="directory to write")
     parser.add_argument("--force", action="store_true", help="replace the bundle that --out holds")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="release key to sign the bundle with")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the graphs with torch")
     _add_task(parser)
     _add_adapter(parser)
@@ -45,6 +46,71 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory")
     parser.add_argument("--model", required=True, help="the directory or hub id it was exported from")
+    _add_keys(commands)
+
+
+def _add_keys(commands: Commands) -> None:
+    keys = add_group(
+        commands,
+        "key",
+        about="make release keys, and keys of servers that they vouch for",
+        examples="fedtt key create --out release.key",
+    )
+    create = add_command(
+        keys,
+        "create",
+        about="make a release key; prints the public half, which devices are given",
+        examples="fedtt key create --out release.key",
+        run=_create_key,
+    )
+    create.add_argument("--out", type=Path, required=True, help="file to write; keep it away from servers")
+    delegate = add_command(
+        keys,
+        "delegate",
+        about="make a key with which a server speaks for a release key",
+        examples="fedtt key delegate --key release.key --days 365 --out server.key",
+        run=_delegate,
+    )
+    delegate.add_argument("--key", type=Path, required=True, help="the release key")
+    delegate.add_argument("--days", type=int, default=365, help="for which it is good (%(default)s)")
+    delegate.add_argument("--out", type=Path, required=True, help="file to write: `fedtt serve --server-key`")
+    bundles = add_group(
+        commands, "bundle", about="sign bundles", examples="fedtt bundle sign bundle --key release.key"
+    )
+    sign = add_command(
+        bundles,
+        "sign",
+        about="sign a bundle, in place, for devices that trust the release key",
+        examples="fedtt bundle sign bundle --key release.key",
+        run=_sign,
+    )
+    sign.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory")
+    sign.add_argument("--key", type=Path, required=True, help="the release key")
+
+
+def _create_key(args: Namespace) -> None:
+    from .signing import create_key
+
+    public = create_key(args.out)
+    print_json({"release_key": public, "path": str(args.out)}) if args.json else print(public)
+
+
+def _delegate(args: Namespace) -> None:
+    from .signing import delegate, read_key
+
+    found = delegate(read_key(args.key), args.out, args.days)
+    public = found.release_key.hex()
+    if args.json:
+        print_json({"release_key": public, "expires": found.expires, "path": str(args.out)})
+    else:
+        print(f"{args.out} speaks for release key {public} for {args.days} days")
+
+
+def _sign(args: Namespace) -> None:
+    from .signing import read_key, sign_bundle
+
+    digest = sign_bundle(args.bundle, read_key(args.key))
+    print_json({"bundle": digest}) if args.json else print(f"signed; the bundle is now {digest}")
 
 
 def _add_task(parser: ArgumentParser) -> None:
@@ -97,11 +163,18 @@ def _export(args: Namespace) -> None:
     if args.task == "sequence-classification" and args.labels is None:
         raise ConfigError("labels", None, "a JSON file with the names of the classes: --labels labels.json")
     labels = read_labels(args.labels) if args.labels else ()
+    key = None
+    if args.sign:
+        from .signing import read_key, sign_bundle
+
+        key = read_key(args.sign)  # refuse nonsense before minutes of work
     request = ExportRequest(labels=labels, **{name: getattr(args, name) for name in _REQUEST})
     with _progress() as report:
         from .compile import export_bundle
 
         summary = export_bundle(request, args.out, force=args.force, verify=not args.no_verify, report=report)
+    if key is not None:
+        sign_bundle(args.out, key)
     if args.json:
         print_json(summary)
     else:

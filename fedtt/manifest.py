@@ -118,7 +118,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requires: dict[str, str]  #: runtime package -> least version
     initial: str  #: safetensors file with the first factors
     files: dict[str, FileEntry]
-    signature: str | None = None
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")] | None = None  #: see `fedtt.release`
 
 
 #: Made here and not at first use: two threads that make msgspec learn a type at once crash it (0.22).

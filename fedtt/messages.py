@@ -72,6 +72,9 @@ class Enrolled(Message, frozen=True):
     """The name under which the server knows the key."""
 
     device: DeviceId
+    release_key: Annotated[bytes, Meta(min_length=32, max_length=32)] | None = (
+        None  #: that signs this server's bundles and vouches for its answers, where there is one
+    )
 
 
 class CheckIn(Message, frozen=True):

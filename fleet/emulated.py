@@ -43,7 +43,7 @@ class _DeviceBundle:
         self._bundle, self._missing_bytes = bundle, missing_bytes
         self._link, self._on_download = link, on_download
 
-    async def ensure(self, transport: Transport, digest: str) -> Bundle:
+    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
         if digest != self._bundle.digest:
             raise BundleError(f"this fleet was given another bundle than {digest[:12]}…, which a task uses")
         if self._missing_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from enum import Enum
@@ -36,6 +37,7 @@ from fedtt.messages import (
     encode,
 )
 from fedtt.planning import plan_adapter, plan_head
+from fedtt.release import SignedAnswer, answer_base, request_signature
 from fedtt.signature import signature_base
 from fedtt.wire import decode_update, layout_tag, update_limit_bytes
 from tests.unit.fedtt import test_signature as signing
@@ -170,6 +172,19 @@ def test_the_test_vector_of_the_signature_is_the_one_the_code_makes() -> None:
     headers = dict(line.split(": ", 1) for line in block("headers").splitlines())
     assert headers == signing.HEADERS
     assert f"`{signing.SIGNED.device}`" in DOCUMENT
+
+
+def test_the_test_vector_of_a_signed_answer_is_the_one_the_code_makes() -> None:
+    answer = SignedAnswer(
+        status=200,
+        digest=signing.SIGNED.digest,
+        request_signature=request_signature(signing.HEADERS["Signature"]),
+        created=1_700_000_001,
+        server_key=signing.PUBLIC,
+    )
+    assert block("answer-base").encode() == answer_base(answer)
+    value = base64.b64encode(signing.KEY.sign(answer_base(answer))).decode()
+    assert block("answer-signature") == f"sig1=:{value}:"
 
 
 def test_the_limits_are_those_of_the_code() -> None:
