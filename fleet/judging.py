@@ -21,12 +21,18 @@ __all__ = ["VersionJudge"]
 class VersionJudge:
     """Judges what `computed` does not hold yet; the model is loaded when it is needed.
 
-    blobs: where versions lie, by their sha256.
+    blobs: where versions lie, by their sha256. runtime: None for ONNX Runtime.
     """
 
-    def __init__(self, experiment: Experiment, computed: Computed, blobs: MemoryBlobs) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        computed: Computed,
+        blobs: MemoryBlobs,
+        runtime: Runtime | None = None,
+    ) -> None:
         self._experiment, self._computed, self._blobs = experiment, computed, blobs
-        self._runtime: Runtime | None = None
+        self._runtime = runtime
         self._model: tuple[str, Model] | None = None
 
     def judge(self, version: str) -> Evaluation:

@@ -12,6 +12,7 @@ from pathlib import Path
 from aggregator.admin import version_files
 from aggregator.promised import promised
 from edge_client.files import try_lock
+from edge_client.runtime import Runtime
 from fedtt.errors import ConfigError, FedttError, StorageError
 from fedtt.messages import Problem, device_id
 from fleet.computed import Computed, KeepingPool
@@ -42,11 +43,13 @@ def run_fleet(
     on_version: Callable[[VersionLine], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
     pool: Pool | None = None,
+    judge: Runtime | None = None,
 ) -> Outcome:
     """Live an experiment to its end, or go on with one that was cut short in this directory.
 
     fresh: forget what was computed there. stopped: asked again and again; once it says so the run ends and
-    can be gone on with. pool: None for the one the fleet file names.
+    can be gone on with. pool: None for the one the fleet file names. judge: runs the bundle's evaluation
+    graph; None for ONNX Runtime.
     Raises ConfigError where the directory is another run's, StorageError where it cannot be used.
     """
     with _own(directory), ExitStack() as stack:
@@ -61,7 +64,7 @@ def run_fleet(
         stack.callback(inner.close)
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(experiment.spec)
-        run = _Run(experiment, files, KeepingPool(inner, computed), computed, on_version)
+        run = _Run(experiment, files, KeepingPool(inner, computed), computed, on_version, judge)
         return run.live(stopped)
 
 
@@ -91,13 +94,14 @@ class _Run:
         pool: Pool,
         computed: Computed,
         on_version: Callable[[VersionLine], None],
+        judge: Runtime | None,
     ) -> None:
         self._experiment, self._files = experiment, files
         self._tell, self._started = on_version, time.monotonic()
         spec, seed = experiment.spec, experiment.spec.fleet.seed
         self._time = VirtualTime(START_S)
         blobs = MemoryBlobs()
-        self._judge = VersionJudge(experiment, computed, blobs)
+        self._judge = VersionJudge(experiment, computed, blobs, judge)
         self._server = FleetServer(
             self._time,
             MemoryStore(keep_rounds=spec.task.rounds.max_staleness + 2),

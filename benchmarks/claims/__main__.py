@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from benchmarks.claims.case import Result, run_case
+from benchmarks.claims.data import WORK
 from benchmarks.claims.plan import Case, Plan, plans, read_plan
 from benchmarks.claims.report import write_report
 from benchmarks.harness import ROOT
+from edge_client.files import try_lock
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
+_WAITED_S = 5.0  #: for what another process computes
 
 
 def stored(path: Path) -> list[Result]:
@@ -23,35 +28,68 @@ def stored(path: Path) -> list[Result]:
     return [msgspec.json.decode(line, type=Result) for line in path.read_bytes().splitlines()]
 
 
-def run(name: str, plan: Plan, until: float) -> None:
-    """Choose each arm's learning rate, then run what is not in the results file yet."""
-    path = RESULTS / f"{name}.jsonl"
-    done = {_key(result): result for result in stored(path)}
-    for case in [*plan.searches(), *plan.cases()]:
-        rate = case.rate if case.rate is not None else _chosen(case, done.values())
-        key = (case.set.shown, case.partition, case.arm.name, case.seed, rate)
-        if key in done:
-            continue
-        if time.time() > until:
+def run(name: str, plan: Plan, until: float, results: Path = RESULTS) -> None:
+    """Choose each arm's learning rate, then run what is not in a results file yet.
+
+    Several processes may do this together: each takes runs that no other has begun.
+    """
+    path = results / f"{name}.jsonl"
+    while time.time() < until:
+        own = stored(path)
+        searched = stored(results / f"{plan.rates_from}.jsonl") if plan.rates_from else own
+        done = {result.key for result in own}
+        asked = [(case, _rate(case, searched)) for case in [*plan.searches(), *plan.cases()]]
+        waiting = [(case, rate) for case, rate in asked if (case.digest, rate) not in done]
+        if not waiting:
             return
-        done[key] = result = run_case(case, rate)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(msgspec.json.encode(result) + b"\n")
-        last = result.last
-        shown = f"accuracy {last.accuracy:.1%}" if last.accuracy is not None else f"loss {last.loss:.3f}"
-        print(f"{name}: {' · '.join(map(str, key))}: {shown} in {result.wall_s:.0f} s", flush=True)
+        for case, rate in waiting:
+            if rate is None:
+                continue
+            with _mine(case, rate) as is_mine:
+                if is_mine and (case.digest, rate) not in {result.key for result in stored(path)}:
+                    _append(path, case, rate)
+                    break
+        else:
+            time.sleep(_WAITED_S)
 
 
-def _key(result: Result) -> tuple[str, str, str, int, float]:
-    return result.set, result.partition, result.arm, result.seed, result.rate
+def _rate(case: Case, searched: Iterable[Result]) -> float | None:
+    """Its own, or that of its arm's best search, by accuracy, then loss; None while some are missing."""
+    if case.rate is not None:
+        return case.rate
+    arm = case.arm.rate_of or case.arm.name
+    found = [r for r in searched if r.searched and (r.set, r.arm) == (case.set.name, arm)]
+    if len(found) < max(1, len(case.plan.rates)):
+        return None
+    return max(found, key=lambda r: (r.last.accuracy or 0.0, -r.last.loss)).rate
 
 
-def _chosen(case: Case, results: Iterable[Result]) -> float:
-    """The rate of this arm's best search on this set: by accuracy, then by loss."""
-    found = [r for r in results if r.searched and (r.set, r.arm) == (case.set.shown, case.arm.name)]
-    best = max(found, key=lambda r: (r.last.accuracy or 0.0, -r.last.loss))
-    return best.rate
+def _append(path: Path, case: Case, rate: float) -> None:
+    """One line: of a new run, or of the same one that another experiment has asked for before."""
+    others = (r for file in path.parent.glob("*.jsonl") if file != path for r in stored(file))
+    known = next((r for r in others if r.key == (case.digest, rate)), None)
+    names = {"set": case.set.shown, "partition": case.partition, "arm": case.arm.name}
+    result = msgspec.structs.replace(known, **names) if known else run_case(case, rate)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(result) + b"\n")
+    last = result.last
+    shown = f"accuracy {last.accuracy:.1%}" if last.accuracy is not None else f"loss {last.loss:.3f}"
+    about = (path.stem, *names.values(), f"seed {case.seed}", f"rate {rate:g}")
+    print(f"{' · '.join(about)}: {shown} in {result.wall_s:.0f} s", flush=True)
+
+
+@contextmanager
+def _mine(case: Case, rate: float) -> Iterator[bool]:
+    """Whether no other process has begun this run; none begins it while the block lasts."""
+    directory = WORK / "begun"
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = try_lock(directory / f"{case.digest}-{rate:g}")
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def main() -> None:
@@ -60,19 +98,27 @@ def main() -> None:
     running = commands.add_parser("run", help="run what is missing, one run after another; may be cut short")
     running.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(plans()))
     running.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    commands.add_parser("report", help="write docs/results.md and its plots from the stored lines")
+    reporting = commands.add_parser(
+        "report", help="write docs/results.md and its plots from the stored lines"
+    )
+    for command in (running, reporting):
+        command.add_argument("--results", type=Path, default=RESULTS, help="directory of the stored lines")
     args = parser.parse_args()
     known = plans()
     if args.command == "report":
-        read = {name: (read_plan(path), stored(RESULTS / f"{name}.jsonl")) for name, path in known.items()}
+        read = {
+            name: (read_plan(path), stored(args.results / f"{name}.jsonl")) for name, path in known.items()
+        }
         write_report(read, ROOT / "docs")
         return
     for name in args.names or known:
         if name not in known:
             raise SystemExit(f"there is no experiment {name!r}; known are {', '.join(known)}")
     until = time.time() + 60 * args.minutes
-    for name in args.names or known:
-        run(name, read_plan(known[name]), until)
+    for seeds in range(1, 1 + max(len(read_plan(path).seeds) for path in known.values())):
+        for name in args.names or known:  # an early end leaves whole comparisons of every experiment
+            plan = read_plan(known[name])
+            run(name, msgspec.structs.replace(plan, seeds=plan.seeds[:seeds]), until, args.results)
 
 
 if __name__ == "__main__":

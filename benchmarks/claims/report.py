@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,15 +19,17 @@ __all__ = ["write_report"]
 
 HEAD = """# Results
 
-The papers' claims, measured again on the emulator with the unmodified client and server
-(`python -m benchmarks.claims run`, results in `benchmarks/results/claims/`). This page is made from those
-lines by `python -m benchmarks.claims report`; verdicts are in `docs/verdicts.md`.
+The papers' claims, measured again on the emulator with the unmodified client and server code. This page is
+made by `python -m benchmarks.claims report` from the plans in `benchmarks/claims/`, which hold the verdicts
+too, and the lines in `benchmarks/results/claims/`, which `python -m benchmarks.claims run` made.
 
-Learning rates were chosen for each arm from the same list, by one run each on rows that are neither
-trained on nor reported. Accuracy is the last version's on the test file, mean ± standard deviation over
-seeds. Bytes a participation are of frames up, and of all bodies but bundles down. Bytes to target are what
-all devices sent (and received) until a judged version had reached the target: the first arm's final
-accuracy less the points named.
+Rates are learning rates of the devices' AdamW. Each method chose its own from the same list, by one run each
+on rows that are neither trained on nor reported; *edge* marks one at an end of the list, beyond which a
+better one may lie. Accuracy is the last version's on test rows, mean ± standard deviation over seeds; a seed
+deals out the data, draws the devices and orders their batches, and all start from the same factors. Gap is
+the mean difference to the first arm over the same seeds, in points, with its standard deviation. Bytes an
+update are of frames up and of all bodies but bundles down. Those to a target count what all devices sent
+(and received) until a judged version had reached it: the first arm's final accuracy less one point.
 """
 
 Group = tuple[str, str]  #: set, partition
@@ -37,23 +40,33 @@ def write_report(read: Mapping[str, tuple[Plan, Sequence[Result]]], docs: Path) 
     parts = [HEAD]
     for name, (plan, results) in read.items():
         reported = [result for result in results if not result.searched]
-        parts.append(f"\n## {plan.title}\n\n{plan.question}\n\nReduced here: {plan.reduced}\n")
+        searched = read[plan.rates_from][0] if plan.rates_from in read else plan
+        parts.append(
+            f"\n## {plan.title}\n\n{_flowing(plan.question)}\n\nReduced here: {_flowing(plan.reduced)}\n"
+        )
         if not reported:
             parts.append("\nNot run yet.\n")
             continue
+        parts.append(f"\n**Verdict.** {plan.verdict.strip() or 'None yet.'}\n")
         _plot(plan, reported, docs / f"results-{name}.svg")
-        parts.append(f"\n![accuracy against bytes sent](results-{name}.svg)\n")
+        axis = "virtual time" if plan.by_time else "bytes sent"
+        parts.append(f"\n![accuracy against {axis}](results-{name}.svg)\n")
         for group in _groups(reported):
             parts.append(f"\n**{group[0]}, {group[1]}**\n\n")
-            parts.append(_table(plan, [r for r in reported if (r.set, r.partition) == group]))
+            found = [r for r in reported if (r.set, r.partition) == group]
+            parts.append(_table(plan, found, searched.rates))
     (docs / "results.md").write_text("".join(parts))
+
+
+def _flowing(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _groups(results: Iterable[Result]) -> list[Group]:
     return list(dict.fromkeys((result.set, result.partition) for result in results))
 
 
-def _table(plan: Plan, results: list[Result]) -> str:
+def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
     by_arm = {arm.name: [r for r in results if r.arm == arm.name] for arm in plan.arms}
     by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
     measure, better = ("accuracy", max) if results[0].last.accuracy is not None else ("loss", min)
@@ -62,25 +75,38 @@ def _table(plan: Plan, results: list[Result]) -> str:
     goal += -plan.target_below_points / 100 if measure == "accuracy" else 0.01 * goal
     best = better(statistics.mean(_value(r.last) for r in runs) for runs in by_arm.values())
     shown = f"{goal:.1%}" if measure == "accuracy" else f"{goal:.3f} nats"
-    lines = [
-        f"| arm | trained numbers | rate | seeds | {measure} | up / participation | down / participation "
-        f"| up to {shown} | up and down to {shown} |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    scores = _scores(results)
+    heads = [
+        "arm",
+        "trained numbers",
+        "rate",
+        "seeds",
+        measure,
+        "gap",
+        *scores,
+        "up / update",
+        "down / update",
     ]
+    heads += [f"virtual time to {shown}", "at the end"] if plan.by_time else []
+    heads += [f"up to {shown}", f"up and down to {shown}"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for arm, runs in by_arm.items():
         values = [_value(r.last) for r in runs]
         bold = "**" if statistics.mean(values) == best else ""
         cells = [
             arm,
             f"{runs[0].trained_numbers:,}",
-            f"{runs[0].rate:g}",
+            f"{runs[0].rate:g}" + (" edge" if runs[0].rate in (min(rates), max(rates)) else ""),
             str(len(runs)),
             f"{bold}{_spread(values, measure)}{bold}",
+            _gap(runs, first, measure),
+            *(_spread([_score(name, r) for r in runs], "accuracy") for name in scores),
             _bytes(statistics.mean(r.last.frame_bytes / r.participations for r in runs)),
             _bytes(statistics.mean(r.last.received_bytes / r.participations for r in runs)),
-            _to_goal(runs, goal, up_only=True),
-            _to_goal(runs, goal, up_only=False),
         ]
+        if plan.by_time:
+            cells += [_to_goal(runs, goal, _virtual_s, _minutes), _minutes(_end_s(runs))]
+        cells += [_to_goal(runs, goal, cost, _bytes) for cost in (_up, _both_ways)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -89,22 +115,65 @@ def _value(point: Point) -> float:
     return point.loss if point.accuracy is None else point.accuracy
 
 
+def _scores(results: Iterable[Result]) -> tuple[str, ...]:
+    return ("F1", "Matthews") if all(r.confusion for r in results) else ()
+
+
+def _score(name: str, result: Result) -> float:
+    """Of label 1, from the counts by (right, found); 0 where it has no value."""
+    tn, fp, fn, tp = result.confusion or (0, 0, 0, 0)
+    if name == "F1":
+        return 2 * tp / max(1, 2 * tp + fp + fn)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+
+
+def _gap(runs: Sequence[Result], first: Sequence[Result], measure: str) -> str:
+    """Mean difference to the first arm, seed by seed."""
+    base = {r.seed: _value(r.last) for r in first}
+    gaps = [_value(r.last) - base[r.seed] for r in runs if r.seed in base]
+    if runs is first or not gaps:
+        return ""
+    spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+    if measure == "accuracy":
+        return f"{100 * statistics.mean(gaps):+.1f} ± {100 * spread:.1f}"
+    return f"{statistics.mean(gaps):+.3f} ± {spread:.3f}"
+
+
 def _spread(values: list[float], measure: str) -> str:
     mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * mean:.1f} ± {100 * sd:.1f} %" if measure == "accuracy" else f"{mean:.3f} ± {sd:.3f}"
 
 
-def _to_goal(runs: list[Result], goal: float, *, up_only: bool) -> str:
-    """Mean bytes over the seeds that reached it; says how many did where not all."""
+def _end_s(runs: Sequence[Result]) -> float:
+    return statistics.mean(run.last.virtual_s for run in runs)
+
+
+def _up(point: Point) -> float:
+    return point.frame_bytes
+
+
+def _both_ways(point: Point) -> float:
+    return point.frame_bytes + point.received_bytes
+
+
+def _virtual_s(point: Point) -> float:
+    return point.virtual_s
+
+
+def _to_goal(
+    runs: Sequence[Result], goal: float, cost: Callable[[Point], float], shown: Callable[[float], str]
+) -> str:
+    """Mean cost over the seeds that reached it; says how many did where not all."""
     found = []
     for run in runs:
         reached = (p for p in run.curve if (p.loss <= goal if p.accuracy is None else p.accuracy >= goal))
         if point := next(reached, None):
-            found.append(point.frame_bytes if up_only else point.frame_bytes + point.received_bytes)
+            found.append(cost(point))
     if not found:
         return "not reached"
     share = "" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})"
-    return _bytes(statistics.mean(found)) + share
+    return shown(statistics.mean(found)) + share
 
 
 def _bytes(count: float) -> str:
@@ -115,25 +184,35 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min"
+
+
 def _plot(plan: Plan, results: list[Result], path: Path) -> None:
     groups = _groups(results)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False)
     for axis, group in zip(axes.flat, groups, strict=False):
         for number, arm in enumerate(plan.arms):
             runs = [r for r in results if (r.set, r.partition) == group and r.arm == arm.name]
             for run in runs:
+                points = run.curve[0 if plan.by_time else 1 :]
                 axis.plot(
-                    [max(p.frame_bytes, 1) for p in run.curve[1:]],
-                    [_value(p) for p in run.curve[1:]],
+                    [p.virtual_s / 60 if plan.by_time else p.frame_bytes for p in points],
+                    [_value(p) for p in points],
                     color=f"C{number % 10}",
                     linewidth=1,
                     label=arm.name if run is runs[0] else None,
                 )
-        axis.set(xscale="log", title=", ".join(group), xlabel="bytes sent by all devices")
+        axis.set(
+            xscale="linear" if plan.by_time else "log",
+            title=", ".join(group),
+            xlabel="virtual minutes" if plan.by_time else "bytes sent by all devices",
+            ylabel="accuracy" if results[0].last.accuracy is not None else "loss",
+        )
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=6)
+        axis.legend(fontsize=6)
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_visible(False)
     figure.tight_layout()

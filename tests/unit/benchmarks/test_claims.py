@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from benchmarks.claims import __main__ as claims
+from benchmarks.claims.case import Point, Result
+from benchmarks.claims.plan import Arm, Case, Plan, Set, plans, read_plan
+from benchmarks.claims.report import write_report
+from fedtt.errors import ConfigError
+
+PLAN = Plan(
+    title="Two methods",
+    question="Which?",
+    reduced="all of it",
+    verdict="The second, here.",
+    sets=(Set(name="toy"),),
+    arms=(Arm(name="one"), Arm(name="two", partitions=("skewed",))),
+    partitions={"iid": {"kind": "iid"}, "skewed": {"kind": "dirichlet", "alpha": 0.1}},
+    rates=(0.1, 0.2),
+    search_partition="skewed",
+    seeds=(0, 1),
+)
+
+
+def _result(case: Case, accuracy: float, rate: float = 0.1) -> Result:
+    points = [
+        Point(0, 0.5, 1.0, 0, 0, 0, 0.0),
+        Point(1, accuracy - 0.005, 0.7, 1000, 1100, 3000, 60.0),
+        Point(2, accuracy, 0.6, 2000, 2200, 6000, 120.0),
+    ]
+    return Result(
+        set=case.set.shown,
+        partition=case.partition,
+        arm=case.arm.name,
+        seed=case.seed,
+        rate=rate,
+        digest=case.digest,
+        trained_numbers=1234,
+        rounds=2,
+        participations=4,
+        curve=points,
+        wall_s=1.0,
+        sha256="",
+        searched=case.is_search,
+    )
+
+
+def _row(page: str, arm: str) -> list[str]:
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {arm} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name", plans())
+def test_every_plan_beside_the_runner_can_be_read_and_asks_for_three_seeds(name: str) -> None:
+    plan = read_plan(plans()[name])
+    assert plan.seeds == (0, 1, 2)
+    assert {case.arm.name for case in plan.cases()} == {arm.name for arm in plan.arms}
+    chosen = read_plan(plans()[plan.rates_from or name])
+    own = {arm.name for arm in chosen.arms}
+    assert all((arm.rate_of or arm.name) in own for arm in plan.arms)
+
+
+def test_every_arm_has_as_many_searches_and_none_on_a_reported_seed() -> None:
+    searches = list(PLAN.searches())
+    assert [(case.arm.name, case.rate) for case in searches] == [
+        (arm, rate) for arm in ("one", "two") for rate in (0.1, 0.2)
+    ]
+    assert not {case.seed for case in searches} & set(PLAN.seeds)
+
+
+def test_an_arm_is_run_on_its_own_partitions_alone_and_seed_by_seed() -> None:
+    found = [(case.seed, case.partition, case.arm.name) for case in PLAN.cases()]
+    one_seed = [("iid", "one"), ("skewed", "one"), ("skewed", "two")]
+    assert found == [(seed, *rest) for seed in (0, 1) for rest in one_seed]
+
+
+def test_the_same_run_has_one_digest_whatever_plan_asks_for_it() -> None:
+    other = msgspec.structs.replace(PLAN, title="Another", question="", seeds=(1,))
+    known = {(case.partition, case.arm.name, case.seed): case.digest for case in PLAN.cases()}
+    for case in other.cases():
+        assert case.digest == known[case.partition, case.arm.name, case.seed]
+    changed = msgspec.structs.replace(PLAN, model={"depth": 2})
+    assert not {case.digest for case in changed.cases()} & set(known.values())
+
+
+def test_a_plan_chooses_rates_or_takes_them_and_not_both(tmp_path: Path) -> None:
+    path = tmp_path / "both.toml"
+    path.write_text(
+        plans()["methods"].read_bytes().decode().replace("rates =", 'rates_from = "ranks"\nrates =')
+    )
+    with pytest.raises(ConfigError, match="rates_from"):
+        read_plan(path)
+
+
+def test_the_best_search_decides_the_rate_once_all_are_there() -> None:
+    searched = [_result(case, 0.6 + (case.rate or 0.0), case.rate or 0.0) for case in PLAN.searches()]
+    (case, *_) = PLAN.cases()
+    assert claims._rate(case, searched) == 0.2
+    assert claims._rate(case, searched[:1]) is None
+
+
+def test_what_another_experiment_has_run_is_taken_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "WORK", tmp_path / "work")
+    lines = [_result(case, 0.8, case.rate or 0.0) for case in PLAN.searches()]
+    lines += [_result(case, 0.8) for case in PLAN.cases()]
+    (tmp_path / "first.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    renamed = (msgspec.structs.replace(PLAN.arms[0], name="again", rate_of="one"),)
+    taking = msgspec.structs.replace(PLAN, arms=renamed, rates=(), rates_from="first")
+
+    claims.run("second", taking, float("inf"), tmp_path)
+
+    found = claims.stored(tmp_path / "second.jsonl")
+    assert [(r.arm, r.partition, r.seed) for r in found] == [
+        ("again", partition, seed) for seed in (0, 1) for partition in ("iid", "skewed")
+    ]
+    before = (tmp_path / "second.jsonl").read_bytes()
+    claims.run("second", taking, float("inf"), tmp_path)
+    assert (tmp_path / "second.jsonl").read_bytes() == before
+
+
+def test_the_page_holds_the_verdict_the_gap_and_bytes_to_the_target(tmp_path: Path) -> None:
+    accuracy = {("one", 0): 0.80, ("one", 1): 0.82, ("two", 0): 0.79, ("two", 1): 0.80}
+    results = [_result(case, accuracy[case.arm.name, case.seed]) for case in PLAN.cases()]
+    write_report({"toy": (PLAN, [r for r in results if r.partition == "skewed"])}, tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert "**Verdict.** The second, here." in page
+    assert "up to 80.0%" in page  # (0.80 + 0.82) / 2 - 0.01
+    # one: seed 0 reaches 80 % at its last version, seed 1 at its first: (2000 + 1000) / 2
+    assert _row(page, "one") == [
+        "one", "1,234", "0.1 edge", "2", "**81.0 ± 1.4 %**", "", "500 B", "1.5 kB", "1.5 kB", "6 kB",
+    ]  # fmt: skip
+    assert _row(page, "two")[4:6] == ["79.5 ± 0.7 %", "-1.5 ± 0.7"]
+    assert _row(page, "two")[8] == "2 kB (1 of 2)"
+    assert (tmp_path / "results-toy.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_a_plan_by_time_counts_virtual_minutes(tmp_path: Path) -> None:
+    plan = msgspec.structs.replace(PLAN, by_time=True)
+    write_report({"toy": (plan, [_result(case, 0.8) for case in plan.cases()])}, tmp_path)
+    assert "| virtual time to 79.0% | at the end |" in (tmp_path / "results.md").read_text()
+    assert "| 1 min | 2 min |" in (tmp_path / "results.md").read_text()
+
+
+def test_two_labels_are_scored_by_f1_and_matthews(tmp_path: Path) -> None:
+    counts = (50, 10, 20, 20)  # right and found: 00, 01, 10, 11
+    results = [msgspec.structs.replace(_result(case, 0.7), confusion=counts) for case in PLAN.cases()]
+    write_report({"toy": (PLAN, results)}, tmp_path)
+    # F1 = 40 / 70; Matthews = (50·20 - 10·20) / sqrt(30 · 40 · 60 · 70) = 800 / 2244.99
+    assert "| 57.1 ± 0.0 % | 35.6 ± 0.0 % |" in (tmp_path / "results.md").read_text()
