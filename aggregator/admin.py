@@ -18,9 +18,8 @@ from aggregator.problems import conflict_name, conflict_state, malformed, not_fo
 from aggregator.service import Service
 from aggregator.token_files import new_token
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
-from fedtt.evaluation import Verdict
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
-from fedtt.messages import Problem, UpdateState
+from fedtt.messages import Problem, UpdateState, Verdict
 from fedtt.task import TaskSpec, parse_task
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import decode_theta, encode_theta

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import rules
+from aggregator.evaluating import Evaluations
 from aggregator.grouping import group_on, hierarchical
 from aggregator.lifecycle import Lifecycle
 from aggregator.problems import (
@@ -100,6 +101,7 @@ class Coordinator:
         self.lifecycle = lifecycle
         self._invitations: dict[tuple[int, str, int, float], frozenset[str]] = {}
         self._new_lease_id = new_lease_id or (lambda: secrets.token_hex(16))
+        self.evaluations = Evaluations(new_lease_id)
 
     # enrolment
 
@@ -152,6 +154,7 @@ class Coordinator:
         if erase:
             tx.forget_settled(device_name)
             tx.forget_participations(device_name)
+            tx.forget_evaluations(device_name)
         return None
 
     def revoke(self, tx: Transaction, now: float, device_name: str) -> Device | Problem:
@@ -194,7 +197,9 @@ class Coordinator:
     def check_in(
         self, tx: Transaction, now: float, device_name: str, message: CheckIn, nonce: int | None = None
     ) -> CheckInAnswer | Problem:
-        """Offer work of the first task that has a seat; the same lease again where one is still held."""
+        """Offer work of the first task that has a seat, or whose newest version this device is to judge; the
+        same lease again where one is still held.
+        """
         device = _known(tx, device_name)
         if device is None:
             return unknown_device()
@@ -215,6 +220,8 @@ class Coordinator:
         waits: list[Wait] = []
         for task in sorted(tx.tasks(), key=lambda task: -task.spec.priority):
             if task.state is TaskState.ACTIVE:
+                if question := self.evaluations.offer(tx, now, seen, message, task):
+                    return question
                 answer = self._offer(tx, now, seen, task)
                 if isinstance(answer, Work):
                     return answer
@@ -453,7 +460,9 @@ class Coordinator:
     def fail(self, tx: Transaction, device_name: str, lease_id: str) -> Problem | None:
         """Take a lease back from a device that cannot fulfil it; its seat is free again."""
         lease = tx.lease(lease_id)
-        if lease is None or lease.device_id != device_name:
+        if lease is None:
+            return self.evaluations.fail(tx, device_name, lease_id)
+        if lease.device_id != device_name:
             return unknown_lease(lease_id)
         if lease.state in {LeaseState.ACTIVE, LeaseState.EXPIRED}:
             tx.put_lease(replace(lease, state=LeaseState.FAILED))

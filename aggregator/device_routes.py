@@ -10,7 +10,7 @@ from aggregator.auth import claim_of, verify, verify_key
 from aggregator.handling import SERVICE, ProblemError, answer, checked, read_body, read_message
 from aggregator.problems import bad_signature, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
-from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure
+from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
 from fedtt.signature import Signed, content_digest, hex_digest
 from storage.blobs import FileBlobs, load
 
@@ -85,6 +85,13 @@ async def receipt(request: web.Request) -> web.Response:
     return answer(checked(await request.app[SERVICE].receipt(claim.device, request.match_info["lease"])))
 
 
+async def verdict(request: web.Request) -> web.Response:
+    claim = await _sender(request)
+    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Verdict)
+    checked(await request.app[SERVICE].judge(claim.device, request.match_info["lease"], message))
+    return web.Response(status=204)
+
+
 async def failure(request: web.Request) -> web.Response:
     claim = await _sender(request)
     message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Failure)
@@ -153,5 +160,6 @@ def add_device_routes(app: web.Application) -> None:
     app.router.add_put(f"{lease}/update", upload)
     app.router.add_get(lease, receipt)
     app.router.add_post(f"{lease}/failure", failure)
+    app.router.add_post(f"{lease}/verdict", verdict)
     app.router.add_post("/v1/device/leave", leave)
     app.router.add_delete("/v1/device", leave)

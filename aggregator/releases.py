@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from aggregator.evaluating import verdicts
 from aggregator.grouping import Grouping
 from aggregator.lifecycle import Lifecycle
 from aggregator.problems import conflict_version, not_found
 from aggregator.promised import promised
-from fedtt.evaluation import Verdict, worse
-from fedtt.messages import Problem
+from fedtt.evaluation import total, worse
+from fedtt.messages import Problem, Verdict
 from storage.records import MAIN, Round, RoundState, Task, TaskState, Version, VersionState, rank_branch
 from storage.store import Transaction
 
@@ -39,10 +40,16 @@ class Releases(Lifecycle):
         return newest if newest.state is VersionState.CANDIDATE else None
 
     def _settle(self, tx: Transaction, now: float, task: Task, version: Version) -> None:
-        """Hold a candidate that nobody has judged in time."""
+        """Go by the devices' verdicts once enough are in; hold a candidate that was not judged in time."""
         spec = promised(task.spec.evaluation, "how a candidate is judged")
-        if now >= version.created_at + spec.deadline_s:
-            self._hold(tx, now, task, version, f"nobody had judged it {spec.deadline_s:g} s after its fold")
+        found = verdicts(tx.evaluations(task.id, MAIN, version.number))
+        is_late = now >= version.created_at + spec.deadline_s
+        if len(found) >= (spec.quorum if is_late else spec.devices):
+            self._decide(tx, now, task, version, total(found, most_examples=spec.examples))
+        elif is_late:
+            judges = f"{len(found)} of at least {spec.quorum} devices" if spec.by == "devices" else "nobody"
+            why = f"{judges} had judged it {spec.deadline_s:g} s after its fold"
+            self._hold(tx, now, task, version, why)
 
     def judge(
         self, tx: Transaction, now: float, name: str, number: int, verdict: Verdict

@@ -24,7 +24,7 @@ from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_limit_bytes
 from storage.blobs import BlobStore, load
@@ -177,6 +177,13 @@ class Service:
 
     async def receipt(self, device_name: str, lease: str) -> Receipt | Problem:
         return await self.read(lambda tx: self.coordinator.receipt(tx, device_name, lease))
+
+    async def judge(self, device_name: str, lease: str, verdict: Verdict) -> Problem | None:
+        """Take a device's verdict on a candidate."""
+        now, take = self.clock.now(), self.coordinator.evaluations.accept
+        answer = await self.write(lambda tx: take(tx, now, device_name, lease, verdict))
+        self._wake.set()
+        return answer
 
     async def fail(self, device_name: str, lease: str, failure: Failure) -> Problem | None:
         _log.info(

@@ -110,6 +110,9 @@ def _add_run(commands: Commands) -> None:
         "differential privacy of at most this epsilon (1 is much noise, 10 little); without it, never",
     )
     run.add_argument(
+        "--no-judging", action="store_true", help="never say how well a new version does on these examples"
+    )
+    run.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads to train with (%(default)s)"
     )
 

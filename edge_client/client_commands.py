@@ -64,6 +64,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         client=f"fedtt-edge {version('fedtt')}",
         memory_mb=args.memory_mb,
         label_epsilon=args.share_label_counts,
+        judges=not args.no_judging,
     )
     show = print_json if args.json else _show
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)

@@ -33,7 +33,8 @@ def consent_text(
         *(moving if old_server else []),
         f"Trained: a small part of a language model, here, on your {examples} examples.",
         f"Sent to {server}: how that part changed (a few kilobytes a round), the number of your examples,",
-        "  the memory it may use if you said so, training losses and a key made for this device.",
+        "  the memory it may use if you said so, training losses, how well new versions of the model do on",
+        "  your examples (unless you said --no-judging) and a key made for this device.",
         *counts,
         "  Whoever runs the server can study these numbers.",
         "Never sent: your texts and which label each has."

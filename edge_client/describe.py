@@ -43,6 +43,11 @@ def _step(event: Event) -> str:
 
 def _progress(event: Event) -> str:
     match event:
+        case events.Judged():
+            return (
+                f"judged version {event.version_number} of {event.task} on {event.examples} examples: "
+                f"loss {event.loss_before:.3f} before, {event.loss:.3f} now"
+            )
         case events.Downloading():
             resumed = f", resumed at {event.offset}" if event.offset else ""
             return f"downloading {event.file} ({event.bytes} bytes{resumed})"

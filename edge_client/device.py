@@ -44,6 +44,7 @@ from fedtt.messages import (
     Enroll,
     Failure,
     FailureCode,
+    Judge,
     Plan,
     Retired,
     Wait,
@@ -75,6 +76,7 @@ class DeviceConfig:
     token: str = ""  #: for enrolment; not needed once enrolled
     client: str = "fedtt-edge"  #: program and version, shown to whoever runs the server
     memory_mb: int = 0  #: training may use; 0 leaves the choice of a rank to the task
+    judges: bool = True  #: whether versions may be judged on this device's examples
     label_epsilon: float = 0.0  #: largest ε with which counts of labels may be told; 0 tells none
     seed: int = 0  #: of the jitter of retries
     retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
@@ -222,6 +224,7 @@ class Device:
                 runtimes=self._runtime_names,
                 examples=self._examples.count(),
                 memory_mb=self.config.memory_mb,
+                judges=self.config.judges,
             )
         )
         match answer:
@@ -232,6 +235,8 @@ class Device:
                 return events.Retired(reason=answer.reason)
             case Work():
                 return await self._take(answer)
+            case Judge():
+                return await self._judge(answer)
             case _ as unreachable:
                 assert_never(unreachable)
 
@@ -248,6 +253,26 @@ class Device:
             return await self._give_up(work.lease, FailureCode.OTHER, why)
         return events.Granted(
             lease=work.lease, task=plan.task, round=plan.round, version_number=plan.version_number
+        )
+
+    async def _judge(self, question: Judge) -> Step:
+        """Answer at once: a question that a crash cuts short is asked again, so nothing of it is kept."""
+        try:
+            verdict = await self._training.judge(question, self.journal.state.release_key or None)
+        except (BundleError, DataError, LayoutError, RuntimeFailure, WireError) as error:
+            return await self._give_up(question.lease, _FAILURES[type(error)], str(error))
+        try:
+            await self._transport.judge(question.lease, verdict)
+        except Refused as error:
+            if error.problem.code in _PASSING:
+                raise
+            return events.Dropped(lease=question.lease, reason=str(error))
+        return events.Judged(
+            task=question.task,
+            version_number=question.version_number,
+            examples=verdict.examples,
+            loss_before=verdict.before.loss,
+            loss=verdict.after.loss,
         )
 
     # training

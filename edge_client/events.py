@@ -18,6 +18,7 @@ __all__ = [
     "Event",
     "GaveUp",
     "Granted",
+    "Judged",
     "Observer",
     "Paused",
     "Redownloading",
@@ -72,6 +73,16 @@ class Trained(Step, frozen=True, kw_only=True):
     cut_texts: int  #: texts longer than the graph allows, trained on their beginning
     frame_bytes: int
     wall_s: float  #: of training, from the executor's start to its end
+
+
+class Judged(Step, frozen=True, kw_only=True):
+    """A version was judged on this device's examples, and the server has the verdict."""
+
+    task: str
+    version_number: int
+    examples: int
+    loss_before: float
+    loss: float
 
 
 class Acknowledged(Step, frozen=True, kw_only=True):

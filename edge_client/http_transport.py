@@ -32,6 +32,7 @@ from fedtt.messages import (
     Message,
     Problem,
     Receipt,
+    Verdict,
     decode,
     encode,
 )
@@ -131,6 +132,9 @@ class HttpTransport:
 
     async def receipt(self, lease: str) -> Receipt:
         return await self._message("GET", f"v1/leases/{lease}", b"", Receipt)
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        await self._command("POST", f"v1/leases/{lease}/verdict", verdict)
 
     async def fail(self, lease: str, failure: Failure) -> None:
         await self._command("POST", f"v1/leases/{lease}/failure", failure)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from edge_client.bundle import Bundle
 from edge_client.bundle_cache import Bundles
 from edge_client.examples import Examples
 from edge_client.journal import residual_key
+from edge_client.judging import JudgingRequest
 from edge_client.trainer import LocalUpdate, Trainer, TrainingRequest, trained_adapter
 from edge_client.version_cache import Held, VersionCache
 from fedtt.errors import BundleError, Refused, Unreachable, WireError
-from fedtt.messages import Code, Plan
+from fedtt.layout import FactorLayout
+from fedtt.messages import Code, Judge, Plan, Verdict
 from fedtt.seams import Transport
 
 __all__ = ["LocalTraining"]
@@ -36,32 +41,45 @@ class LocalTraining:
         release_key: that must have signed the bundle; None asks for no signature.
         Raises Unreachable where another attempt may help, BundleError where not, Refused for the rest.
         """
-        try:
+        with _downloading():
             bundle = await self._bundles.ensure(self._transport, plan.bundle, release_key)
-            version = await self._version(plan, bundle)
-        except WireError as error:
-            raise Unreachable(f"the download broke off: {error}") from None
-        except Refused as error:
-            if error.problem.code is Code.NOT_FOUND:
-                raise BundleError(f"the server has lost what its plan names: {error}") from None
-            raise
-        return bundle, version
+            layout = trained_adapter(plan, bundle.manifest).layout
+            return bundle, await self._version(plan.task, plan.version, layout)
 
-    async def _version(self, plan: Plan, bundle: Bundle) -> bytes:
-        """The version held if it is the plan's, else what comes, from a difference where that serves."""
-        layout = trained_adapter(plan, bundle.manifest).layout
-        key, size_bytes = residual_key(plan.task, layout.digest), 4 * layout.size
+    async def judge(self, question: Judge, release_key: bytes | None = None) -> Verdict:
+        """Answer a question; raises what `fetch` and `Trainer.judge` do."""
+        with _downloading():
+            bundle = await self._bundles.ensure(self._transport, question.bundle, release_key)
+            layout = bundle.manifest.adapter.layout
+            before, after = [
+                await self._version(question.task, sha256, layout)
+                for sha256 in (question.before, question.version)
+            ]
+        return await self._trainer.judge(
+            JudgingRequest(
+                question=question,
+                device=self._device,
+                bundle=bundle,
+                before=before,
+                after=after,
+                examples=self._examples,
+            )
+        )
+
+    async def _version(self, task: str, sha256: str, layout: FactorLayout) -> bytes:
+        """The version held if it is the wanted one, else what comes, from a difference where that serves."""
+        key, size_bytes = residual_key(task, layout.digest), 4 * layout.size
         held = self._versions.get(key, size_bytes)
-        if held is not None and held.sha256 == plan.version:
+        if held is not None and held.sha256 == sha256:
             return held.data
-        body = await self._transport.version(plan.version, size_bytes, held.sha256 if held else None)
-        version = self._versions.unpack(body, held, plan.version)
+        body = await self._transport.version(sha256, size_bytes, held.sha256 if held else None)
+        version = self._versions.unpack(body, held, sha256)
         if version is None and body.difference:
-            body = await self._transport.version(plan.version, size_bytes)
-            version = self._versions.unpack(body, None, plan.version)
+            body = await self._transport.version(sha256, size_bytes)
+            version = self._versions.unpack(body, None, sha256)
         if version is None:
-            raise BundleError(f"version {plan.version[:12]}… does not match its sha256")
-        self._versions.put(key, Held(plan.version, version))
+            raise BundleError(f"version {sha256[:12]}… does not match its sha256")
+        self._versions.put(key, Held(sha256, version))
         return version
 
     async def run(self, plan: Plan, bundle: Bundle, version: bytes, residual: bytes) -> LocalUpdate:
@@ -76,3 +94,16 @@ class LocalTraining:
                 residual=residual,
             )
         )
+
+
+@contextmanager
+def _downloading() -> Iterator[None]:
+    """What went wrong with a download, as what a device can do about it."""
+    try:
+        yield
+    except WireError as error:
+        raise Unreachable(f"the download broke off: {error}") from None
+    except Refused as error:
+        if error.problem.code is Code.NOT_FOUND:
+            raise BundleError(f"the server has lost what its plan names: {error}") from None
+        raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from msgspec import Struct
@@ -25,10 +25,13 @@ from fedtt.codec import compensate, encode_delta
 from fedtt.errors import BundleError, ConfigError, DataError, WireError
 from fedtt.layout import FactorLayout, LiveSet, Theta
 from fedtt.manifest import Manifest
-from fedtt.messages import Plan
+from fedtt.messages import Plan, Verdict
 from fedtt.ranks import embedding
 from fedtt.rng import Purpose, rng_for
 from fedtt.wire import UpdateHeader, decode_theta, encode_theta, encode_update, layout_tag
+
+if TYPE_CHECKING:
+    from edge_client.judging import JudgingRequest
 
 __all__ = [
     "Interrupted",
@@ -96,6 +99,10 @@ class Trainer(Protocol):
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:
         """Raises BundleError, DataError, LayoutError, RuntimeFailure, WireError; cancelling keeps nothing."""
+        ...
+
+    async def judge(self, request: JudgingRequest) -> Verdict:
+        """The same, without training."""
         ...
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from fedtt.errors import ConfigError
+from fedtt.messages import Judged, Verdict
 
-__all__ = ["EvaluationSpec", "Judged", "Verdict", "total", "worse"]
+__all__ = ["EvaluationSpec", "total", "worse"]
 
 Positive = Annotated[int, Meta(ge=1, le=10**9)]
 Seconds = Annotated[float, Meta(gt=0, le=30 * 86400)]
@@ -35,26 +36,6 @@ class EvaluationSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "evaluation.quorum", self.quorum, f"a number from 1 to evaluation.devices = {self.devices}"
             )
-
-
-class Judged(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one version came to on some examples."""
-
-    loss: Annotated[float, Meta(ge=0, le=1e9)]  #: mean over examples, or over predicted tokens, in nats
-    right: Annotated[int, Meta(ge=0, le=2**53)] | None = None  #: examples; None for language modelling
-
-
-class Verdict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A version beside the one before it, on the same examples."""
-
-    examples: Annotated[int, Meta(ge=1, le=2**53)]
-    before: Judged
-    after: Judged
-
-    def __post_init__(self) -> None:
-        for name, judged in (("before", self.before), ("after", self.after)):
-            if judged.right is not None and judged.right > self.examples:
-                raise ConfigError(f"{name}.right", judged.right, f"at most examples = {self.examples}")
 
 
 def total(verdicts: Iterable[Verdict], *, most_examples: int) -> Verdict:

@@ -30,12 +30,15 @@ __all__ = [
     "Enrolled",
     "Failure",
     "FailureCode",
+    "Judge",
+    "Judged",
     "Message",
     "Plan",
     "Problem",
     "Receipt",
     "Retired",
     "UpdateState",
+    "Verdict",
     "Wait",
     "Work",
     "decode",
@@ -84,6 +87,7 @@ class CheckIn(Message, frozen=True):
     runtimes: Annotated[tuple[Name, ...], Meta(max_length=8)]
     examples: Count  #: usable examples on the device
     memory_mb: Count = 0  #: training may use; 0 where the device does not say
+    judges: bool = False  #: whether it may be asked to judge versions, too
 
 
 class Plan(Message, frozen=True):
@@ -114,6 +118,40 @@ class Work(Message, frozen=True):
     plan: Plan
 
 
+class Judge(Message, frozen=True):
+    """Judge a version beside the one before it on your own examples; the verdict goes under this lease."""
+
+    lease: LeaseId
+    expires_in_s: Seconds
+    task: Name
+    seed: int
+    bundle: Sha256
+    version: Sha256
+    version_number: Count
+    before: Sha256  #: the version that stood before it
+    examples: Annotated[int, Meta(ge=1, le=10**9)]  #: of the device's own, at most
+
+
+class Judged(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one version came to on some examples."""
+
+    loss: Annotated[float, Meta(ge=0, le=1e9)]  #: mean over examples, or over predicted tokens, in nats
+    right: Count | None = None  #: examples with the right label; None for language modelling
+
+
+class Verdict(Message, frozen=True):
+    """A version beside the one before it, on the same examples."""
+
+    examples: Annotated[int, Meta(ge=1, le=2**53)]
+    before: Judged
+    after: Judged
+
+    def __post_init__(self) -> None:
+        for name, judged in (("before", self.before), ("after", self.after)):
+            if judged.right is not None and judged.right > self.examples:
+                raise ConfigError(f"{name}.right", judged.right, f"at most examples = {self.examples}")
+
+
 class Wait(Message, frozen=True):
     """Nothing to do now; come back later."""
 
@@ -127,7 +165,7 @@ class Retired(Message, frozen=True):
     reason: Text = ""
 
 
-CheckInAnswer = Work | Wait | Retired
+CheckInAnswer = Work | Judge | Wait | Retired
 
 
 class FailureCode(Enum):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
 
 __all__ = ["Clock", "SystemClock", "Transport", "VersionBody"]
 
@@ -74,6 +74,10 @@ class Transport(Protocol):
 
     async def receipt(self, lease: str) -> Receipt:
         """What has become of an acknowledged update."""
+        ...
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        """Say what a version came to that the server asked about."""
         ...
 
     async def fail(self, lease: str, failure: Failure) -> None:

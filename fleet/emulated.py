@@ -7,16 +7,18 @@ from collections.abc import Callable
 from aggregator.inline import Aside, at_once
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.journal import Journal, Leased
+from edge_client.judging import JudgingRequest, judge
+from edge_client.runtime import Runtimes
 from edge_client.trainer import LocalUpdate, TrainingRequest, trained_adapter
 from edge_client.version_cache import Held, unpacked
 from fedtt.errors import BundleError, RuntimeFailure
-from fedtt.messages import Plan
+from fedtt.messages import Plan, Verdict
 from fedtt.rng import Purpose, rng_for
 from fedtt.seams import Clock, Transport, VersionBody
 from fedtt.work import work_share
 from fleet.link import Link
 from fleet.pool import Pool
-from fleet.profiles import Profile, training_s
+from fleet.profiles import Profile, judging_s, training_s
 
 __all__ = ["EmulatedTrainer", "SharedBundle", "SharedVersions", "Vanished"]
 
@@ -110,6 +112,7 @@ class EmulatedTrainer:
 
     speed: by which the device is slower than its profile. seed: of whether and when it vanishes.
     needs_memory_mb: what training takes; a device that says it has less fails, as its runtime would.
+    judges: what versions are judged with; None where nobody may be asked.
     """
 
     def __init__(
@@ -123,8 +126,10 @@ class EmulatedTrainer:
         speed: float = 1.0,
         seed: int = 0,
         needs_memory_mb: int = 0,
+        judges: Runtimes | None = None,
         aside: Aside = at_once,
     ) -> None:
+        self._judges = judges
         self._pool, self._clock, self._journal = pool, clock, journal
         self._index, self._profile, self._speed, self._seed = index, profile, speed, seed
         self._needs_memory_mb, self._aside = needs_memory_mb, aside
@@ -150,6 +155,15 @@ class EmulatedTrainer:
             return await self._aside(handle.result)
         finally:
             handle.cancel()
+
+    async def judge(self, request: JudgingRequest) -> Verdict:
+        """Raises what `Trainer.judge` does."""
+        if self._judges is None:
+            raise RuntimeFailure("this fleet has nothing to judge versions with")
+        rows = min(request.question.examples, request.examples.count())
+        await self._clock.sleep(self._speed * judging_s(self._profile, rows))
+        runtime = self._judges.open(request.bundle)
+        return await self._aside(judge, request, runtime)
 
     async def _perhaps_vanish(self, plan: Plan, lasts_s: float) -> None:
         phase = self._journal.state.phase

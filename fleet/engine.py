@@ -23,6 +23,7 @@ from edge_client import events
 from edge_client.device import Device, DeviceConfig
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased
+from edge_client.runtime import Runtimes
 from fedtt.errors import FedttError
 from fedtt.rng import Purpose, rng_for, uniform_at
 from fedtt.seams import Clock, Transport
@@ -96,6 +97,7 @@ class Fleet:
         availability: Availability | None = None,
         faults: FaultSpec | None = None,
         participations: Participations | None = None,
+        judges: Runtimes | None = None,
         aside: Aside = at_once,
     ) -> None:
         self.settings, self.population, self.time = settings, population, time
@@ -103,13 +105,14 @@ class Fleet:
         self.left_out: Counter[str] = Counter()  #: devices that cannot take part, by reason
         self._shards, self._bundle, self._pool, self._connect = shards, bundle, pool, connect
         self._availability, self._faults = availability or Always(), faults
-        self._versions, self._aside = SharedVersions(), aside
+        self._versions, self._aside, self._judges = SharedVersions(), aside, judges
         self._configs = [
             DeviceConfig(
                 token=settings.token,
                 client=settings.client,
                 memory_mb=profile.memory_mb,
                 label_epsilon=profile.label_epsilon,
+                judges=judges is not None,
                 seed=settings.seed,
             )
             for profile in population.profiles
@@ -263,6 +266,7 @@ class Fleet:
                 speed=population.speed_factor(index),
                 seed=settings.seed,
                 needs_memory_mb=settings.needs_memory_mb,
+                judges=self._judges,
                 aside=self._aside,
             ),
             clock=clock,

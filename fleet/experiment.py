@@ -13,6 +13,8 @@ import msgspec
 from edge_client.bundle import Bundle, needed_files, open_bundle
 from edge_client.examples import Example
 from edge_client.files import file_digest
+from edge_client.onnx_runtime import onnx_runtimes
+from edge_client.runtime import Runtimes
 from fedtt.errors import ConfigError
 from fleet.availability import Always, Availability, Nightly, Trace, read_trace
 from fleet.data import RowShard, deal, read_labelled
@@ -41,6 +43,10 @@ class Experiment:
     def shared_bundle(self) -> SharedBundle:
         entries = needed_files(self.bundle.manifest, "onnxruntime").values()
         return SharedBundle(self.bundle, sum(entry.bytes for entry in entries))
+
+    def judges(self) -> Runtimes | None:
+        """What emulated devices judge versions with; None where the task asks none to."""
+        return onnx_runtimes(self.spec.fleet.threads) if self.spec.task.evaluation else None
 
 
 def prepare(spec: FleetSpec) -> Experiment:

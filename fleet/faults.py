@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from fedtt.errors import ConfigError, Unreachable
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
 from fedtt.rng import Purpose, rng_for
 from fedtt.seams import Clock, Transport, VersionBody
 
@@ -94,6 +94,9 @@ class Faulty:
 
     async def receipt(self, lease: str) -> Receipt:
         return await self._exchange(self._fate(), lambda: self._inner.receipt(lease))
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        await self._exchange(self._fate(), lambda: self._inner.judge(lease, verdict))
 
     async def fail(self, lease: str, failure: Failure) -> None:
         await self._exchange(self._fate(), lambda: self._inner.fail(lease, failure))

@@ -13,6 +13,7 @@ from fedtt.messages import (
     Failure,
     Problem,
     Receipt,
+    Verdict,
     decode,
     encode,
 )
@@ -58,6 +59,9 @@ class Framed:
 
     async def receipt(self, lease: str) -> Receipt:
         return decode(encode(await self._inner.receipt(lease)), Receipt)
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        await self._inner.judge(lease, decode(encode(verdict), Verdict))
 
     async def fail(self, lease: str, failure: Failure) -> None:
         await self._inner.fail(lease, decode(encode(failure), Failure))

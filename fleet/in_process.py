@@ -9,7 +9,7 @@ from aggregator.problems import not_found, unknown_device
 from aggregator.service import Service
 from fedtt.errors import Refused, WireError
 from fedtt.manifest import MANIFEST, decode_manifest
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import VersionBody
 from storage.blobs import load
 from storage.records import DeviceState
@@ -73,14 +73,15 @@ class InProcess:
 
     async def upload(self, lease: str, frame: bytes) -> Receipt:
         receipt = _checked(await self._service.take(self._device, lease, frame))
-        if self._settle is None:
-            await self._service.tick()
-        else:
-            self._settle()
+        await self._due()
         return receipt
 
     async def receipt(self, lease: str) -> Receipt:
         return _checked(await self._service.receipt(await self._known(), lease))
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        _checked(await self._service.judge(await self._known(), lease, verdict))
+        await self._due()
 
     async def fail(self, lease: str, failure: Failure) -> None:
         _checked(await self._service.fail(await self._known(), lease, failure))
@@ -90,6 +91,12 @@ class InProcess:
 
     async def close(self) -> None:
         pass
+
+    async def _due(self) -> None:
+        if self._settle is None:
+            await self._service.tick()
+        else:
+            self._settle()
 
     def _keep(self, key: tuple[str, str | None], body: VersionBody) -> None:
         if self._shelf is not None:

@@ -15,7 +15,7 @@ import msgspec
 from aggregator.admin_commands import print_rows
 from aggregator.cli import admin_command
 from fedtt.errors import ConfigError, FedttError
-from fedtt.evaluation import Judged, Verdict
+from fedtt.messages import Judged, Verdict
 
 if TYPE_CHECKING:
     from aggregator.admin_client import AdminClient

@@ -13,6 +13,7 @@ from fedtt.messages import (
     Failure,
     Message,
     Receipt,
+    Verdict,
     encode,
 )
 from fedtt.seams import Clock, Transport, VersionBody
@@ -91,6 +92,10 @@ class Link:
     async def receipt(self, lease: str) -> Receipt:
         self._ask()
         return self._answered(await self._inner.receipt(lease))
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        await self._up(len(encode(verdict)))
+        await self._inner.judge(lease, verdict)
 
     async def fail(self, lease: str, failure: Failure) -> None:
         await self._up(len(encode(failure)))

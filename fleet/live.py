@@ -60,6 +60,7 @@ async def live_against(
             availability=experiment.availability,
             faults=None if spec.faults == FaultSpec() else spec.faults,
             participations=Participations(started, files.participation),
+            judges=experiment.judges(),
             aside=beside.aside,
         )
         wall = time.monotonic()

@@ -128,6 +128,7 @@ class _Run:
             availability=experiment.availability,
             faults=None if spec.faults == FaultSpec() else spec.faults,
             participations=Participations(START_S, files.participation),
+            judges=experiment.judges(),
         )
         self._last: VersionLine | None = None
 

@@ -156,6 +156,9 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
             raise ConfigError("task.rounds.cohort", rounds.cohort, f"at most fleet.devices = {devices}")
         if self.data.shards is not None and self.data.shards > devices:
             raise ConfigError("data.shards", self.data.shards, f"at most fleet.devices = {devices}")
+        if self.task.evaluation is not None and self.task.evaluation.by != "devices":
+            by = self.task.evaluation.by
+            raise ConfigError("task.evaluation.by", by, "'devices': nobody stands beside an emulated server")
         names = [profile.name for profile in self.profiles]
         for name in names:
             if names.count(name) > 1:

@@ -65,12 +65,13 @@ class Json(TypeDecorator[Any]):
         self.kind = kind
         self._decode = msgspec.json.Decoder(kind).decode  # made here, as `fedtt.manifest` says why
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str | None]:
         encode = msgspec.json.encode
-        return lambda value: encode(value).decode()
+        return lambda value: None if value is None else encode(value).decode()
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str], Any]:
-        return self._decode
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str | None], Any]:
+        decode = self._decode
+        return lambda text: None if text is None else decode(text)
 
 
 Parents = Annotated[

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from fedtt.errors import StorageError
 from fedtt.sampling import Candidate
@@ -21,6 +22,7 @@ from storage.records import (
     Bundle,
     Device,
     DeviceState,
+    Evaluation,
     Lease,
     LeaseState,
     Participation,
@@ -85,6 +87,8 @@ class _Tables:
         self.versions: dict[RoundKey, Version] = {}
         self.version_names: dict[str, None] = {}
         self.latest_versions: dict[BranchKey, Version] = {}
+        self.evaluations: dict[str, Evaluation] = {}
+        self.evaluations_of: dict[RoundKey, dict[str, str]] = {}  #: version -> device -> lease
         self.rounds: dict[RoundKey, Round] = {}
         self.latest_rounds: dict[BranchKey, Round] = {}
         self.leases: dict[str, Lease] = {}
@@ -332,6 +336,26 @@ class _MemoryTransaction:
 
     def has_version(self, sha256: str) -> bool:
         return sha256 in self._t.version_names
+
+    def put_evaluation(self, evaluation: Evaluation) -> None:
+        key = (evaluation.task_id, evaluation.branch, evaluation.version_number)
+        asked = self._t.evaluations_of.setdefault(key, {})
+        if asked.get(evaluation.device_id, evaluation.lease_id) != evaluation.lease_id:
+            raise StorageError(f"device {evaluation.device_id} was asked about version {key[2]} before")
+        self._put(asked, evaluation.device_id, evaluation.lease_id)
+        self._put(self._t.evaluations, evaluation.lease_id, evaluation)
+
+    def evaluation(self, lease_id: str) -> Evaluation | None:
+        return self._t.evaluations.get(lease_id)
+
+    def evaluations(self, task_id: int, branch: str, version_number: int) -> list[Evaluation]:
+        asked = self._t.evaluations_of.get((task_id, branch, version_number), {})
+        return [self._t.evaluations[lease] for _, lease in sorted(asked.items())]
+
+    def forget_evaluations(self, device_id: str) -> None:
+        for lease, evaluation in list(self._t.evaluations.items()):
+            if evaluation.device_id == device_id:
+                self._put(self._t.evaluations, lease, replace(evaluation, verdict=None))
 
     def put_round(self, round_: Round) -> None:
         self._put(self._t.rounds, (round_.task_id, round_.branch, round_.number), round_)

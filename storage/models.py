@@ -19,6 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from fedtt.messages import Verdict
 from fedtt.task import TaskSpec
 from storage.columns import (
     Count,
@@ -35,6 +36,7 @@ from storage.columns import (
 )
 from storage.records import (
     DeviceState,
+    EvaluationState,
     Group,
     LeaseState,
     Role,
@@ -50,6 +52,7 @@ __all__ = [
     "Base",
     "BundleRow",
     "DeviceRow",
+    "EvaluationRow",
     "LeaseRow",
     "MembershipRow",
     "ParticipationRow",
@@ -324,6 +327,30 @@ class UpdateRow(Base):
     folded_into: Mapped[Count | None]  #: number of the version it became part of
     # last, so that reading the other columns does not walk its overflow pages
     payload: Mapped[bytes] = mapped_column(LargeBinary)  #: the coded delta; emptied in a terminal state
+
+
+class EvaluationRow(Base):
+    """A device that was asked to judge a candidate; each is asked once about a version."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        UniqueConstraint("task_id", "branch", "version_number", "device_id"),
+        _references("versions", "version_number"),
+        CheckConstraint("length(lease_id) = 32", name="lease_id_is_128_bits"),
+        CheckConstraint("expires_at > granted_at", name="expiry_follows_grant"),
+        CheckConstraint("verdict IS NULL OR state = 'done'", name="a_verdict_is_done"),
+        Index(None, "device_id"),
+    )
+
+    lease_id: Mapped[Id] = mapped_column(primary_key=True)  #: 128 random bits, known to the device alone
+    task_id: Mapped[Count]  #: whose version it is
+    branch: Mapped[str] = mapped_column(String(63))  #: and on which branch
+    version_number: Mapped[Count]  #: the candidate
+    device_id: Mapped[Id] = mapped_column(ForeignKey("devices.id"))  #: who was asked
+    granted_at: Mapped[Seconds]  #: when it was asked
+    expires_at: Mapped[Seconds]  #: when its time is over
+    state: Mapped[EvaluationState] = mapped_column(one_of(EvaluationState))  #: what came of it
+    verdict: Mapped[Verdict | None] = mapped_column(Json(Verdict))  #: as JSON; NULL until then, or erased
 
 
 class ParticipationRow(Base):

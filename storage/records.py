@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from fedtt.messages import UpdateState
+from fedtt.messages import UpdateState, Verdict
 from fedtt.task import TaskSpec
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Bundle",
     "Device",
     "DeviceState",
+    "Evaluation",
+    "EvaluationState",
     "Group",
     "Lease",
     "LeaseState",
@@ -78,6 +80,12 @@ class LeaseState(StrEnum):
     UPLOADED = "uploaded"  #: an update was acknowledged under it
     FAILED = "failed"  #: the device gave it back, asked for another where it may hold one, or left
     EXPIRED = "expired"  #: its time is over; an update is still taken while its round is open
+
+
+class EvaluationState(Enum):
+    ACTIVE = "active"  #: the device was asked; past its expiry it is asked no more
+    DONE = "done"  #: it has sent its verdict
+    FAILED = "failed"  #: it gave the question back
 
 
 class Token(Struct, frozen=True, kw_only=True):
@@ -252,6 +260,20 @@ class Update(Struct, frozen=True, kw_only=True):
     reason: str
     folded_into: int | None  #: number of the version it became part of
     rank: int | None = None  #: its lease's
+
+
+class Evaluation(Struct, frozen=True, kw_only=True):
+    """One device that was asked to judge a candidate of `MAIN`."""
+
+    lease_id: str  #: 128 random bits
+    task_id: int
+    branch: str
+    version_number: int
+    device_id: str
+    granted_at: float
+    expires_at: float
+    state: EvaluationState
+    verdict: Verdict | None = None  #: what it found; None until then, and once its device was erased
 
 
 class Participation(Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from storage.records import (
     Bundle,
     Device,
     DeviceState,
+    Evaluation,
     Lease,
     LeaseState,
     Participation,
@@ -287,6 +288,20 @@ class SqlTransaction:
 
     def count_rounds(self, task_id: int) -> dict[RoundState, int]:
         return {row.state: row.rounds for row in self._read(sql.count_rounds, {"task_id": task_id})}
+
+    def put_evaluation(self, evaluation: Evaluation) -> None:
+        self._put(sql.evaluations, evaluation)
+
+    def evaluation(self, lease_id: str) -> Evaluation | None:
+        return self._one(sql.evaluations, sql.evaluations.get, lease_id=lease_id)
+
+    def evaluations(self, task_id: int, branch: str, version_number: int) -> list[Evaluation]:
+        place = {"task_id": task_id, "branch": branch, "version_number": version_number}
+        return self._all(sql.evaluations, sql.evaluations_of, **place)
+
+    def forget_evaluations(self, device_id: str) -> None:
+        self.has_wiped = True
+        self._write(sql.forget_evaluations, {"device": device_id})
 
     def put_lease(self, lease: Lease) -> None:
         self._put(sql.leases, lease)

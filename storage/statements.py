@@ -29,6 +29,7 @@ from storage.models import (
     Base,
     BundleRow,
     DeviceRow,
+    EvaluationRow,
     LeaseRow,
     MembershipRow,
     ParticipationRow,
@@ -44,6 +45,7 @@ from storage.records import (
     Bundle,
     Device,
     DeviceState,
+    Evaluation,
     Lease,
     LeaseState,
     Participation,
@@ -74,7 +76,10 @@ __all__ = [
     "devices",
     "devices_after",
     "devices_named",
+    "evaluations",
+    "evaluations_of",
     "expire_leases",
+    "forget_evaluations",
     "forget_memberships",
     "forget_participations",
     "forget_settled",
@@ -167,6 +172,7 @@ versions = Rows(Version, VersionRow, *_PLACE, "number")
 rounds = Rows(Round, RoundRow, *_PLACE, "number")
 leases = Rows(Lease, LeaseRow, "id")
 updates = Rows(Update, UpdateRow, "lease_id")
+evaluations = Rows(Evaluation, EvaluationRow, "lease_id")
 participations = Rows(Participation, ParticipationRow, "device_id", "task_id")
 
 _device, _task, _version = devices.table.c, tasks.table.c, versions.table.c
@@ -262,6 +268,12 @@ all_tasks = tasks.select.order_by(_task.id)
 latest_version = versions.where(*_PLACE).order_by(_version.number.desc()).limit(1)
 versions_of = versions.where("task_id").order_by(_version.branch, _version.number)
 version_named = select(_version.number).where(_version.sha256 == bindparam("sha256")).limit(1)
+
+_evaluation = evaluations.table.c
+evaluations_of = evaluations.where(*_PLACE, "version_number").order_by(_evaluation.device_id)
+forget_evaluations = (
+    update(evaluations.table).where(_evaluation.device_id == bindparam("device")).values(verdict=None)
+)
 
 latest_round = rounds.where(*_PLACE).order_by(_round.number.desc()).limit(1)
 newest_rounds = (

@@ -18,6 +18,7 @@ from storage.records import (
     Bundle,
     Device,
     DeviceState,
+    Evaluation,
     Lease,
     LeaseState,
     Participation,
@@ -170,6 +171,17 @@ class Transaction(Protocol):
 
     def count_rounds(self, task_id: int) -> dict[RoundState, int]:
         """How many rounds of a task are in each state, on all branches; without any it may be missing."""
+        ...
+
+    # verdicts
+    def put_evaluation(self, evaluation: Evaluation) -> None: ...
+    def evaluation(self, lease_id: str) -> Evaluation | None: ...
+    def evaluations(self, task_id: int, branch: str, version_number: int) -> list[Evaluation]:
+        """Of one version, in order of their devices' ids."""
+        ...
+
+    def forget_evaluations(self, device_id: str) -> None:
+        """Drop what a device has found of any version; that it was asked stays."""
         ...
 
     # leases

@@ -11,9 +11,19 @@ import pytest
 from msgspec.structs import replace
 
 from fedtt.errors import StorageError
+from fedtt.messages import Judged, Verdict
 from fedtt.sampling import Candidate
 from storage.memory import MemoryStore
-from storage.records import MAIN, DeviceState, LeaseState, RoundState, TaskState, UpdateState
+from storage.records import (
+    MAIN,
+    DeviceState,
+    EvaluationState,
+    LeaseState,
+    RoundState,
+    TaskState,
+    UpdateState,
+    VersionState,
+)
 from storage.sql import SqlStore
 from storage.store import Store
 from tests.support import ledger
@@ -103,6 +113,39 @@ class StoreContract:
             nobody = tx.active_devices(seen_since=500.0, min_examples=9, runtimes=())
         assert nobody == []
         assert found == sorted([ledger.device("exactly").id, ledger.device("well").id])
+
+    # verdicts
+
+    def test_a_version_is_judged_by_each_device_once_and_read_in_order_of_the_devices(
+        self, store: Store
+    ) -> None:
+        verdict = Verdict(examples=9, before=Judged(loss=1.5, right=3), after=Judged(loss=0.5, right=9))
+        with store.transaction() as tx:
+            for name in ("bob", "carol"):
+                tx.put_device(ledger.device(name))
+                tx.put_evaluation(ledger.evaluation(name))
+            done = ledger.evaluation("bob", state=EvaluationState.DONE, verdict=verdict)
+            tx.put_evaluation(done)
+        with store.reading() as tx:
+            found = tx.evaluations(1, MAIN, 0)
+            assert {e.device_id for e in found} == {ledger.device(name).id for name in ("bob", "carol")}
+            assert [e.device_id for e in found] == sorted(e.device_id for e in found)
+            assert tx.evaluation(done.lease_id) == done
+            assert tx.evaluation("0" * 32) is None
+            assert tx.evaluations(1, MAIN, 1) == []
+        with pytest.raises(StorageError), store.transaction() as tx:
+            tx.put_evaluation(ledger.evaluation("bob", lease_id="0" * 32))
+        with store.transaction() as tx:
+            tx.forget_evaluations(done.device_id)
+        with store.reading() as tx:
+            assert tx.evaluation(done.lease_id) == replace(done, verdict=None)
+
+    def test_a_version_is_replaced_with_its_state_and_stays_the_newest(self, store: Store) -> None:
+        with store.transaction() as tx:
+            held = ledger.version(state=VersionState.HELD, reason="worse", report={"judged_loss": 2.5})
+            tx.put_version(held)
+        with store.reading() as tx:
+            assert tx.version(1, MAIN, 0) == tx.latest_version(1, MAIN) == held
 
     # participation
 

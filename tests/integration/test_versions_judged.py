@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from edge_client import events
 from edge_client.bundle import open_bundle
+from edge_client.device import DeviceConfig
+from edge_client.example_files import read_examples
+from edge_client.examples import ExampleStore
+from edge_client.session import open_device
 from fedtt.cli import main
 from fedtt.messages import Code, Wait
 from tests.support.served import CHECK_IN, Peer, Served, frame_of, refused, served, task_text, until
@@ -122,3 +128,32 @@ async def test_verdicts_of_nonsense_are_refused_and_settle_nothing(
     assert states == ["released", "candidate"]
     assert await command(server, tmp_path, "judge", "lights", "--data", "no-such-file") == 2
     assert capsys.readouterr().err.startswith("fedtt: error: no-such-file")
+
+
+async def test_a_real_device_judges_a_version_on_its_own_examples(
+    tmp_path: Path, tiny_bundle: Path, test_rows: Path
+) -> None:
+    text = task_text("judged", cohort=1, count=9) + "\n[evaluation]\ndevices = 1\nbound = 0.05\n"
+    async with served(tmp_path) as server, server.device() as peer:
+        await server.admin.create_task(text, await server.admin.send_bundle(tiny_bundle))
+        layout = open_bundle(tiny_bundle).manifest.adapter.layout
+        work = await peer.work()
+        delta = np.full(layout.size, 30.0, np.float32)
+        await peer.transport.upload(work.lease, frame_of(work.plan, delta, factors=layout))
+        with closing(ExampleStore(tmp_path / "examples.db")) as examples:
+            examples.replace_file("rows", read_examples(test_rows))
+            config = DeviceConfig(token=server.token)
+            async with open_device(
+                tmp_path / "home", server=server.url, examples=examples, config=config
+            ) as device:
+                device.consent()
+                step = await device.run(lambda step: isinstance(step, events.Judged))
+        assert isinstance(step, events.Judged)
+        assert (step.task, step.version_number, step.examples) == ("judged", 1, 12)
+        assert step.loss > step.loss_before + 0.05
+
+        async def settled() -> list[str]:
+            states = [version["state"] for version in await server.admin.task("judged", "/versions")]
+            return states if "candidate" not in states else []
+
+        assert await until(settled) == ["released", "held", "released"]

@@ -23,7 +23,7 @@ from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtime, Runtimes
 from edge_client.version_cache import FileVersions
 from fedtt.codec import CodecSpec
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
 from fedtt.optimiser import TrainingSpec
 from fedtt.seams import Transport, VersionBody
 from fedtt.task import RoundSpec, TaskSpec
@@ -91,6 +91,9 @@ class Hooked:
     async def receipt(self, lease: str) -> Receipt:
         found: Receipt = await self._call("receipt", self._inner.receipt(lease))
         return found
+
+    async def judge(self, lease: str, verdict: Verdict) -> None:
+        await self._call("judge", self._inner.judge(lease, verdict))
 
     async def fail(self, lease: str, failure: Failure) -> None:
         self.failures.append(failure)

@@ -14,6 +14,8 @@ from storage.records import (
     Bundle,
     Device,
     DeviceState,
+    Evaluation,
+    EvaluationState,
     Group,
     Lease,
     LeaseState,
@@ -35,6 +37,7 @@ __all__ = [
     "admin_token",
     "bundle",
     "device",
+    "evaluation",
     "group",
     "lease",
     "open_round",
@@ -114,6 +117,20 @@ def version(number: int = 0, **changes: Any) -> Version:
         examples=28 * number,
         loss_first=1.5 if number else None,
         loss_last=0.5 if number else None,
+    )
+    return replace(plain, **changes)
+
+
+def evaluation(device_name: object = "alice", **changes: Any) -> Evaluation:
+    plain = Evaluation(
+        lease_id=sha256(f"question to {device_name}")[:32],
+        task_id=1,
+        branch=MAIN,
+        version_number=0,
+        device_id=device(device_name).id,
+        granted_at=100.5,
+        expires_at=200.25,
+        state=EvaluationState.ACTIVE,
     )
     return replace(plain, **changes)
 

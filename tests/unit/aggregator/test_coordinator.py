@@ -11,7 +11,18 @@ from msgspec.structs import replace
 from aggregator.coordinator import Admission, Coordinator
 from aggregator.lifecycle import Fold, Lifecycle
 from fedtt.algorithms import ExactFedTT, FedTT, Method
-from fedtt.messages import CheckIn, Code, Enroll, Enrolled, Problem, Receipt, Retired, Wait, Work
+from fedtt.messages import (
+    CheckIn,
+    CheckInAnswer,
+    Code,
+    Enroll,
+    Enrolled,
+    Problem,
+    Receipt,
+    Retired,
+    Wait,
+    Work,
+)
 from fedtt.sampling import Sampling, Uniform
 from fedtt.server_optimiser import ServerState
 from fedtt.task import RoundSpec, TaskSpec
@@ -58,7 +69,7 @@ class Server:
         assert isinstance(enrolled, Enrolled)
         return enrolled.device
 
-    def check_in(self, device: str, now: float = 0.0, examples: int = 1) -> Work | Wait | Retired | Problem:
+    def check_in(self, device: str, now: float = 0.0, examples: int = 1) -> CheckInAnswer | Problem:
         message = CheckIn(client="test", runtimes=("onnxruntime",), examples=examples)
         with self.store.transaction() as tx:
             return self.coordinator.check_in(tx, now, device, message)

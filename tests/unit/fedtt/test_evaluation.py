@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedtt.errors import ConfigError
-from fedtt.evaluation import EvaluationSpec, Judged, Verdict, total, worse
+from fedtt.evaluation import EvaluationSpec, total, worse
+from fedtt.messages import Judged, Verdict
 
 
 def verdict(examples: int, before: tuple[float, int | None], after: tuple[float, int | None]) -> Verdict:
