@@ -82,7 +82,7 @@ class LeaseState(StrEnum):
     EXPIRED = "expired"  #: its time is over; an update is still taken while its round is open
 
 
-class EvaluationState(Enum):
+class EvaluationState(StrEnum):
     ACTIVE = "active"  #: the device was asked; past its expiry it is asked no more
     DONE = "done"  #: it has sent its verdict
     FAILED = "failed"  #: it gave the question back

@@ -19,7 +19,6 @@ from fedtt.messages import (
     Enrolled,
     Problem,
     Receipt,
-    Retired,
     Wait,
     Work,
 )
