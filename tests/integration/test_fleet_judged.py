@@ -73,7 +73,7 @@ def test_versions_are_judged_in_virtual_time_and_a_run_repeats_to_the_bit(
 def test_a_fleet_that_diverges_has_its_versions_held_until_its_task_pauses(
     tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    file = written(tmp_path, tiny_bundle, rate=500.0)
+    file = written(tmp_path, tiny_bundle, rate=10.0)
     file.write_text(file.read_text().replace("retry_s = 20", "retry_s = 20\ngive_up_after = 1"))
     outcome = run_fleet(prepare(read_fleet(file)), tmp_path / "run")
     assert outcome.state == "paused"
