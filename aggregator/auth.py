@@ -6,8 +6,8 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
 
 from aggregator.problems import bad_signature, clock_skew, revoked, unknown_device
 from fedtt.errors import WireError
@@ -51,8 +51,8 @@ def verify_key(claim: Signed, signature: bytes, public_key: bytes, now: float) -
     try:
         if device_id(public_key) != claim.device:
             return bad_signature("keyid is not the name of the key that signs")
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, signature_base(claim))
-    except InvalidSignature:
+        VerifyKey(public_key).verify(signature_base(claim), signature)
+    except BadSignatureError:
         return bad_signature("the signature does not match the request")
     if abs(claim.created - now) > CLOCK_SKEW_S or claim.expires < now:
         return clock_skew(claim.created, now)

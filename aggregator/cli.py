@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["admin_command", "reachable", "register"]
 
+_SWITCH_S = 0.0005  #: at most, that the writer waits for requests at work after each statement
 Action = Callable[["AdminClient", argparse.Namespace], Awaitable[None]]
 
 
@@ -256,6 +257,7 @@ def _serve(args: argparse.Namespace) -> None:
         server_key=args.server_key,
         reuse_port=args.reuse_port,
     )
+    sys.setswitchinterval(_SWITCH_S)
     asyncio.run(_serve_until_stopped(config, as_json=args.json))
 
 
