@@ -77,6 +77,11 @@ class Lifecycle(Rounds):
                 folding += self._close(tx, now, known, branch)
         return folding
 
+    def claimed(self, tx: Transaction) -> list[Round]:
+        """The rounds that wait for their sums."""
+        newest = [tx.latest_round(task.id, branch) for task in tx.tasks() for branch in self._branches(task)]
+        return [round_ for round_ in newest if round_ is not None and round_.state is RoundState.FOLDING]
+
     @staticmethod
     def _branches(task: Task) -> tuple[str, ...]:
         """Those with rounds; the main branch last, whose round may follow from the others'."""

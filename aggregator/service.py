@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from aggregator.auth import token_sha256
+from aggregator.claims import Claims
 from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.differences import Differences
 from aggregator.folding import server_state, sum_round
@@ -72,6 +73,7 @@ class Service:
             InlineReader(store, self._look) if inline else Reader(store, self._look)
         )
         self._differences = Differences(blobs, aside=self.aside)
+        self._claims = Claims(store, self.lifecycle, clock)
         self._wake = asyncio.Event()
 
     async def write(self, change: Callable[[Transaction], T]) -> T | Problem:
@@ -216,7 +218,9 @@ class Service:
 
     async def _advance(self) -> list[Round]:
         """Returns the rounds that waited for their sums."""
-        folding = await self.writer.run(lambda tx: self.lifecycle.advance(tx, self.clock.now()))
+        folding = self._claims.due(
+            await self._move_on(lambda tx: self.lifecycle.advance(tx, self.clock.now()))
+        )
         for round_ in folding:
             try:
                 await self._fold(round_)
@@ -224,15 +228,21 @@ class Service:
                 _log.error("round %d waits for its sum: %s", round_.number, error)
         return folding
 
+    async def _move_on(self, change: Callable[[Transaction], T]) -> T:
+        """Run a change that may claim rounds: their sums are this server's to make."""
+        answer, claimed = await self.writer.run(self._claims.noting(change))
+        self._claims.noted(claimed)
+        return answer
+
     async def _fold(self, round_: Round) -> None:
         started = time.perf_counter()
         try:
             fold = await self.aside(sum_round, self.store, self.blobs, self.lifecycle, round_)
         except WireError as error:  # the same updates would fail in the same way for ever
             why = str(error)
-            await self.writer.run(lambda tx: self.lifecycle.give_up_fold(tx, self.clock.now(), round_, why))
+            await self._move_on(lambda tx: self.lifecycle.give_up_fold(tx, self.clock.now(), round_, why))
             return
-        version = await self.writer.run(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
+        version = await self._move_on(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
         if version is not None:
             self.metrics.folded(version.updates, time.perf_counter() - started)
             _log.info(

@@ -51,6 +51,8 @@ class MemoryStore:
     the next `maintain`, and a device that asks after it hears that it is unknown. None keeps everything.
     """
 
+    is_shared = False
+
     def __init__(self, *, keep_rounds: int | None = None) -> None:
         self._lock = threading.Lock()
         self._tables = _Tables()

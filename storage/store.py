@@ -241,6 +241,11 @@ class Transaction(Protocol):
 class Store(Protocol):
     """Where a server keeps what must survive it."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers may use it at the same time."""
+        ...
+
     def transaction(self) -> AbstractContextManager[Transaction]:
         """Read and write; commits when the block ends, rolls back when it raises."""
         ...

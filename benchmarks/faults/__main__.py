@@ -22,6 +22,7 @@ ROWS = {
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
     "client": "kill -9 of a client at random points of its rounds",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
+    "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }
 
 

@@ -1,0 +1,58 @@
+"""Which server sums a claimed round where several share a store: who claimed it, or another after a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from aggregator.lifecycle import Lifecycle
+from fedtt.seams import Clock
+from storage.records import Round
+from storage.store import Store, Transaction
+
+__all__ = ["TAKE_OVER_S", "Claims"]
+
+TAKE_OVER_S = 3.0  #: for which the server that claimed a round is left alone with its sum
+
+T = TypeVar("T")
+_Key = tuple[int, str, int]
+
+
+class Claims:
+    """Sums are the same wherever they are computed and one alone is published: this spares doing them twice.
+
+    That a round is claimed stands in the ledger, so a server that dies leaves nothing behind but its time.
+    """
+
+    def __init__(self, store: Store, lifecycle: Lifecycle, clock: Clock) -> None:
+        self._is_shared, self._lifecycle, self._clock = store.is_shared, lifecycle, clock
+        self._mine: set[_Key] = set()
+        self._seen_at: dict[_Key, float] = {}
+
+    def noting(self, change: Callable[[Transaction], T]) -> Callable[[Transaction], tuple[T, set[_Key]]]:
+        """The change, and the rounds that it claims; to be `noted` once it is durable."""
+
+        def noting(tx: Transaction) -> tuple[T, set[_Key]]:
+            before = self._claimed(tx)
+            return change(tx), self._claimed(tx) - before
+
+        return noting
+
+    def _claimed(self, tx: Transaction) -> set[_Key]:
+        return {_key(round_) for round_ in self._lifecycle.claimed(tx)} if self._is_shared else set()
+
+    def noted(self, claimed: set[_Key]) -> None:
+        self._mine |= claimed
+
+    def due(self, folding: list[Round]) -> list[Round]:
+        """Of the rounds that wait for their sums, those to be summed here and now."""
+        if not self._is_shared:
+            return folding
+        now, waiting = self._clock.now(), {_key(round_) for round_ in folding}
+        self._mine &= waiting
+        self._seen_at = {key: self._seen_at.get(key, now) for key in waiting}
+        return [r for r in folding if _key(r) in self._mine or now - self._seen_at[_key(r)] >= TAKE_OVER_S]
+
+
+def _key(round_: Round) -> _Key:
+    return round_.task_id, round_.branch, round_.number

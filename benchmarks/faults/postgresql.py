@@ -1,0 +1,159 @@
+"""Two servers on PostgreSQL: backends killed, the database crashed, a server stopped and resumed.
+
+Devices go on all the while. At the end the task is stopped and the ledger read by SQL: each acknowledged
+update is there with its bytes, in one terminal state, and every version has the updates that point to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+
+from benchmarks.faults.devices import Notes, devices
+from benchmarks.faults.row import Figures, Outcome, Setting
+from benchmarks.faults.server import ServerProcess, task_text
+from benchmarks.local_postgresql import LocalPostgresql, postgresql_binaries
+
+__all__ = ["run", "shared"]
+
+_NUMBERS = 1000
+_BACK_S = 30.0  #: in which acknowledgements must come again
+_STOPPED_S = (
+    8.0  #: more than a session may hold its transaction open, and than another server waits for a sum
+)
+
+Fault = Callable[[LocalPostgresql, list[ServerProcess]], Coroutine[Any, Any, None]]
+
+
+async def run(setting: Setting) -> Outcome:
+    count, times = (20, 2) if setting.quick else (100, 15)
+    return await shared(setting, count=count, times=times)
+
+
+async def shared(setting: Setting, *, count: int, times: int) -> Outcome:
+    """times: that each fault strikes."""
+    binaries = postgresql_binaries()
+    if binaries is None:
+        return Outcome(figures={}, skipped="no initdb on this machine (Debian: apt install postgresql)")
+    database = await asyncio.to_thread(LocalPostgresql, binaries, durable=True)
+    try:
+        return await _run(setting, database, count, times)
+    finally:
+        await asyncio.to_thread(database.close)
+
+
+async def _run(setting: Setting, database: LocalPostgresql, count: int, times: int) -> Outcome:
+    url = await asyncio.to_thread(database.new_database)
+    options = ("--database", url, "--reuse-port")
+    servers = [ServerProcess(setting.directory / "data", options=options) for _ in range(2)]
+    for server in servers:
+        server.port, server.url = servers[0].port, servers[0].url
+    gaps: dict[str, list[float]] = {name: [] for name in _FAULTS}
+    over = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server.running())
+        peers, notes = await stack.enter_async_context(devices(count, servers[0].url, _NUMBERS))
+        text = task_text(cohort=count, buffer=max(1, count // 2), quorum=1, deadline_s=2, give_up_after=10**6)
+        await servers[0].open_task(text, _NUMBERS)
+        await asyncio.gather(*(peer.enroll(servers[0].token) for peer in peers))
+        living = [asyncio.create_task(peer.live(over)) for peer in peers]
+        try:
+            for number in range(times):
+                for name, fault in _FAULTS.items():
+                    await _acknowledge_more(notes)
+                    gaps[name].append(await _gap(notes, fault(database, servers)))
+                setting.report.line(row="postgresql", times=number + 1, acknowledged=len(notes.acknowledged))
+        finally:
+            over.set()
+            await asyncio.gather(*living)
+        await servers[0].task("/stop", "POST")
+        for server in servers:
+            await server.stop()
+    for line in notes.wrong[:5]:
+        setting.report.line(row="postgresql", wrong=line)
+    found = await asyncio.to_thread(_audit, database, url.rpartition("/")[2], notes)
+    return Outcome(
+        figures={
+            **found,
+            "devices": count,
+            "servers": len(servers),
+            **{f"{name}_gap_max_s": round(max(gap), 2) for name, gap in gaps.items()},
+            **{name.replace(" ", "_"): value for name, value in sorted(notes.counts.items())},
+        },
+        at_most={
+            **dict.fromkeys(("lost", "unsettled", "miscounted", "unreasoned", "wrong_answers"), 0.0),
+            **{f"{name}_gap_max_s": 10.0 for name in _FAULTS},
+        },
+        at_least={"acknowledged": times, "versions": times},
+    )
+
+
+async def _kill_backends(database: LocalPostgresql, servers: list[ServerProcess]) -> None:
+    everybody = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fedtt'"
+    await asyncio.to_thread(database.sql, everybody)
+
+
+async def _crash(database: LocalPostgresql, servers: list[ServerProcess]) -> None:
+    """As good as kill -9: it recovers from its log."""
+    await asyncio.to_thread(database.stop, "immediate")
+    await asyncio.to_thread(database.start)
+
+
+async def _stop_a_server(database: LocalPostgresql, servers: list[ServerProcess]) -> None:
+    """Whatever it holds just then, the other goes on; once back, it must not do what has been done."""
+    servers[0], servers[1] = servers[1], servers[0]
+    os.kill(servers[0].pid, signal.SIGSTOP)
+    await asyncio.sleep(_STOPPED_S)
+    os.kill(servers[0].pid, signal.SIGCONT)
+
+
+_FAULTS: dict[str, Fault] = {
+    "backends_killed": _kill_backends,
+    "database_crashed": _crash,
+    "server_stopped": _stop_a_server,
+}
+
+
+async def _acknowledge_more(notes: Notes) -> None:
+    """Wait until the servers are at work."""
+    before = len(notes.acknowledged)
+    async with asyncio.timeout(_BACK_S):
+        while len(notes.acknowledged) < before + 5:
+            await asyncio.sleep(0.01)
+
+
+async def _gap(notes: Notes, fault: Coroutine[Any, Any, None]) -> float:
+    """The longest time without an acknowledgement from the beginning of a fault until they come again."""
+    began = time.time()
+    await fault
+    await _acknowledge_more(notes)
+    at = np.sort([began, *(moment for moment in notes.acknowledged_at.values() if moment > began)])
+    return float(np.diff(at).max())
+
+
+def _audit(database: LocalPostgresql, name: str, notes: Notes) -> Figures:
+    updates = database.sql("SELECT lease_id, digest, state, reason, folded_into FROM updates", name)
+    versions = database.sql("SELECT number, updates FROM versions WHERE branch = 'main' AND number > 0", name)
+    known = {lease: digest for lease, digest, *_ in updates}
+    states = Counter(state for _, _, state, _, _ in updates)
+    members = Counter(into for _, _, state, _, into in updates if state == "folded")
+    return {
+        "acknowledged": len(notes.acknowledged),
+        "folded": states["folded"],
+        "discarded": states["discarded"],
+        "versions": len(versions),
+        "lost": sum(known.get(lease) != digest for lease, digest in notes.acknowledged.items()),
+        "unsettled": states["accepted"],
+        "miscounted": sum(members[number] != count for number, count in versions),
+        "unreasoned": sum(state == "discarded" and not reason for _, _, state, reason, _ in updates),
+        "wrong_answers": len(notes.wrong),
+    }

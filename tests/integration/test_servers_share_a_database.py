@@ -1,0 +1,24 @@
+"""Two servers on one PostgreSQL do nothing twice: `python -m benchmarks.faults postgresql`, in short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults.postgresql import shared
+from benchmarks.faults.row import Setting
+from benchmarks.harness import Report
+from tests.support.postgresql import needs_postgresql
+
+
+@needs_postgresql
+@pytest.mark.slow
+async def test_nothing_acknowledged_is_lost_or_folded_twice_when_database_or_server_fails(
+    tmp_path: Path,
+) -> None:
+    setting = Setting(report=Report("faults", None), directory=tmp_path)
+    outcome = await shared(setting, count=10, times=1)
+    # how long it took says little while other tests run
+    assert [failure for failure in outcome.failures if "gap_max_s" not in failure] == []
+    assert outcome.skipped == ""
