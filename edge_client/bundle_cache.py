@@ -11,6 +11,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from edge_client.aside import beside
 from edge_client.bundle import Bundle, RuntimeName, file_fault, needed_files
 from edge_client.events import Downloaded, Downloading, Observer, Redownloading, ignore
 from edge_client.files import publish, storage_errors, try_lock, write_atomically
@@ -92,7 +93,7 @@ class BundleCache:
         manifest = decode_manifest(data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
         total_bytes = sum(entry.bytes for entry in files.values())
-        self._make_room(digest, total_bytes)
+        await beside(self._make_room, digest, total_bytes)
         for name, entry in files.items():
             await self._file(transport, digest, name, entry)
         self._observe(Downloaded(bundle=digest, bytes=total_bytes))
@@ -115,23 +116,23 @@ class BundleCache:
                     )
         if bundle_digest(bytes(data)) != digest:
             raise BundleError(f"the manifest of bundle {digest[:12]}… does not match the bundle's name")
-        write_atomically(path, bytes(data))
+        await beside(write_atomically, path, bytes(data))
         return bytes(data)
 
     async def _file(self, transport: Transport, digest: str, name: str, entry: FileEntry) -> None:
         path = self.directory / digest / name
         partial = path.with_name(name + ".part")
         if path.exists():
-            if await asyncio.to_thread(file_fault, path, entry) is None:
+            if await beside(file_fault, path, entry) is None:
                 return
             self._observe(Redownloading(file=name))
             path.unlink()
         for _ in range(2):  # a part left by a crash may be what is damaged
             await self._download(transport, digest, name, entry, partial)
-            fault = await asyncio.to_thread(file_fault, partial, entry)
+            fault = await beside(file_fault, partial, entry)
             if fault is None:
                 with storage_errors(path):
-                    publish(partial, path)
+                    await beside(publish, partial, path)
                 return
             self._observe(Redownloading(file=name))
             partial.unlink()
@@ -148,11 +149,11 @@ class BundleCache:
             if file.tell() < entry.bytes:
                 async with aclosing(transport.bundle_file(digest, name, file.tell())) as pieces:
                     async for piece in pieces:
-                        file.write(piece[: entry.bytes - file.tell() + 1])
+                        await beside(file.write, piece[: entry.bytes - file.tell() + 1])
                         if file.tell() > entry.bytes:
                             break
             file.flush()
-            os.fsync(file.fileno())
+            await beside(os.fsync, file.fileno())
             if file.tell() < entry.bytes:
                 raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
 

@@ -18,6 +18,7 @@ from typing import assert_never
 from msgspec.structs import replace
 
 from edge_client import events
+from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
 from edge_client.bundle_cache import Bundles
 from edge_client.events import Observer, Step
@@ -111,20 +112,22 @@ class Device:
         clock: Clock | None = None,
         observe: Observer = events.ignore,
         uniform: Callable[[], float] = secure_uniform,
+        aside: Aside = beside,
     ) -> None:
         """versions: where those downloaded are kept for the next difference; None keeps them in memory.
 
         uniform: where the noise on counts of labels comes from; numbers in [0, 1) that nobody can guess.
+        aside: how files and databases are waited for, so that the app's event loop is not held up.
         """
         self.config, self.journal = config, journal
         self._public_key, self._name = public_key, device_id(public_key)
         self._transport, self._examples = transport, examples
         self._runtime_names = (trainer.runtime,)
         self._training = LocalTraining(
-            self._name, transport, examples, bundles, versions or MemoryVersions(), trainer
+            self._name, transport, examples, bundles, versions or MemoryVersions(), trainer, aside
         )
         self._clock, self._observe = clock or SystemClock(), observe
-        self._uniform = uniform
+        self._uniform, self._aside = uniform, aside
         self._backoff = Backoff(
             device=address(self._name),
             seed=config.seed,
@@ -161,7 +164,7 @@ class Device:
         except (Unreachable, WireError) as error:
             step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
         except Refused as error:
-            step = self._retry_refused(error)
+            step = await self._retry_refused(error)
         if isinstance(step, events.Waiting | events.Acknowledged):
             self._backoff.succeeded()
         self._observe(step)
@@ -181,36 +184,36 @@ class Device:
             case _ as unreachable:
                 assert_never(unreachable)
 
-    def _retry_refused(self, error: Refused) -> Step:
+    async def _retry_refused(self, error: Refused) -> Step:
         code = error.problem.code
         if code is Code.BAD_TOKEN:
             raise error if self.config.token else _no_token() from None
         if code is Code.REVOKED:
-            self.journal.update(enrolled=False)
+            await self._aside(self.journal.update, enrolled=False)
             return events.Retired(reason=error.problem.detail)
         if code is Code.UNKNOWN_DEVICE:
-            self.journal.update(enrolled=False)
+            await self._aside(self.journal.update, enrolled=False)
         return events.Retrying(error=str(error), pause_s=self._backoff.failed(error.retry_after_s or 0.0))
 
     async def _enroll(self) -> Step:
         """Enrol, without a token where the server may know this key: it takes a known one for nothing."""
         if not (self.config.token or self.journal.state.device):
             raise _no_token()
-        self.journal.update(device=self._name)  # from here on the server may know it
+        await self._aside(self.journal.update, device=self._name)  # from here on the server may know it
         enrolled = await self._transport.enroll(
             Enroll(public_key=self._public_key, token=self.config.token, client=self.config.client)
         )
         if enrolled.device != self._name:
             raise WireError("the server enrolled this device under a name that is not its key's")
-        self._trust(enrolled.release_key)
-        self.journal.update(enrolled=True)
+        await self._trust(enrolled.release_key)
+        await self._aside(self.journal.update, enrolled=True)
         return events.Enrolled(device=enrolled.device)
 
-    def _trust(self, release_key: bytes | None) -> None:
+    async def _trust(self, release_key: bytes | None) -> None:
         """Keep the first release key that a server names; raises WireError where it names another later."""
         trusted = self.journal.state.release_key
         if release_key and not trusted:
-            self.journal.update(release_key=release_key)
+            await self._aside(self.journal.update, release_key=release_key)
         elif release_key and release_key != trusted:
             raise WireError(
                 f"the server's release key is {release_key.hex()}, this device trusts {trusted.hex()}: "
@@ -222,7 +225,7 @@ class Device:
             CheckIn(
                 client=self.config.client,
                 runtimes=self._runtime_names,
-                examples=self._examples.count(),
+                examples=await self._aside(self._examples.count),
                 memory_mb=self.config.memory_mb,
                 judges=self.config.judges,
             )
@@ -231,7 +234,7 @@ class Device:
             case Wait():
                 return events.Waiting(reason=answer.reason, pause_s=answer.retry_after_s)
             case Retired():
-                self.journal.update(enrolled=False)
+                await self._aside(self.journal.update, enrolled=False)
                 return events.Retired(reason=answer.reason)
             case Work():
                 return await self._take(answer)
@@ -246,8 +249,8 @@ class Device:
         expires_at = self._clock.now() + work.expires_in_s
         plan, leased = work.plan, Leased(work=work, expires_at=expires_at)
         if not self.journal.state.release_key:
-            self.journal.update(phase=leased)
-        elif not self.journal.begin(plan.task, plan.round, leased):
+            await self._aside(self.journal.update, phase=leased)
+        elif not await self._aside(self.journal.begin, plan.task, plan.round, leased):
             newest = self.journal.state.newest_rounds[plan.task]
             why = f"task {plan.task!r} went back from round {newest} to {plan.round}: is it an old server?"
             return await self._give_up(work.lease, FailureCode.OTHER, why)
@@ -280,7 +283,7 @@ class Device:
     async def _fulfil(self, leased: Leased) -> Step:
         lease = leased.work.lease
         if self._clock.now() >= leased.expires_at:
-            self.journal.drop(lease)
+            await self._aside(self.journal.drop, lease)
             return events.Dropped(lease=lease, reason="the lease expired before it was trained")
         if leased.attempts >= self.config.max_attempts:
             why = f"training was cut short {leased.attempts} times"
@@ -295,23 +298,24 @@ class Device:
         bundle, version = await self._training.fetch(plan, self.journal.state.release_key or None)
         layout = trained_adapter(plan, bundle.manifest).layout
         key = residual_key(plan.task, layout.digest) if plan.codec.error_feedback else ""
-        residual = self.journal.residual(key, plan.version_number)
-        counts = self._label_counts(plan, bundle.manifest.labels)
-        self.journal.update(phase=replace(leased, attempts=leased.attempts + 1))
+        residual = await self._aside(self.journal.residual, key, plan.version_number)
+        counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
         started = time.perf_counter()
         try:
+            await self._aside(self.journal.update, phase=replace(leased, attempts=leased.attempts + 1))
             update = await self._training.run(plan, bundle, version, residual)
         except asyncio.CancelledError:
-            self.journal.update(phase=leased)  # a clean stop is no crash
+            await self._aside(self.journal.update, phase=leased)  # a clean stop is no crash
             raise
         frame = with_label_counts(update.frame, counts) if counts else update.frame
-        self.journal.update(
+        await self._aside(
+            self.journal.update,
             phase=Trained(
                 lease=lease,
                 frame=frame,
                 residual_key=key,
                 residual=Residual(version_number=plan.version_number, data=update.residual),
-            )
+            ),
         )
         header = update.header
         return events.Trained(
@@ -339,7 +343,7 @@ class Device:
             await self._transport.fail(lease, Failure(code=code))
         except (Refused, Unreachable, WireError):
             detail += " (the server could not be told)"
-        self.journal.drop(lease)
+        await self._aside(self.journal.drop, lease)
         return events.GaveUp(lease=lease, code=code, detail=detail, pause_s=self._backoff.failed())
 
     # sending
@@ -350,11 +354,11 @@ class Device:
         except Refused as error:
             if error.problem.code in _PASSING:
                 raise
-            self.journal.drop(trained.lease)
+            await self._aside(self.journal.drop, trained.lease)
             return events.Dropped(lease=trained.lease, reason=str(error))
         if (receipt.lease, receipt.digest) != (trained.lease, hashlib.sha256(trained.frame).hexdigest()):
             raise WireError("the receipt is for another update than the one sent")
-        self.journal.commit(receipt)
+        await self._aside(self.journal.commit, receipt)
         return events.Acknowledged(receipt=receipt)
 
 

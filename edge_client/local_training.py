@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edge_client.aside import Aside, beside
 from edge_client.bundle import Bundle
 from edge_client.bundle_cache import Bundles
 from edge_client.examples import Examples
@@ -31,9 +32,11 @@ class LocalTraining:
         bundles: Bundles,
         versions: VersionCache,
         trainer: Trainer,
+        aside: Aside = beside,
     ) -> None:
         self._device, self._transport, self._examples = device, transport, examples
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
+        self._aside = aside
 
     async def fetch(self, plan: Plan, release_key: bytes | None = None) -> tuple[Bundle, bytes]:
         """The plan's bundle and the bytes of its version, both checked.
@@ -69,17 +72,17 @@ class LocalTraining:
     async def _version(self, task: str, sha256: str, layout: FactorLayout) -> bytes:
         """The version held if it is the wanted one, else what comes, from a difference where that serves."""
         key, size_bytes = residual_key(task, layout.digest), 4 * layout.size
-        held = self._versions.get(key, size_bytes)
+        held = await self._aside(self._versions.get, key, size_bytes)
         if held is not None and held.sha256 == sha256:
             return held.data
         body = await self._transport.version(sha256, size_bytes, held.sha256 if held else None)
-        version = self._versions.unpack(body, held, sha256)
+        version = await self._aside(self._versions.unpack, body, held, sha256)
         if version is None and body.difference:
             body = await self._transport.version(sha256, size_bytes)
-            version = self._versions.unpack(body, None, sha256)
+            version = await self._aside(self._versions.unpack, body, None, sha256)
         if version is None:
             raise BundleError(f"version {sha256[:12]}… does not match its sha256")
-        self._versions.put(key, Held(sha256, version))
+        await self._aside(self._versions.put, key, Held(sha256, version))
         return version
 
     async def run(self, plan: Plan, bundle: Bundle, version: bytes, residual: bytes) -> LocalUpdate:

@@ -272,6 +272,7 @@ class Fleet:
             clock=clock,
             observe=observe,
             uniform=_label_noise(settings.seed, index).__next__,
+            aside=at_once,
         )
 
     def _rests(self, journal: Journal, step: events.Step) -> bool:

@@ -1,0 +1,142 @@
+"""A device inside an app: files, databases and large products are waited for beside the app's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.app import device_app
+from edge_client import bundle_cache
+from edge_client.aside import beside
+from edge_client.device import DeviceConfig
+from edge_client.events import Acknowledged, Step
+from edge_client.examples import Example, ExampleStore
+from edge_client.local_trainer import LocalTrainer
+from edge_client.runtime import Runtimes
+from edge_client.session import open_device
+from fedtt.seams import SystemClock
+from tests.support.device_world import SPEC
+from tests.support.edge import MeanTarget, write_small_bundle
+from tests.support.in_process import TOKEN, listening, memory_service
+
+LAG_S = 0.05
+BASE_BYTES = 24 << 20  #: of a bundle: hashing it takes longer than a loop may be held up
+EXAMPLES = 5000
+
+
+class Watch:
+    """Where blocking calls are made, and how long the loop's own thread computes without a pause."""
+
+    def __init__(self) -> None:
+        self.on_loop: list[str] = []
+        self.beside: Counter[str] = Counter()
+        self.busy_s = 0.0
+        self._loop = threading.get_ident()
+
+    def watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == self._loop:
+                self.on_loop.append(name)
+            else:
+                self.beside[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """By CPU time: what other programs of this machine do is not the device's doing."""
+
+        async def tick() -> None:
+            while True:
+                before = time.thread_time()
+                await asyncio.sleep(0.001)
+                self.busy_s = max(self.busy_s, time.thread_time() - before)
+
+        ticking = asyncio.create_task(tick())
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticking
+
+
+@pytest.mark.slow
+async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_its_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_bundle(tmp_path / "bundle", base_bytes=BASE_BYTES)
+    with closing(ExampleStore(tmp_path / "examples.db")) as store:
+        store.replace_file("rows", [_example(number) for number in range(EXAMPLES)])
+        async with (
+            memory_service(tmp_path / "blobs", SPEC, tmp_path / "bundle", SystemClock()) as service,
+            listening(device_app(service)) as url,
+            open_device(
+                tmp_path / "home",
+                server=url,
+                examples=store,
+                config=DeviceConfig(token=TOKEN),
+                trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
+            ) as device,
+        ):
+            device.consent()  # the app's own call, once
+            watch = Watch()
+            for module, name in ((os, "fsync"), (bundle_cache, "file_fault"), (os, "replace")):
+                monkeypatch.setattr(module, name, watch.watched(name, getattr(module, name)))
+            for name in ("count", "read"):
+                monkeypatch.setattr(store, name, watch.watched(name, getattr(store, name)))
+            async with watch.watching():
+                last = await device.run(until=_acknowledged)
+    assert isinstance(last, Acknowledged)
+    assert watch.on_loop == []
+    # each file of the bundle and its manifest, every step's journal, the version
+    assert watch.beside["fsync"] >= 10
+    assert watch.beside["file_fault"] >= 4
+    assert (watch.beside["count"], watch.beside["read"]) == (1, 1)
+    assert watch.busy_s < LAG_S
+
+
+def _acknowledged(step: Step) -> bool:
+    return isinstance(step, Acknowledged)
+
+
+def _example(number: int) -> Example:
+    return Example(f"lights {number}", number % 2)
+
+
+async def test_cancelling_waits_for_what_was_begun_beside_the_loop() -> None:
+    began, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        go_on.wait(10)
+        ended.set()
+
+    task = asyncio.create_task(beside(work))
+    await asyncio.to_thread(began.wait, 10)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_what_fails_beside_the_loop_fails_for_whoever_waits() -> None:
+    def work() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await beside(work)
