@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 
 from aggregator.auth import token_sha256
 from aggregator.grouping import waiting_updates
+from aggregator.people import audited
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found
 from aggregator.service import Service
 from aggregator.token_files import new_token
@@ -66,7 +67,7 @@ async def add_bundle(service: Service, manifest_bytes: bytes) -> str | Problem:
     bundle = Bundle(
         sha256=bundle_digest(manifest_bytes), manifest=manifest_bytes, added_at=service.clock.now()
     )
-    answer = await service.write(lambda tx: tx.put_bundle(bundle))
+    answer = await audited(service, "bundle.add", bundle.sha256, lambda tx: tx.put_bundle(bundle))
     return answer if isinstance(answer, Problem) else bundle.sha256
 
 
@@ -97,7 +98,7 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Row
         task = service.lifecycle.create(tx, service.clock.now(), spec, bundle_sha256, *first)
         return _task_row(tx, task)
 
-    return await service.write(create)
+    return await audited(service, "task.create", spec.name, create, bundle=bundle_sha256)
 
 
 def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tuple[str, dict[int, str]]:
@@ -174,7 +175,7 @@ async def change_task(service: Service, name: str, state: TaskState) -> Row | Pr
             return conflict_state(name, task.state.value, wanted)
         return _task_row(tx, task)
 
-    return await service.write(change)
+    return await audited(service, "task.change", name, change, state=state)
 
 
 async def list_rounds(service: Service, name: str, limit: int) -> list[Row] | Problem:
@@ -220,7 +221,7 @@ async def change_version(service: Service, name: str, number: int, change: str) 
             case _:
                 return lifecycle.roll_back(tx, now, name, number)
 
-    return _version_row(await service.write(apply))
+    return _version_row(await audited(service, f"version.{change}", name, apply, number=number))
 
 
 async def judge_version(service: Service, name: str, number: int, body: bytes) -> Row | Problem:
@@ -231,7 +232,14 @@ async def judge_version(service: Service, name: str, number: int, body: bytes) -
         return malformed(str(error))
     now = service.clock.now()
     return _version_row(
-        await service.write(lambda tx: service.lifecycle.judge(tx, now, name, number, verdict))
+        await audited(
+            service,
+            "version.judge",
+            name,
+            lambda tx: service.lifecycle.judge(tx, now, name, number, verdict),
+            number=number,
+            verdict=verdict,
+        )
     )
 
 
@@ -284,7 +292,14 @@ async def create_token(service: Service, body: bytes) -> Row | Problem:
     text = new_token()
     expires_at = None if terms.expires_s is None else service.clock.now() + terms.expires_s
     token = Token(sha256=token_sha256(text), uses_left=terms.uses, expires_at=expires_at)
-    answer = await service.write(lambda tx: tx.put_token(token))
+    answer = await audited(
+        service,
+        "token.create",
+        token.sha256[:12],
+        lambda tx: tx.put_token(token),
+        uses=terms.uses,
+        expires_at=expires_at,
+    )
     if isinstance(answer, Problem):
         return answer
     return {"token": text, "uses": terms.uses, "expires_at": expires_at}

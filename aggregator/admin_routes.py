@@ -7,16 +7,16 @@ import re
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from aggregator import admin
-from aggregator.auth import same_token
+from aggregator import admin, people
 from aggregator.dashboard import dashboard
 from aggregator.device_routes import serve_bundle_file
 from aggregator.handling import SERVICE, ProblemError, body_pieces, checked, json_answer, read_body
 from aggregator.observation import METRICS_TYPE, activity, metrics_text, population
-from aggregator.problems import forbidden, malformed, not_found
+from aggregator.people import ACTOR, actor_of, may
+from aggregator.problems import forbidden, malformed, not_found, not_your_role
 from fedtt.manifest import MANIFEST_LIMIT_BYTES
 from fedtt.messages import Problem
-from storage.records import TaskState
+from storage.records import Role, TaskState
 
 __all__ = ["add_admin_routes", "admin_problem", "require_token"]
 
@@ -26,6 +26,10 @@ _TOKEN_TERMS_LIMIT_BYTES = 1000
 _VERDICT_LIMIT_BYTES = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
 _ROUNDS = 1000  #: most rounds in one answer
+_ADMIN_TOKENS = "/v1/admin/admin-tokens"
+_REVOKE_TOKEN = _ADMIN_TOKENS + "/{name}/revoke"
+_REVOKE_DEVICE = "/v1/admin/devices/{device}/revoke"
+_ADMINS = frozenset({_ADMIN_TOKENS, _REVOKE_TOKEN, _REVOKE_DEVICE})  #: what takes an admin, but for looking
 _OPEN = frozenset({("GET", "/")})  #: the dashboard's page, which holds nothing
 
 
@@ -34,17 +38,63 @@ def admin_problem(problem: Problem, status: int) -> web.Response:
 
 
 def require_token(sha256: str) -> Middleware:
-    """Middleware: `Authorization: Bearer …` with the token of this hash, for all but the dashboard's page."""
+    """Middleware: `Authorization: Bearer …` with a token whose role allows the call; none for the dashboard's
+    page.
+
+    sha256: of the token that lies beside the database, which may do everything.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        known = scheme == "Bearer" and same_token(token, sha256)
-        if not known and (request.method, request.path) not in _OPEN:
+        if (request.method, request.path) in _OPEN:
+            return await handler(request)
+        known = await actor_of(request.app[SERVICE], token, sha256) if scheme == "Bearer" else None
+        if known is None:
             raise ProblemError(forbidden())
+        (name, role), needed = known, _needed(request)
+        if not may(role, needed):
+            raise ProblemError(not_your_role(name, role.value, needed.value))
+        ACTOR.set(name)
         return await handler(request)
 
     return middleware
+
+
+def _needed(request: web.Request) -> Role:
+    """The least role for a call: looking takes a viewer, rights over people and devices take an admin."""
+    if request.method in {"GET", "HEAD"}:
+        return Role.VIEWER
+    resource = request.match_info.route.resource
+    return Role.ADMIN if resource and resource.canonical in _ADMINS else Role.OPERATOR
+
+
+async def create_admin_token(request: web.Request) -> web.Response:
+    """Body: {"name": …, "role": …, "expires_s": S or null}."""
+    terms = await read_body(request, _TOKEN_TERMS_LIMIT_BYTES)
+    return json_answer(checked(await people.create_admin_token(request.app[SERVICE], terms)), 201)
+
+
+async def list_admin_tokens(request: web.Request) -> web.Response:
+    return json_answer(await people.list_admin_tokens(request.app[SERVICE]))
+
+
+async def revoke_admin_token(request: web.Request) -> web.Response:
+    name = request.match_info["name"]
+    return json_answer(checked(await people.revoke_admin_token(request.app[SERVICE], name)))
+
+
+async def revoke_device(request: web.Request) -> web.Response:
+    device = request.match_info["device"]
+    return json_answer(checked(await people.revoke_device(request.app[SERVICE], device)))
+
+
+async def list_audit(request: web.Request) -> web.Response:
+    """Query: after=N for what follows that entry."""
+    after = request.query.get("after", "0")
+    if not re.fullmatch("[0-9]{1,15}", after):
+        raise ProblemError(malformed("after must be a whole number"))
+    return json_answer(await people.list_audit(request.app[SERVICE], int(after)))
 
 
 async def has_blob(request: web.Request) -> web.Response:
@@ -165,7 +215,12 @@ def add_admin_routes(app: web.Application) -> None:
     )
     add("POST", root + r"/tasks/{task}/versions/{number:\d{1,9}}/verdict", judge_version)
     add("GET", root + "/devices", list_devices)
+    add("POST", _REVOKE_DEVICE, revoke_device)
     add("POST", root + "/tokens", create_token)
+    add("GET", _ADMIN_TOKENS, list_admin_tokens)
+    add("POST", _ADMIN_TOKENS, create_admin_token)
+    add("POST", _REVOKE_TOKEN, revoke_admin_token)
+    add("GET", root + "/audit", list_audit)
     add("GET", root + "/population", show_population)
     add("GET", root + "/activity", show_activity)
     add("GET", "/metrics", metrics)

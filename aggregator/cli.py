@@ -21,6 +21,14 @@ from aggregator.admin_commands import (
     steer_task,
     steer_version,
 )
+from aggregator.people_commands import (
+    create_admin_token,
+    list_admin_tokens,
+    list_audit,
+    revoke_admin_token,
+    revoke_device,
+    verify_audit,
+)
 from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError
 
@@ -45,7 +53,16 @@ def register(commands: Commands) -> None:
     admin_command(
         devices, "list", about="list enrolled devices", examples="fedtt device list", action=list_devices
     )
+    revoke = admin_command(
+        devices,
+        "revoke",
+        about="take a device's key out for good",
+        examples="fedtt device revoke 56475aa75463474c0285df5dbf2bcab7",
+        action=revoke_device,
+    )
+    revoke.add_argument("device", help="its id, as `fedtt device list` shows it")
     _register_tokens(commands)
+    _register_people(commands)
 
 
 def _register_serve(commands: Commands) -> None:
@@ -181,6 +198,48 @@ def _register_tokens(commands: Commands) -> None:
     )
     create.add_argument("--uses", type=int, help="devices it enrols (default any number)")
     create.add_argument("--expires-s", type=float, help="seconds for which it is good (default for ever)")
+
+
+def _register_people(commands: Commands) -> None:
+    examples = "fedtt admin-token create alice --role operator"
+    tokens = add_group(commands, "admin-token", about="make and revoke people's tokens", examples=examples)
+    create = admin_command(
+        tokens,
+        "create",
+        about="make a token for a person; it is shown once",
+        examples=examples,
+        action=create_admin_token,
+    )
+    create.add_argument("name", help="whose it is: stands in the audit log")
+    create.add_argument(
+        "--role", required=True, choices=("viewer", "operator", "admin"), help="what it allows"
+    )
+    create.add_argument("--expires-s", type=float, help="seconds for which it is good (default for ever)")
+    admin_command(
+        tokens,
+        "list",
+        about="list them, without the tokens",
+        examples="fedtt admin-token list",
+        action=list_admin_tokens,
+    )
+    revoke = admin_command(
+        tokens,
+        "revoke",
+        about="take one back",
+        examples="fedtt admin-token revoke alice",
+        action=revoke_admin_token,
+    )
+    revoke.add_argument("name", help="whose it is")
+    log = add_group(commands, "audit", about="what people changed", examples="fedtt audit verify")
+    admin_command(log, "list", about="list all changes", examples="fedtt audit list", action=list_audit)
+    verify = admin_command(
+        log,
+        "verify",
+        about="check that no entry was changed, dropped or inserted",
+        examples="fedtt audit verify --head 5d08cdc7…",
+        action=verify_audit,
+    )
+    verify.add_argument("--head", help="hash that an earlier run printed and must still be there")
 
 
 def admin_command(

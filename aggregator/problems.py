@@ -18,10 +18,12 @@ __all__ = [
     "malformed",
     "not_allowed",
     "not_found",
+    "not_your_role",
     "replayed",
     "revoked",
     "stale",
     "storage_failed",
+    "taken_name",
     "too_large",
     "unknown_device",
     "unknown_lease",
@@ -133,7 +135,23 @@ def forbidden() -> Problem:
     return Problem(
         code=Code.FORBIDDEN,
         detail="the admin token is missing or wrong",
-        remedy="give the token that `fedtt serve` wrote to admin-token in its data directory",
+        remedy="give the token that `fedtt serve` wrote to admin-token, or one of `fedtt admin-token create`",
+    )
+
+
+def taken_name(name: str) -> Problem:
+    return Problem(
+        code=Code.CONFLICT,
+        detail=f"an admin token named {name!r} exists or has existed",
+        remedy="choose another name: names stand in the audit log",
+    )
+
+
+def not_your_role(name: str, role: str, needed: str) -> Problem:
+    return Problem(
+        code=Code.FORBIDDEN,
+        detail=f"{name!r} is a {role}, this takes a {needed}",
+        remedy="ask an admin for a token with that role",
     )
 
 

@@ -7,7 +7,7 @@ whoever has kept that (`fedtt audit verify` prints it, the server logs each) wil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -55,10 +55,10 @@ def entries(tx: Transaction) -> Iterator[Audit]:
         after = page[-1].sequence
 
 
-def fault(tx: Transaction, head: str | None = None) -> str | None:
+def fault(log: Iterable[Audit], head: str | None = None) -> str | None:
     """What is wrong with the chain, or None. head: the hash of an entry that must be in it."""
     previous, found = GENESIS, head in {None, GENESIS}
-    for number, entry in enumerate(entries(tx), 1):
+    for number, entry in enumerate(log, 1):
         if entry.sequence != number:
             return f"entry {number} is missing"
         if entry.previous != previous:

@@ -42,15 +42,15 @@ class PeopleContract:
     def test_the_audit_log_is_appended_to_in_order_and_read_by_pages(self, store: Store) -> None:
         with store.transaction() as tx:
             assert tx.last_audit() is None
-            assert audit.fault(tx) is None
+            assert audit.fault(audit.entries(tx)) is None
             made = [audit.append(tx, 1.0 + n, "alice", "task.create", f"t{n}", {"n": n}) for n in range(5)]
         with store.reading() as tx:
             assert tx.last_audit() == made[-1]
             assert tx.audits() == made == list(audit.entries(tx))
             assert tx.audits(after=2, limit=2) == made[2:4]
-            assert audit.fault(tx, head=made[3].sha256) is None
+            assert audit.fault(audit.entries(tx), head=made[3].sha256) is None
             assert (
-                audit.fault(tx, head="f" * 64)
+                audit.fault(audit.entries(tx), head="f" * 64)
                 == f"no entry has the hash {'f' * 64}: entries were cut off or rewritten"
             )
         assert made[0].previous == audit.GENESIS
@@ -103,7 +103,7 @@ class TestSql(PeopleContract):
                 connection.execute("DELETE FROM audit WHERE sequence = 2")
             connection.executescript(statement)
         with store.reading() as tx:
-            assert self.TAMPERED[statement] in str(audit.fault(tx, head.sha256))
+            assert self.TAMPERED[statement] in str(audit.fault(audit.entries(tx), head.sha256))
 
     def test_whoever_rewrites_the_whole_chain_changes_its_head(self, store: Store, tmp_path: Path) -> None:
         with store.transaction() as tx:
@@ -117,8 +117,8 @@ class TestSql(PeopleContract):
         with closing(SqlStore.open(tmp_path / "forged.db")) as other, other.transaction() as tx:
             for row in forged:
                 tx.add_audit(row)
-            assert audit.fault(tx) is None
-            assert "cut off or rewritten" in str(audit.fault(tx, head.sha256))
+            assert audit.fault(audit.entries(tx)) is None
+            assert "cut off or rewritten" in str(audit.fault(audit.entries(tx), head.sha256))
 
 
 @needs_postgresql
