@@ -14,6 +14,7 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from aggregator.tls import trusting
 from aggregator.whole_files import Arriving, is_there, write_whole
 from fedtt.errors import BundleError, FedttError, Unreachable
 from fedtt.manifest import MANIFEST, FileEntry, bundle_digest, decode_manifest
@@ -28,14 +29,18 @@ Progress = Callable[[str, int, int], None]  #: file, bytes sent so far, bytes in
 class AdminClient:
     """Speaks to the admin listener; errors are the server's own words."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, *, ca: Path | None = None) -> None:
+        """ca: certificates to trust in place of the machine's."""
+        self._tls = trusting(ca)
         self._root = url.rstrip("/") + "/v1/admin"
         self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=120)
-        self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout)
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, timeout=timeout, connector=aiohttp.TCPConnector(ssl=self._tls)
+        )
         return self
 
     async def __aexit__(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, SERVICE, answer, problems_as
 from aggregator.server_key import ServerKey
 from aggregator.service import Service
+from aggregator.tls import server_tls
 from aggregator.token_files import secret_file
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
@@ -51,6 +53,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
+    tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
+    tls_key: Path | None = None  #: its key in PEM
     server_key: Path | None = None  #: signs answers to check-ins, for devices that trust its release key
 
 
@@ -86,6 +90,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
     Raises StorageError where the directory or database cannot be used, ConfigError where a port is taken.
     """
     async with contextlib.AsyncExitStack() as stack:
+        tls = server_tls(config.tls_cert, config.tls_key)
         database = config.database or config.data / "fedtt.db"
         stack.enter_context(server_directory(config.data, alone=not is_shared(database)))
         store = SqlStore.open(database)
@@ -101,7 +106,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         await service.writer.run(lambda tx: tx.put_token(token))
         devices = device_app(service, body_s=config.body_s)
         people = admin_app(service, admin_token, body_s=config.body_s)
-        listen = partial(_listen, stack, idle_s=config.idle_s)
+        listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)
         meter = service.metrics.meter
         url = await listen(devices, config.host, config.port, meter("devices"), reuse_port=config.reuse_port)
         admin_url = await listen(
@@ -126,6 +131,7 @@ async def _listen(
     meter: type[AbstractAccessLogger],
     *,
     idle_s: float,
+    tls: ssl.SSLContext | None,
     option: str = "",
     reuse_port: bool = False,
 ) -> str:
@@ -143,17 +149,18 @@ async def _listen(
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None)
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, ssl_context=tls)
     try:
         await site.start()
     except OSError as error:
         raise _not_listening(error, host, port, option) from None
     bound = runner.addresses[0][1]
-    return url_of(host, bound)
+    return url_of(host, bound, tls=tls is not None)
 
 
-def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def url_of(host: str, port: int, *, tls: bool = False) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _not_listening(error: OSError, host: str, port: int, option: str) -> ConfigError:

@@ -96,6 +96,12 @@ def _register_serve(commands: Commands) -> None:
         help="share the devices' port with other servers on one PostgreSQL",
     )
     serve.add_argument(
+        "--tls-cert",
+        type=Path,
+        help="certificate chain in PEM, for both listeners (default: no TLS, or a proxy's)",
+    )
+    serve.add_argument("--tls-key", type=Path, help="its key in PEM, without a password")
+    serve.add_argument(
         "--server-key",
         type=Path,
         help="file made by `fedtt key delegate`: devices that trust its release key follow this server",
@@ -252,6 +258,9 @@ def admin_command(
         help="admin address of the server (default $FEDTT_ADMIN_URL or %(default)s)",
     )
     parser.add_argument(
+        "--ca", type=Path, metavar="FILE", help="trust the certificates in it (default: this machine's)"
+    )
+    parser.add_argument(
         "--token-file",
         type=Path,
         default=Path("fedtt-server/admin-token"),
@@ -270,7 +279,7 @@ def _run(action: Action, args: argparse.Namespace) -> None:
     from aggregator.admin_client import AdminClient
 
     async def main() -> None:
-        async with AdminClient(args.server, _token(args.token_file)) as client:
+        async with AdminClient(args.server, _token(args.token_file), ca=args.ca) as client:
             await action(client, args)
 
     asyncio.run(main())
@@ -314,6 +323,8 @@ def _serve(args: argparse.Namespace) -> None:
         admin_port=args.admin_port,
         database=args.database,
         server_key=args.server_key,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
         reuse_port=args.reuse_port,
     )
     sys.setswitchinterval(_SWITCH_S)

@@ -135,7 +135,7 @@ def forbidden() -> Problem:
     return Problem(
         code=Code.FORBIDDEN,
         detail="the admin token is missing or wrong",
-        remedy="give the token that `fedtt serve` wrote to admin-token, or one of `fedtt admin-token create`",
+        remedy="give the token that `fedtt serve` wrote to admin-token in its data directory, or your own",
     )
 
 

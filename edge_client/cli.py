@@ -84,6 +84,12 @@ def _add_run(commands: Commands) -> None:
         help="run only bundles that this key signed, for servers that it vouches for "
         "(default: the one that the server names when this device enrols)",
     )
+    run.add_argument(
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="trust the server's certificate by those in this file (default: this machine's); remembered",
+    )
     run.add_argument("--once", action="store_true", help="end after one participation, or when told to wait")
     run.add_argument("--yes", action="store_true", help="agree to take part without being asked")
     run.add_argument("--cache", type=Path, metavar="DIR", help="bundles that several devices share")

@@ -7,6 +7,7 @@ is not the protocol's) or `Unreachable` (no answer, or one that broke off: the o
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -78,13 +79,15 @@ class HttpTransport:
         on_clock_offset: Callable[[float], None] = lambda _: None,
         timeout_s: float = 60.0,
         release_key: Callable[[], bytes] = lambda: b"",
+        ca: str = "",
         traffic: Traffic | None = None,
     ) -> None:
         """traffic: counters to add to, which several transports may share.
 
+        ca: file of certificates in PEM to trust in place of the machine's; "" for those.
         release_key: of which a server must show the word to be followed; b"" asks for none.
         """
-        self._release_key = release_key
+        self._release_key, self._tls = release_key, _trusting(ca)
         self._base = _server_url(server)
         self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
         self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
@@ -248,6 +251,7 @@ class HttpTransport:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 auto_decompress=False,  # a few bytes could unpack to gigabytes
+                connector=aiohttp.TCPConnector(ssl=self._tls),
                 headers={
                     "Accept": f"{MEDIA_TYPE}, {_OCTETS}, {DIFFERENCE_MEDIA_TYPE}",
                     "Accept-Encoding": "identity",
@@ -292,7 +296,18 @@ def _server_url(server: str) -> URL:
     return url
 
 
+def _trusting(ca: str) -> ssl.SSLContext | bool:
+    if not ca:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ValueError) as error:
+        raise ConfigError("--ca", ca, f"a file of certificates in PEM ({error})") from None
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not trusted, {error.certificate_error}; --ca names an authority"
     if isinstance(error, aiohttp.ClientConnectorError):
         code = error.os_error.errno or 0
         return os.strerror(code) if code > 0 else error.os_error.strerror or str(error)

@@ -87,6 +87,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     acknowledged: int = 0  #: updates the server has acknowledged
     receipt: Receipt | None = None  #: the last one
     residuals: dict[str, Residual] = {}  #: by `residual_key`, the longest unused first
+    ca: str = ""  #: path of the certificates trusted for the server; "" for the machine's
     release_key: bytes = b""  #: trusted to sign bundles and to vouch for servers; b"" where none is
     newest_rounds: dict[str, int] = {}  #: by task: the latest that was begun, so that none goes back
     label_counts: dict[str, bytes] = {}  #: by sha256 of the labels: what was told of them, noise and all

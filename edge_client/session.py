@@ -62,6 +62,7 @@ def open_transport(
         clock_offset_s=known.clock_offset_s,
         on_clock_offset=remember,
         release_key=lambda: journal.state.release_key,
+        ca=known.ca,
         traffic=traffic,
     )
     if known.server != server:
@@ -78,6 +79,7 @@ async def open_device(
     config: DeviceConfig,
     move: bool = False,
     release_key: bytes = b"",
+    ca: Path | None = None,
     cache: Path | None = None,
     cache_limit_bytes: int = LIMIT_BYTES,
     threads: int = 1,
@@ -90,6 +92,7 @@ async def open_device(
 
     move: the owner has agreed that this device, enrolled elsewhere, now belongs to `server`.
     release_key: trusted from now on; b"" leaves it to what was trusted before, or to the enrolment.
+    ca: certificates in PEM to trust for this server from now on; None for those trusted before.
     cache: a directory of bundles that several devices may share; None keeps them in the home.
     cache_limit_bytes: of bundles in it; the longest unused make room.
     trainer, traffic: likewise shared by the devices of one process; None makes them for this one.
@@ -97,6 +100,8 @@ async def open_device(
     place, time = Home(home), clock or SystemClock()
     with place.lock():
         journal = Journal(place)
+        if ca is not None:
+            journal.update(ca=str(ca.absolute()))
         transport = open_transport(place, journal, server, time, traffic, move=move)
         if release_key:
             journal.update(release_key=release_key)

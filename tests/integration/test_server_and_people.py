@@ -205,7 +205,7 @@ MANIFESTS: dict[str, Any] = {
     "has format 1, this program reads format 3": {"format": 1},
     "names a file '../x'": {"files": {"../x": {"sha256": NOBODY, "bytes": 1}}},
     "unknown field `surprise`": {"surprise": 1},
-    "does not list 'eval.onnx' among its files": {"files": {}},
+    "does not list 'base.bin' among its files": {"files": {}},
     "describes another factor layout": {"layout_sha256": NOBODY},
 }
 
