@@ -28,7 +28,7 @@ from aggregator.token_files import secret_file
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared
-from storage.blobs import FileBlobs
+from storage.blobs import open_blobs
 from storage.records import Token
 from storage.sql import SqlStore
 
@@ -51,6 +51,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     admin_port: int = 8441  #: for people; 0 picks a free one
     reuse_port: bool = False  #: let other servers listen on the devices' port too
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
+    blobs: str | None = None  #: directory or s3://BUCKET/PREFIX; None for blobs in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
@@ -95,7 +96,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         stack.enter_context(server_directory(config.data, alone=not is_shared(database)))
         store = SqlStore.open(database)
         stack.callback(store.close)
-        service = Service(store, FileBlobs(config.data / "blobs"), SystemClock())
+        service = Service(store, open_blobs(config.blobs or config.data / "blobs"), SystemClock())
         if config.server_key is not None:
             service.server_key = ServerKey.read(config.server_key, service.clock.now())
         service.writer.start()

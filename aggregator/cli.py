@@ -107,6 +107,12 @@ def _register_serve(commands: Commands) -> None:
         help="file made by `fedtt key delegate`: devices that trust its release key follow this server",
     )
     serve.add_argument(
+        "--blobs",
+        default=os.environ.get("FEDTT_BLOBS"),
+        help="where bundles and versions lie: a directory, or s3://BUCKET/PREFIX "
+        "(default $FEDTT_BLOBS or blobs in the data directory)",
+    )
+    serve.add_argument(
         "--database",
         default=os.environ.get("FEDTT_DATABASE"),
         help="where the ledger lies, as postgresql+psycopg://USER@HOST/NAME "
@@ -322,6 +328,7 @@ def _serve(args: argparse.Namespace) -> None:
         admin_host=args.admin_host,
         admin_port=args.admin_port,
         database=args.database,
+        blobs=args.blobs,
         server_key=args.server_key,
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,

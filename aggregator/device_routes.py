@@ -12,7 +12,9 @@ from aggregator.problems import bad_signature, not_found
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
 from fedtt.signature import Signed, content_digest, hex_digest
-from storage.blobs import FileBlobs, load
+from storage.blobs import BlobStore, FileBlobs
+
+_PIECE_BYTES = 1 << 18
 
 __all__ = ["add_device_routes", "serve_bundle_file"]
 
@@ -134,16 +136,23 @@ async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
         raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
     if isinstance(service.blobs, FileBlobs):
         return web.FileResponse(service.blobs.path(entry.sha256))
-    return _part(request, await asyncio.to_thread(load, service.blobs, entry.sha256))
+    return await _streamed(request, service.blobs, entry.sha256)
 
 
-def _part(request: web.Request, data: bytes) -> web.Response:
-    """What a request's Range asks of bytes that lie in no file."""
-    start = request.http_range.start or 0
-    if not start:
-        return web.Response(body=data)
-    headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-    return web.Response(body=data[start:], status=206, headers=headers)
+async def _streamed(request: web.Request, blobs: BlobStore, sha256: str) -> web.StreamResponse:
+    """What a request's Range asks of a blob that lies in no file, piece by piece."""
+    start, size = request.http_range.start or 0, await asyncio.to_thread(blobs.size, sha256)
+    response = web.StreamResponse(status=206 if start else 200)
+    if start:
+        response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+    response.content_length = max(0, size - start)
+    with await asyncio.to_thread(blobs.open, sha256) as file:
+        await asyncio.to_thread(file.seek, start)
+        await response.prepare(request)
+        while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+            await response.write(piece)
+    await response.write_eof()
+    return response
 
 
 async def healthz(_: web.Request) -> web.Response:

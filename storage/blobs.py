@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import secrets
 import time
 from collections.abc import AsyncIterable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO
 from pathlib import Path
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import BinaryIO, Protocol
 
-from fedtt.errors import StorageError, WireError
+from fedtt.errors import StorageError
+from storage.incoming import Incoming, checked_name, disk_errors
 
-__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "load", "save"]
-
-F = TypeVar("F", FileIO, BytesIO)
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "load", "open_blobs", "save"]
 
 _ABANDONED_S = 3600.0
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class BlobStore(Protocol):
@@ -61,7 +58,7 @@ class FileBlobs:
         """Make the directory and sweep out what a crash has left half written; raises StorageError."""
         self._directory = directory
         self._incoming = directory / "incoming"
-        with _errors_in_words(directory):
+        with disk_errors(directory):
             self._incoming.mkdir(parents=True, exist_ok=True)
             for leftover in self._incoming.iterdir():
                 self._sweep(leftover)
@@ -75,7 +72,7 @@ class FileBlobs:
 
     def path(self, sha256: str) -> Path:
         """Where the blob lies if there is one: for sending it without copying."""
-        return self._directory / _checked(sha256)[:2] / sha256
+        return self._directory / checked_name(sha256)[:2] / sha256
 
     def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
         with self._incoming_file(sha256, limit_bytes) as incoming:
@@ -103,7 +100,7 @@ class FileBlobs:
             return self.path(sha256).stat().st_size
 
     def delete(self, sha256: str) -> bool:
-        with _errors_in_words(self._directory):
+        with disk_errors(self._directory):
             try:
                 self.path(sha256).unlink()
             except FileNotFoundError:
@@ -112,30 +109,30 @@ class FileBlobs:
 
     @contextmanager
     def _found(self, sha256: str) -> Iterator[None]:
-        with _errors_in_words(self._directory):
+        with disk_errors(self._directory):
             try:
                 yield
             except FileNotFoundError:
                 raise StorageError(f"{self._directory}: there is no blob {sha256}") from None
 
     @contextmanager
-    def _incoming_file(self, sha256: str, limit_bytes: int) -> Iterator[_Incoming[FileIO]]:
+    def _incoming_file(self, sha256: str, limit_bytes: int) -> Iterator[Incoming[FileIO]]:
         """A temporary file that is gone afterwards, unless it was kept under its own name."""
-        name = _checked(sha256)
+        name = checked_name(sha256)
         temporary = self._incoming / secrets.token_hex(16)
-        with _errors_in_words(self._directory):
+        with disk_errors(self._directory):
             file = temporary.open("xb", buffering=0)
         try:
             with file:
-                yield _Incoming(file, name, limit_bytes, self._directory)
+                yield Incoming(file, name, limit_bytes, self._directory)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _keep(self, incoming: _Incoming[FileIO]) -> None:
+    def _keep(self, incoming: Incoming[FileIO]) -> None:
         """Check, make durable, rename: after a power cut the blob is there whole or not at all."""
         incoming.check()
         target = self.path(incoming.sha256)
-        with _errors_in_words(self._directory):
+        with disk_errors(self._directory):
             os.fsync(incoming.file.fileno())
             target.parent.mkdir(exist_ok=True)
             _sync_directory(self._directory)
@@ -151,7 +148,7 @@ class MemoryBlobs:
 
     def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
         buffer = BytesIO()
-        incoming = _Incoming(buffer, _checked(sha256), limit_bytes, Path("memory"))
+        incoming = Incoming(buffer, checked_name(sha256), limit_bytes, Path("memory"))
         for piece in pieces:
             incoming.write(piece)
         incoming.check()
@@ -165,18 +162,27 @@ class MemoryBlobs:
         return BytesIO(self._get(sha256))
 
     def has(self, sha256: str) -> bool:
-        return _checked(sha256) in self._blobs
+        return checked_name(sha256) in self._blobs
 
     def size(self, sha256: str) -> int:
         return len(self._get(sha256))
 
     def delete(self, sha256: str) -> bool:
-        return self._blobs.pop(_checked(sha256), None) is not None
+        return self._blobs.pop(checked_name(sha256), None) is not None
 
     def _get(self, sha256: str) -> bytes:
         if not self.has(sha256):
             raise StorageError(f"there is no blob {sha256}")
         return self._blobs[sha256]
+
+
+def open_blobs(place: str | Path) -> BlobStore:
+    """In a directory, or in the object storage that a URL like s3://bucket/prefix names."""
+    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
+        from storage.object_blobs import ObjectBlobs
+
+        return ObjectBlobs.from_url(place)
+    return FileBlobs(Path(str(place).removeprefix("file://")))
 
 
 def load(blobs: BlobStore, sha256: str) -> bytes:
@@ -195,49 +201,9 @@ def save(blobs: BlobStore, data: bytes) -> str:
     return sha256
 
 
-class _Incoming(Generic[F]):
-    """Bytes on their way into a store: counted and hashed as they are written."""
-
-    def __init__(self, file: F, sha256: str, limit_bytes: int, where: Path) -> None:
-        self.file: F = file
-        self.sha256, self.size = sha256, 0
-        self._limit_bytes, self._where, self._hash = limit_bytes, where, hashlib.sha256()
-
-    def write(self, piece: bytes) -> None:
-        self.size += len(piece)
-        if self.size > self._limit_bytes:
-            raise WireError(f"blob {self.sha256[:12]}… is longer than the {self._limit_bytes} bytes allowed")
-        self._hash.update(piece)
-        rest = memoryview(piece)
-        with _errors_in_words(self._where):
-            while rest:
-                rest = rest[self.file.write(rest) :]
-
-    def check(self) -> None:
-        found = self._hash.hexdigest()
-        if found != self.sha256:
-            raise WireError(f"blob {self.sha256[:12]}… came with sha256 {found[:12]}…: send it again")
-
-
-def _checked(sha256: str) -> str:
-    if not _SHA256.fullmatch(sha256):
-        raise WireError(f"{sha256[:80]!r} does not name a blob: a name is a sha256 in 64 hex digits")
-    return sha256
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _errors_in_words(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{directory}: {error.strerror}: see that it exists, has room and may be written by this user"
-        ) from error

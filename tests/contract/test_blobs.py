@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from obstore.store import LocalStore as ObjectsInFiles
+from obstore.store import MemoryStore as ObjectsInMemory
+from obstore.store import S3Store
 
-from fedtt.errors import StorageError, WireError
-from storage.blobs import BlobStore, FileBlobs, MemoryBlobs
+from fedtt.errors import ConfigError, StorageError, UnavailableError, WireError
+from storage.blobs import BlobStore, FileBlobs, MemoryBlobs, open_blobs
+from storage.object_blobs import ObjectBlobs
 
 CONTENT = bytes(range(256)) * 20  # 256·20 = 5120 bytes
 NAME = hashlib.sha256(CONTENT).hexdigest()
+NOBODY_THERE: dict[str, Any] = {
+    "config": {
+        "endpoint": "http://127.0.0.1:9",
+        "access_key_id": "a",
+        "secret_access_key": "b",
+        "region": "x",
+    },
+    "client_options": {"allow_http": True, "timeout": "1s"},
+    "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
+}
 HOSTILE = [
     "",
     "..",
@@ -124,3 +140,31 @@ class TestFileBlobs(BlobContract):
     @pytest.fixture
     def blobs(self, tmp_path: Path) -> BlobStore:
         return FileBlobs(tmp_path / "blobs")
+
+
+class TestObjectBlobs(BlobContract):
+    @pytest.fixture
+    def blobs(self) -> BlobStore:
+        return ObjectBlobs(ObjectsInMemory(), "memory")
+
+
+class TestObjectBlobsInADirectory(BlobContract):
+    @pytest.fixture
+    def blobs(self, tmp_path: Path) -> BlobStore:
+        return ObjectBlobs(ObjectsInFiles(tmp_path), str(tmp_path))
+
+
+def test_what_is_no_store_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--blobs = 'ftp://host/blobs' is not allowed: a directory or s3://"
+    ):
+        open_blobs("ftp://host/blobs")
+
+
+def test_a_store_that_does_not_answer_is_unavailable_not_empty() -> None:
+    blobs = ObjectBlobs(S3Store("bucket", **NOBODY_THERE), "s3://bucket")
+    for ask in (blobs.has, blobs.size, blobs.open, blobs.delete):
+        with pytest.raises(UnavailableError, match=r"s3://bucket: the object store failed"):
+            ask(NAME)
+    with pytest.raises(UnavailableError):
+        blobs.put(NAME, [CONTENT], limit_bytes=5120)
