@@ -229,18 +229,16 @@ class Coordinator:
         return min(
             waits,
             key=lambda wait: wait.retry_after_s,
-            default=Wait(retry_after_s=IDLE_RETRY_S, reason=NO_TASK),
+            default=self._idle(now, device_name, NO_TASK),
         )
 
     def _offer(self, tx: Transaction, now: float, device: Device, task: Task) -> Work | Wait:
         spec = task.spec
         if not set(self.lifecycle.runtimes(tx, task)) & set(device.runtimes):
-            return Wait(retry_after_s=IDLE_RETRY_S, reason="the task's bundle has no graph for your runtime")
+            return self._idle(now, device.id, "the task's bundle has no graph for your runtime")
         if device.examples < spec.min_examples:
-            return Wait(
-                retry_after_s=IDLE_RETRY_S,
-                reason=f"the task needs {spec.min_examples} examples, you have {device.examples}",
-            )
+            few = f"the task needs {spec.min_examples} examples, you have {device.examples}"
+            return self._idle(now, device.id, few)
         branch = self.lifecycle.branch_of(tx, task, device.id)
         round_ = self.lifecycle.ensure_round(tx, now, task, branch)
         if round_ is None:
@@ -267,6 +265,10 @@ class Coordinator:
         """Whether the newest version waits for its verdict."""
         newest = tx.latest_version(task.id, MAIN) if task.spec.evaluation else None
         return newest is not None and newest.state is VersionState.CANDIDATE
+
+    @staticmethod
+    def _idle(now: float, device_name: str, reason: str) -> Wait:
+        return Wait(retry_after_s=rules.idle_retry_s(IDLE_RETRY_S, now, device_name), reason=reason)
 
     @staticmethod
     def _wait(spec: TaskSpec, round_: Round, device: Device, reason: str) -> Wait:

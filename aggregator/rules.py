@@ -16,7 +16,7 @@ from fedtt.rng import Purpose, uniform_at
 from fedtt.task import RoundSpec, TaskSpec
 from storage.records import Lease, LeaseState, Round, RoundState
 
-__all__ = ["Due", "due", "free_seats", "refusal", "retry_after_s", "seat_open_to_all"]
+__all__ = ["Due", "due", "free_seats", "idle_retry_s", "refusal", "retry_after_s", "seat_open_to_all"]
 
 _GRACE = 0.25  #: of the deadline, for which seats are kept for the invited
 
@@ -77,5 +77,13 @@ def refusal(task: TaskSpec, granted: Round, current: Round, lease: Lease) -> str
 
 def retry_after_s(spec: RoundSpec, seed: int, round_number: int, device_id: str) -> float:
     """When this device asks again: between half and one and a half of `retry_s`, so that herds disperse."""
-    drawn = uniform_at(seed, Purpose.BACKOFF, round_number, int(device_id[:16], 16))
-    return spec.retry_s * (0.5 + drawn)
+    return _spread(spec.retry_s, seed, round_number, device_id)
+
+
+def idle_retry_s(mean_s: float, now: float, device_id: str) -> float:
+    """The same where there is no round to draw by: devices that came together do not come back together."""
+    return _spread(mean_s, 0, int(now), device_id)
+
+
+def _spread(mean_s: float, seed: int, number: int, device_id: str) -> float:
+    return mean_s * (0.5 + uniform_at(seed, Purpose.BACKOFF, number, int(device_id[:16], 16)))

@@ -12,13 +12,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Report, arguments, reporting
-from benchmarks.serving import uploads
+from benchmarks.serving import faults, uploads
 from benchmarks.serving.part import Measure, Measured, Part
 
 PARTS: dict[str, Measure] = {
     "sqlite": uploads.sqlite,
     "postgresql": uploads.postgresql,
     "postgresql-replicas": uploads.postgresql_replicas,
+    "fold": faults.fold,
+    "herd": faults.herd,
 }
 
 

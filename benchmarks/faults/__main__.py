@@ -21,6 +21,8 @@ ROWS = {
     "flips": "every prefix and single-bit flip of a valid upload",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
     "client": "kill -9 of a client at random points of its rounds",
+    "fold": "the sum of 10,000 updates of 20,000 numbers",
+    "herd": "10,000 check-ins at the same moment, and when they come back",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }

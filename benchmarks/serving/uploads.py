@@ -21,7 +21,7 @@ from benchmarks.serving.part import Measured, Part
 from storage.records import MAIN, Device, DeviceState, Lease, LeaseState, UpdateState
 from storage.sql import SqlStore
 
-__all__ = ["postgresql", "postgresql_replicas", "sqlite"]
+__all__ = ["give_leases", "postgresql", "postgresql_replicas", "sqlite"]
 
 _NUMBERS = 10_000  #: in an update, a byte each
 _CONNECTIONS = 200
@@ -58,7 +58,7 @@ async def _measured(part: Part, database: str | Path, name: str, *, servers: int
     async with first.running():
         await first.open_task(task_text("int8", cohort=updates, deadline_s=3600), _NUMBERS)
         await first.stop()
-    _give_leases(database, updates)
+    give_leases(database, updates)
     async with AsyncExitStack() as stack:
         running = [first] if servers == 1 else _replicas(part.directory, servers, options)
         for server in running:
@@ -96,7 +96,7 @@ def _replicas(directory: Path, servers: int, options: Sequence[str]) -> list[Ser
     return found
 
 
-def _give_leases(database: str | Path, count: int) -> None:
+def give_leases(database: str | Path, count: int) -> None:
     """So many devices of this program's key, each with a lease in the task's first round."""
     now = time.time()
     with closing(SqlStore.open(database)) as store:

@@ -99,3 +99,11 @@ def test_devices_are_told_to_come_back_at_different_times_around_the_tasks_own()
     assert all(10.0 <= time < 30.0 for time in times)  # half to one and a half of 20 s
     assert len(set(times)) == 50
     assert rules.retry_after_s(SPEC, 1, 1, POPULATION[3]) == times[3]
+
+
+def test_devices_for_which_there_is_nothing_come_back_at_different_times_too() -> None:
+    times = [rules.idle_retry_s(60.0, 1000.5, name) for name in POPULATION]
+    assert all(30.0 <= time < 90.0 for time in times)
+    assert len(set(times)) == 50
+    assert rules.idle_retry_s(60.0, 1000.9, POPULATION[3]) == times[3]
+    assert rules.idle_retry_s(60.0, 1100.0, POPULATION[3]) != times[3]

@@ -1,0 +1,128 @@
+"""The sum of a round of 10,000 updates of 20,000 numbers: how long, and how much memory for how many updates.
+
+The ledger is a SQLite file whose pages were just written; what is timed is all that stands between the claim
+and the publication: reading, decoding, the weighted sum, the new factors on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from msgspec.structs import replace
+
+from aggregator.folding import sum_round
+from aggregator.lifecycle import Lifecycle
+from aggregator.promised import promised
+from benchmarks.bundles import bundle_of, head_of
+from benchmarks.faults.row import Figures, Outcome, Setting
+from benchmarks.faults.server import TASK, task_text
+from benchmarks.serving.load import lease_id
+from benchmarks.serving.uploads import give_leases
+from edge_client.bundle import Bundle as OpenBundle
+from fedtt.codec import CodecSpec, encode_delta
+from fedtt.manifest import MANIFEST
+from fedtt.task import parse_task
+from fedtt.wire import encode_theta
+from storage.blobs import FileBlobs, save
+from storage.records import MAIN, Bundle, Round, RoundState, Update, UpdateState
+from storage.sql import SqlStore
+
+__all__ = ["run"]
+
+NUMBERS = 20_000
+_UPDATES = 10_000
+_CODECS = ("int8", "fp32")
+_DIFFERENT = 64
+
+
+async def run(setting: Setting) -> Outcome:
+    counts = (200, 2000) if setting.quick else (_UPDATES // 10, _UPDATES)
+    figures: Figures = {}
+    for codec in _CODECS:
+        for count in counts:
+            found = await asyncio.to_thread(_folded, setting.directory / f"{codec}-{count}", codec, count)
+            setting.report.line(row="fold", codec=codec, updates=count, **found)
+            figures |= {f"{key}_{codec}_{count}": value for key, value in found.items()}
+        few, many = (float(figures[f"peak_mb_{codec}_{count}"]) for count in counts)
+        figures[f"peak_mb_grown_{codec}"] = round(many - few, 1)
+    figures["fold_s"] = figures[f"seconds_int8_{counts[-1]}"]
+    figures["updates"] = counts[-1]
+    bounds = {f"peak_mb_grown_{codec}": 32.0 for codec in _CODECS}
+    return Outcome(figures=figures, at_most={**bounds, "fold_s": 2.0})
+
+
+def _folded(directory: Path, codec: str, count: int) -> Figures:
+    bundle = bundle_of(directory / "bundle", NUMBERS)
+    database, blobs = directory / "fedtt.db", FileBlobs(directory / "blobs")
+    with closing(SqlStore.open(database)) as store:
+        _open_task(store, blobs, bundle, task_text(codec, cohort=count))
+        give_leases(database, count)
+        round_ = _upload_all(store, CodecSpec(quantise="int8" if codec == "int8" else "fp32"), count)
+        Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+        before_mb, started, cpu = _status_mb("VmRSS"), time.perf_counter(), time.process_time()
+        fold = sum_round(store, blobs, Lifecycle(), round_)
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        assert len(fold.updates) == count
+    return {
+        "seconds": round(seconds, 3),
+        "cpu_s": round(cpu_s, 3),
+        "peak_mb": round(_status_mb("VmHWM") - before_mb, 1),
+    }
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+
+def _open_task(store: SqlStore, blobs: FileBlobs, bundle: OpenBundle, text: str) -> None:
+    manifest = (bundle.directory / MANIFEST).read_bytes()
+    first = save(blobs, encode_theta(np.zeros(NUMBERS, np.float32)))
+    with store.transaction() as tx:
+        tx.put_bundle(Bundle(sha256=bundle.digest, manifest=manifest, added_at=0.0))
+        Lifecycle.create(tx, time.time(), parse_task(text), bundle.digest, first)
+
+
+def _upload_all(store: SqlStore, codec: CodecSpec, count: int) -> Round:
+    """Every lease answered, and the round claimed."""
+    live = head_of(NUMBERS).layout.everything
+    rng = np.random.default_rng(0)
+    payloads = [
+        encode_delta(codec, live, rng.standard_normal(NUMBERS).astype(np.float32), rng)
+        for _ in range(_DIFFERENT)
+    ]
+    with store.transaction() as tx:
+        task = promised(tx.task(TASK), "the task")
+        round_ = promised(tx.latest_round(task.id, MAIN), "its round")
+    for start in range(0, count, 500):
+        with store.transaction() as tx:
+            for number in range(start, min(start + 500, count)):
+                lease = promised(tx.lease(lease_id(number)), "a lease")
+                update = Update(
+                    sequence=0,
+                    lease_id=lease.id,
+                    task_id=task.id,
+                    branch=MAIN,
+                    round_number=round_.number,
+                    version_number=0,
+                    device_id=lease.device_id,
+                    digest=f"{number:064x}",
+                    received_at=lease.granted_at,
+                    examples=1 + number % 50,
+                    loss_first=2.0,
+                    loss_last=1.0,
+                    payload=payloads[number % _DIFFERENT],
+                    state=UpdateState.ACCEPTED,
+                    reason="",
+                    folded_into=None,
+                )
+                tx.add_update(update)
+    claimed = replace(round_, state=RoundState.FOLDING)
+    with store.transaction() as tx:
+        tx.put_round(claimed)
+    store.maintain()
+    return claimed
