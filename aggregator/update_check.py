@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtt.codec import CodecSpec, decode_delta, payload_bytes
+from fedtt.codec import CodecSpec, check_size, decode_delta
 from fedtt.errors import WireError
 from fedtt.layout import FactorLayout
 from fedtt.messages import Code, Problem
@@ -23,14 +23,13 @@ def check_update(
     except WireError as error:
         return Problem(code=Code.MALFORMED, detail=str(error)[:500], remedy="send the stored frame unchanged")
     live_set = layout.live_set(live)
-    tag, expected = layout_tag(layout), payload_bytes(codec, live_set)
-    if header.layout != tag or len(payload) != expected:
-        return Problem(
-            code=Code.WRONG_LAYOUT,
-            detail=f"the update is for layout {header.layout.hex()} with {len(payload)} payload bytes, "
-            f"the lease's plan needs {tag.hex()} with {expected}",
-            remedy="drop it, check in again and train by the new plan",
-        )
+    if header.layout != layout_tag(layout):
+        found, needed = header.layout.hex(), layout_tag(layout).hex()
+        return _of_another_plan(f"the update is for layout {found}, the lease's plan needs {needed}")
+    try:
+        check_size(codec, live_set, len(payload))
+    except WireError as error:
+        return _of_another_plan(str(error))
     if header.examples < 1 or header.steps < 1:
         return Problem(code=Code.MALFORMED, detail="an update stands for at least one example and one step")
     try:
@@ -38,3 +37,8 @@ def check_update(
     except WireError as error:
         return Problem(code=Code.NOT_FINITE, detail=str(error)[:500], remedy="drop it; training diverged")
     return header, payload
+
+
+def _of_another_plan(detail: str) -> Problem:
+    remedy = "drop it, check in again and train by the new plan"
+    return Problem(code=Code.WRONG_LAYOUT, detail=detail, remedy=remedy)

@@ -1,58 +1,51 @@
-"""Deltas as bytes: the stages a task declares, in the order live set -> error feedback -> quantise."""
+"""Deltas as bytes, in the stages a task declares, each a file of its own:
+
+live set -> error feedback -> sparsify -> quantise, block by block -> plain, or coded where that is shorter
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
-from fedtt.codec import quantise
-from fedtt.errors import ConfigError, LayoutError, WireError
+from fedtt.codec import coded, plain, quantise
+from fedtt.codec.sparsify import largest
+from fedtt.codec.spec import CodecSpec
+from fedtt.errors import LayoutError, WireError
 from fedtt.layout import LiveSet
 
-__all__ = ["CodecSpec", "compensate", "decode_delta", "decode_deltas", "encode_delta", "payload_bytes"]
+__all__ = [
+    "CodecSpec",
+    "check_size",
+    "compensate",
+    "decode_delta",
+    "decode_deltas",
+    "encode_delta",
+    "payload_bytes",
+]
 
 Delta = NDArray[np.float32]
 
-BITS = {"fp32": 32, "int8": 8, "int4": 4}
-
-
-class CodecSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a task's deltas travel.
-
-    Error feedback needs a contractive quantiser: rounding to nearest brings every value at least half a
-    step near, while stochastic rounding may move it a whole one and let the residual grow.
-    """
-
-    quantise: Literal["fp32", "int8", "int4"] = "int4"
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    error_feedback: bool = False
-
-    def __post_init__(self) -> None:
-        if self.error_feedback and (self.rounding != "nearest" or self.quantise == "fp32"):
-            raise ConfigError(
-                "codec.error_feedback",
-                True,
-                "only with rounding = 'nearest' and quantise = 'int8' or 'int4'",
-            )
-
-    @property
-    def bits(self) -> int:
-        return BITS[self.quantise]
+_PLAIN, _CODED = b"\0", b"\1"
 
 
 def payload_bytes(codec: CodecSpec, live: LiveSet) -> int:
-    """The exact size of every payload of this codec and live set, known before a byte is read."""
-    bits = codec.bits
-    return sum([quantise.encoded_bytes(bits, size) for size in _pieces(bits, live)])
+    """The most bytes of a payload of this codec and live set, and with plain coding their exact number."""
+    if codec.quantise == "fp32":
+        return 4 * live.size
+    size = sum(plain.encoded_bytes(codec.levels, size) for size in _blocks(codec, live))
+    return size if codec.coding == "plain" else len(_PLAIN) + size
 
 
-def _pieces(bits: int, live: LiveSet) -> tuple[int, ...]:
-    """Sizes of what is coded by itself: each factor, with its own scale; without scales all are one."""
-    return (live.size,) if bits == quantise.PLAIN else live.sizes
+def check_size(codec: CodecSpec, live: LiveSet, size: int) -> None:
+    """Raise WireError where no payload of this codec and live set has so many bytes."""
+    most = payload_bytes(codec, live)
+    if codec.coding == "plain" and size != most:
+        raise WireError(f"the payload has {size} bytes, this layout and codec need {most}")
+    if size > most:
+        raise WireError(f"the payload has {size} bytes, this layout and codec need at most {most}")
 
 
 def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.Generator) -> bytes:
@@ -64,12 +57,18 @@ def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.G
         raise LayoutError(f"expected {live.size} live numbers, got shape {delta.shape}")
     if not np.isfinite(delta).all():
         raise WireError("the delta is not finite: training diverged; lower the learning rate")
+    if codec.quantise == "fp32":
+        return delta.astype("<f4").tobytes()
+    if codec.keep < 1 or codec.threshold:
+        delta = largest(delta, codec.keep, codec.threshold)
     noise = rng if codec.rounding == "stochastic" else None
-    parts, start = [], 0
-    for size in _pieces(codec.bits, live):
-        parts.append(quantise.encode(codec.bits, delta[start : start + size], noise))
-        start += size
-    return b"".join(parts)
+    parts = np.split(delta, np.cumsum(_blocks(codec, live))[:-1])
+    blocks = [quantise.encode(codec.quantise, part, codec.step, noise) for part in parts]
+    packed = plain.encode(codec.levels, blocks)
+    if codec.coding == "plain":
+        return packed
+    short = coded.encode(codec.levels, codec.scale_bits, blocks)
+    return _CODED + short if len(short) < len(packed) else _PLAIN + packed
 
 
 def decode_delta(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
@@ -80,17 +79,14 @@ def decode_delta(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
 
 def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> Delta:
     """Those of several updates, (n, live.size); a WireError where any of them is not sound."""
-    expected, bits = payload_bytes(codec, live), codec.bits
     for payload in payloads:
-        if len(payload) != expected:
-            raise WireError(f"the payload has {len(payload)} bytes, this layout and codec need {expected}")
-    rows = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), expected)
-    parts, start = [], 0
-    for size in _pieces(bits, live):
-        end = start + quantise.encoded_bytes(bits, size)
-        parts.append(quantise.decode(bits, rows[:, start:end], size))
-        start = end
-    deltas = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        check_size(codec, live, len(payload))
+    if codec.coding == "range":
+        deltas = np.concatenate([_decode_coded(codec, live, payload) for payload in payloads])
+    elif codec.quantise == "fp32":
+        deltas = np.frombuffer(b"".join(payloads), "<f4").astype(np.float32).reshape(len(payloads), -1)
+    else:
+        deltas = _decode_plain(codec, live, payloads)
     if not np.isfinite(deltas).all():
         raise WireError("the update holds NaN or infinite factors")
     return deltas
@@ -99,9 +95,36 @@ def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) ->
 def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -> tuple[bytes, Delta]:
     """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, Algorithm 2).
 
-    p = Δ + e,  sent = Q(p),  e' = p - sent.  Returns the payload and e'; the caller keeps e until the
+    p = Δ + e,  sent = C(p),  e' = p - sent.  Returns the payload and e'; the caller keeps e until the
     payload is acknowledged, so that a refused update loses nothing.
     """
     target = delta + residual
     payload = encode_delta(codec, live, target, np.random.default_rng(0))
     return payload, target - decode_delta(codec, live, payload)
+
+
+def _blocks(codec: CodecSpec, live: LiveSet) -> list[int]:
+    """Sizes of the blocks that share a scale: none reaches over two factors."""
+    sizes = []
+    for size in live.sizes:
+        whole, rest = divmod(size, codec.block or size)
+        sizes += [codec.block or size] * whole + ([rest] if rest else [])
+    return sizes
+
+
+def _decode_plain(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> Delta:
+    rows = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), -1)
+    return _joined(plain.decode(codec.levels, rows, _blocks(codec, live)))
+
+
+def _decode_coded(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
+    """One update, (1, live.size)."""
+    if payload[:1] == _CODED:
+        return _joined(coded.decode(codec.levels, codec.scale_bits, payload[1:], _blocks(codec, live)))
+    if payload[:1] != _PLAIN or len(payload) != payload_bytes(codec, live):
+        raise WireError("the payload is neither coded nor plain")
+    return _decode_plain(codec, live, (payload[1:],))
+
+
+def _joined(blocks: list[tuple[quantise.Integers, plain.Words]]) -> Delta:
+    return np.concatenate([quantise.decode(*block) for block in blocks], axis=1)

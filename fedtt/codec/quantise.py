@@ -1,84 +1,74 @@
-"""One factor as integers and a scale.
+"""One block of numbers as integers and a scale.
 
-b bits (8 or 4), q = 2^(b-1) - 1 levels each side, scale s = max|x| / q as bfloat16 rounded up:
+A quantiser has b bits and q = 2^(b-1) - 1 levels each side; an integer k stands for k times the scale s,
+a bfloat16, the upper half of a float32:
 
-    bytes 0-1   s, the upper half of a float32, little-endian
-    then        int8: one byte a value; int4: two values a byte, the first in the low nibble
+    int8 … int2   q = 127, 7, 3, 1     s = max|x| / q, rounded up, so that nothing is clipped
+    ternary       q = 1                s = mean of the |x| from 0.7 mean|x| on, rounded up; max|x|, rounded
+                                       up, where rounding is stochastic, so that it is right in the mean
+    rms           q = 127              s = `step` times the root mean square, at most max|x|, at least
+                                       max|x| / 127, rounded up to 3 bits of mantissa, which code in few bits
 
-32 bits means plain little-endian float32 without a scale. Values are two's complement; -2^(b-1) and a
-padding nibble other than 0 are refused, and so is a negative scale: no bit is free to carry anything.
+Ternary to nearest is F. Li, B. Liu, "Ternary weight networks", 2016, arXiv 1605.04711, eq. 5-6, with its
+threshold at s / 2; stochastic W. Wen et al., "TernGrad", NeurIPS 2017, arXiv 1705.07878, eq. 1.
+
+Rounding to nearest brings every number nearer or leaves it, and the largest nearer: it is contractive.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtt.errors import WireError
+__all__ = ["LEVELS", "SCALE_BITS", "Integers", "Quantiser", "decode", "encode"]
 
-__all__ = ["decode", "encode", "encoded_bytes"]
+Quantiser = Literal["int8", "int4", "int3", "int2", "ternary", "rms"]
+Integers = NDArray[np.int8]
+Block = NDArray[np.float32]
 
-PLAIN = 32  #: bits, without a scale
-_SCALE_BYTES = 2
-
-Factor = NDArray[np.float32]
-
-
-def encoded_bytes(bits: int, size: int) -> int:
-    """Bytes of one factor of `size` numbers."""
-    return 4 * size if bits == PLAIN else _SCALE_BYTES + (size * bits + 7) // 8
+LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "int3": 3, "int2": 1, "ternary": 1, "rms": 127}
+SCALE_BITS: dict[str, int] = {"rms": 12}  #: upper bits of a float32 that a scale has; all others have 16
+_TERNARY_THRESHOLD = 0.7
 
 
-def encode(bits: int, x: Factor, noise: np.random.Generator | None) -> bytes:
-    """x: (size,). Rounds to nearest, or with `noise` up or down so that the mean is x."""
-    if bits == PLAIN:
-        return x.astype("<f4").tobytes()
-    levels = 2 ** (bits - 1) - 1
-    scale, scale_bytes = _scale_up(float(np.abs(x).max(initial=0.0)) / levels)
+def encode(form: Quantiser, x: Block, step: float, noise: np.random.Generator | None) -> tuple[Integers, int]:
+    """x: (n,) -> integers (n,) and the scale's upper half; with `noise` up or down, so that the mean is x."""
+    levels = LEVELS[form]
+    word = _round_up(_scale(form, x, step, noise), SCALE_BITS.get(form, 16))
+    scale = float(_numbers(np.uint16(word)))
     scaled = x.astype(np.float64) / scale if scale else np.zeros(x.shape)
     rounded = np.rint(scaled) if noise is None else np.floor(scaled + noise.random(x.shape))
-    q = np.clip(rounded, -levels, levels).astype(np.int8)
-    return scale_bytes + (q.tobytes() if bits == 8 else _pack_nibbles(q))
+    return np.clip(rounded, -levels, levels).astype(np.int8), word
 
 
-def decode(bits: int, rows: NDArray[np.uint8], size: int) -> Factor:
-    """The inverse, of n factors of one size, (n, encoded_bytes): (n, size) float32, possibly not finite.
-
-    Raises WireError where integers of any of them are not canonical.
-    """
-    if bits == PLAIN:
-        return rows.view("<f4").astype(np.float32, copy=False)
-    scales = np.ascontiguousarray(rows[:, :_SCALE_BYTES]).view("<u2").astype(np.uint32) << 16
-    scale = scales.view(np.float32)  # (n, 1)
-    if np.signbit(scale).any():
-        raise WireError("the payload's scale is negative")
-    body = rows[:, _SCALE_BYTES:].view(np.int8)
-    q = body if bits == 8 else _unpack_nibbles(body, size)
-    if q.size and q.min() == -(2 ** (bits - 1)):
-        raise WireError(f"the payload holds {-(2 ** (bits - 1))}, which {bits}-bit values never take")
+def decode(integers: Integers, words: NDArray[np.uint16]) -> Block:
+    """The numbers that integers (n, size) and scales (n, 1) stand for, float32, possibly not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        values: Factor = q.astype(np.float32) * scale
+        values: Block = integers.astype(np.float32) * _numbers(words)
     return values
 
 
-def _scale_up(scale: float) -> tuple[float, bytes]:
-    """The least bfloat16 not below `scale`, as a number and as its two bytes."""
+def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | None) -> float:
+    sizes = np.abs(x.astype(np.float64))
+    largest = float(sizes.max(initial=0.0))
+    if form == "rms":
+        return min(largest, max(step * float(np.sqrt(np.mean(sizes**2))), largest / LEVELS[form]))
+    if form == "ternary" and noise is None:
+        return float(np.mean(sizes[sizes >= _TERNARY_THRESHOLD * sizes.mean()]))
+    return largest / LEVELS[form]
+
+
+def _round_up(scale: float, bits: int) -> int:
+    """The upper half of the least float32 not below `scale` that has zeros past its first `bits` bits."""
     word = int(np.float32(scale).view(np.uint32))
     if float(np.float32(scale)) < scale:
         word += 1
-    upper = (word + 0xFFFF) >> 16
-    return float(np.uint32(upper << 16).view(np.float32)), upper.to_bytes(2, "little")
+    below = 32 - bits
+    return (word + (1 << below) - 1) >> below << (16 - bits)
 
 
-def _pack_nibbles(q: NDArray[np.int8]) -> bytes:
-    nibbles = np.append(q, np.int8(0)) if q.size % 2 else q
-    pairs = (nibbles & 0x0F).astype(np.uint8).reshape(-1, 2)
-    return (pairs[:, 0] | pairs[:, 1] << 4).tobytes()
-
-
-def _unpack_nibbles(body: NDArray[np.int8], size: int) -> NDArray[np.int8]:
-    low = (body << 4).astype(np.int8) >> 4
-    values = np.stack([low, body >> 4], axis=2).reshape(len(body), -1)
-    if values[:, size:].any():
-        raise WireError("the payload's padding is not zero")
-    return values[:, :size]
+def _numbers(words: NDArray[np.uint16] | np.uint16) -> NDArray[np.float32] | np.float32:
+    upper = words.astype(np.uint32) << np.uint32(16)
+    return upper.view(np.float32)

@@ -27,7 +27,7 @@ SPEC = TaskSpec(
     name="tiny",
     rounds=RoundSpec(count=1, cohort=1),
     training=TrainingSpec(local_steps=3, batch_size=2),
-    codec=CodecSpec(quantise="int8", error_feedback=True),
+    codec=CodecSpec(quantise="ternary", coding="range", error_feedback=True),
 )
 ROWS = [
     {"text": "set the alarm for seven", "label": "alarm"},

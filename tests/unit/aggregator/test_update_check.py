@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -40,7 +41,24 @@ def test_the_payload_of_another_live_set_is_for_another_layout() -> None:
     codec = CodecSpec(quantise="int8")
     found = problem_of(payload_of(codec), codec, LIVE[:2])
     assert found.code is Code.WRONG_LAYOUT
-    assert f"with {payload_bytes(codec, LiveSet(LAYOUT, LIVE[:2]))}" in found.detail
+    assert f"need {payload_bytes(codec, LiveSet(LAYOUT, LIVE[:2]))}" in found.detail
+
+
+def test_an_update_of_another_layout_is_told_so() -> None:
+    header = msgspec.structs.replace(HEADER, layout=bytes(8))
+    codec = CodecSpec(quantise="int8")
+    answer = check_update(encode_update(header, payload_of(codec)), LAYOUT, LIVE, codec)
+    assert isinstance(answer, Problem)
+    assert answer.code is Code.WRONG_LAYOUT
+    assert answer.detail.startswith(f"the update is for layout {'00' * 8}, the lease's plan needs ")
+
+
+def test_a_coded_update_is_sound_up_to_the_plain_size() -> None:
+    codec = CodecSpec(quantise="int4", coding="range")
+    payload = payload_of(codec)
+    assert len(payload) < payload_bytes(codec, LiveSet(LAYOUT, LIVE))
+    assert check_update(encode_update(HEADER, payload), LAYOUT, LIVE, codec) == (HEADER, payload)
+    assert problem_of(payload + bytes(5000), codec).code is Code.WRONG_LAYOUT
 
 
 @pytest.mark.parametrize("quantise", ["int8", "int4"])

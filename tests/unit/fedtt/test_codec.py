@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedtt.codec import CodecSpec, compensate, decode_delta, decode_deltas, encode_delta, payload_bytes
 from fedtt.errors import ConfigError, LayoutError, WireError
 from fedtt.layout import Factor, FactorLayout, LiveSet
+from tests.support.codecs import CODED, PLAIN
 
 Delta = NDArray[np.float32]
 quick = settings(deadline=None, max_examples=60)
@@ -19,8 +20,13 @@ _LAYOUT = FactorLayout([Factor("a", (1, 3, 1)), Factor("b", (2, 2, 2)), Factor("
 LIVE = LiveSet(_LAYOUT, [0, 1, 3])  # 3 + 8 + 5 = 16 numbers
 FP32 = CodecSpec(quantise="fp32")
 INT8, INT4 = CodecSpec(quantise="int8"), CodecSpec(quantise="int4")
-STOCHASTIC = [CodecSpec(quantise=bits, rounding="stochastic") for bits in ("int8", "int4")]
-EVERY = [FP32, INT8, INT4, *STOCHASTIC]
+WHOLE = [CodecSpec(quantise=bits) for bits in ("int3", "int2")]
+STOCHASTIC = [
+    CodecSpec(quantise=b, rounding="stochastic") for b in ("int8", "int4", "int3", "int2", "ternary")
+]
+EVERY = [*PLAIN, *CODED]
+NEAREST = [c for c in EVERY if c.rounding == "nearest" and c.quantise != "fp32"]
+TERNARY = CodecSpec(quantise="ternary")
 
 _value = st.floats(-(2.0**100), 2.0**100, width=32)
 deltas = st.lists(_value, min_size=16, max_size=16).map(lambda v: np.array(v, np.float32))
@@ -33,10 +39,11 @@ def encode(codec: CodecSpec, delta: Delta, seed: int = 0) -> bytes:
 def scales(codec: CodecSpec, payload: bytes) -> Delta:
     """The scale that stands before each factor, spread over its numbers, (live.size,)."""
     spread, start = [], 0
+    bits = codec.levels.bit_length() + 1
     for size in LIVE.sizes:
         word = int.from_bytes(payload[start : start + 2], "little") << 16
         spread += [np.uint32(word).view(np.float32)] * size
-        start += 2 + (size * codec.bits + 7) // 8
+        start += 2 + (size * bits + 7) // 8
     return np.array(spread, np.float32)
 
 
@@ -52,7 +59,7 @@ def test_fp32_is_lossless(delta: Delta) -> None:
     np.testing.assert_array_equal(decode_delta(FP32, LIVE, encode(FP32, delta)), delta)
 
 
-@pytest.mark.parametrize("codec", [INT8, INT4])
+@pytest.mark.parametrize("codec", [INT8, INT4, *WHOLE])
 @given(delta=deltas)
 @quick
 def test_rounding_to_nearest_errs_by_at_most_half_a_step(codec: CodecSpec, delta: Delta) -> None:
@@ -72,13 +79,13 @@ def test_stochastic_rounding_errs_by_less_than_a_step(codec: CodecSpec, delta: D
     assert (error <= step * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("codec", [INT8, INT4, *STOCHASTIC])
+@pytest.mark.parametrize("codec", [INT8, INT4, *WHOLE, *STOCHASTIC])
 @given(delta=deltas)
 @quick
 def test_the_scale_is_rounded_up_so_that_the_largest_number_is_never_clipped(
     codec: CodecSpec, delta: Delta
 ) -> None:
-    levels = 2 ** (codec.bits - 1) - 1
+    levels = codec.levels
     step = scales(codec, encode(codec, delta)).astype(np.float64)
     assert (step * levels >= largest(delta) * (1 - 1e-12)).all()
     spacing = 2.0**-133  # of the smallest bfloat16, where the relative bound ends
@@ -106,19 +113,19 @@ def test_rounding_to_nearest_draws_nothing(codec: CodecSpec) -> None:
 @pytest.mark.parametrize("codec", EVERY)
 def test_a_zero_delta_stays_zero(codec: CodecSpec) -> None:
     payload = encode(codec, np.zeros(16, np.float32))
-    assert not any(payload)
+    assert codec.coding == "range" or not any(payload)
     assert not decode_delta(codec, LIVE, payload).any()
 
 
 @given(delta=deltas.filter(lambda delta: np.abs(delta).max() > 2.0**-100))  # far from the last bfloat16
-@pytest.mark.parametrize("codec", [INT8, INT4])
+@pytest.mark.parametrize("codec", NEAREST)
 @quick
 def test_what_nearest_rounding_leaves_is_shorter_than_what_came(codec: CodecSpec, delta: Delta) -> None:
     _, residual = compensate(codec, LIVE, delta, np.zeros_like(delta))
     assert np.linalg.norm(residual.astype(np.float64)) < np.linalg.norm(delta.astype(np.float64))
 
 
-@pytest.mark.parametrize("codec", [INT8, INT4])
+@pytest.mark.parametrize("codec", [INT8, INT4, TERNARY, CodecSpec(quantise="rms", step=0.5, coding="range")])
 def test_with_error_feedback_what_was_sent_and_what_is_kept_sum_to_all_deltas(codec: CodecSpec) -> None:
     rng = np.random.default_rng(7)
     trained = sent = np.zeros(LIVE.size)
@@ -138,6 +145,9 @@ def test_with_error_feedback_what_was_sent_and_what_is_kept_sum_to_all_deltas(co
         (FP32, 64),  # 4·(3 + 8 + 5)
         (INT8, 22),  # (2 + 3) + (2 + 8) + (2 + 5)
         (INT4, 15),  # (2 + 2) + (2 + 4) + (2 + 3): odd factors pad half a byte
+        (CodecSpec(quantise="int3"), 13),  # (2 + ⌈9/8⌉) + (2 + 3) + (2 + ⌈15/8⌉)
+        (TERNARY, 11),  # (2 + 1) + (2 + 2) + (2 + ⌈10/8⌉)
+        (CodecSpec(quantise="int8", block=4), 26),  # (2 + 3) + (2 + 4)·2 + (2 + 4) + (2 + 1)
     ],
 )
 def test_payload_sizes_are_exact(codec: CodecSpec, expected: int) -> None:
@@ -150,12 +160,13 @@ def test_payload_sizes_are_exact(codec: CodecSpec, expected: int) -> None:
 @quick
 def test_any_bytes_give_finite_numbers_or_a_wire_error(codec: CodecSpec, data: st.DataObject) -> None:
     size = payload_bytes(codec, LIVE)
-    payload = data.draw(st.binary(max_size=size + 2) | st.binary(min_size=size, max_size=size))
+    coded = st.binary(max_size=size).map(lambda data: b"\1" + data)
+    payload = data.draw(st.binary(max_size=size + 2) | st.binary(min_size=size, max_size=size) | coded)
     try:
         delta = decode_delta(codec, LIVE, payload)
     except WireError:
         return
-    assert len(payload) == size
+    assert len(payload) == size or (codec.coding == "range" and len(payload) < size)
     assert delta.shape == (16,)
     assert np.isfinite(delta).all()
 
@@ -216,12 +227,21 @@ def test_a_delta_or_payload_of_another_size_is_refused_with_both_numbers() -> No
 
 
 @pytest.mark.parametrize(
-    "settings_",
-    [{"rounding": "stochastic"}, {"quantise": "fp32"}, {"quantise": "fp32", "rounding": "stochastic"}],
+    ("settings_", "complaint"),
+    [
+        ({"error_feedback": True, "rounding": "stochastic"}, "error_feedback = True .*nearest"),
+        ({"error_feedback": True, "quantise": "fp32"}, "error_feedback = True .*a quantiser"),
+        ({"quantise": "int4", "step": 2.0}, "step = 2.0 .*quantise = 'rms'"),
+        ({"quantise": "fp32", "coding": "range"}, "coding = 'range' .*'plain'"),
+        ({"quantise": "rms"}, "quantise = 'rms' .*coding = 'range'"),
+        ({"quantise": "fp32", "block": 64}, "block = 64 .*no scale"),
+        ({"keep": 0.5}, "keep = 0.5 .*coding = 'range'"),
+        ({"threshold": 0.5}, "threshold = 0.5 .*coding = 'range'"),
+    ],
 )
-def test_error_feedback_is_refused_where_it_would_not_contract(settings_: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"codec\.error_feedback = True .*nearest.*int8.*int4"):
-        CodecSpec(error_feedback=True, **settings_)
+def test_stages_that_do_not_go_together_are_refused(settings_: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"codec\.{complaint}"):
+        CodecSpec(**settings_)
 
 
 def test_golden_payloads() -> None:
@@ -234,6 +254,10 @@ def test_golden_payloads() -> None:
     # 1/7 = 0.142857, the bfloat16 above it is 0x3e13 = 0.143555: 3.48, -1.74 and 6.97 steps: 3, -2 = 0xe, 7
     assert encode_delta(INT4, live, delta, rng).hex(" ") == "13 3e e3 07"
     assert encode_delta(FP32, live, delta, rng).hex(" ", 4) == "0000003f 000080be 0000803f"
+    # 1/3, above it 0x3eab = 0.33398: 1.497, -0.749 and 2.994 steps: 1, -1 = 0b111 and 3, the lowest bit first
+    assert encode_delta(CodecSpec(quantise="int3"), live, delta, rng).hex(" ") == "ab 3e f9 00"
+    # 0.7 · mean|x| = 0.408: 0.5 and 1 lie above, their mean 0.75 = 0x3f40; 0.67, -0.33 and 1.33 steps
+    assert encode_delta(TERNARY, live, delta, rng).hex(" ") == "40 3f 11"
 
 
 @pytest.mark.parametrize("codec", EVERY)
@@ -247,7 +271,7 @@ def test_several_updates_decode_together_to_what_each_decodes_to(codec: CodecSpe
 @pytest.mark.parametrize("codec", EVERY)
 def test_one_unsound_update_among_several_is_refused(codec: CodecSpec) -> None:
     sound = encode(codec, np.ones(16, np.float32))
-    infinite = b"\xff\x7f" + sound[2:] if codec.bits < 32 else b"\0\0\x80\x7f" + sound[4:]
-    for unsound in (sound[:-1], infinite):
+    infinite = b"\0\0\x80\x7f" + sound[4:] if codec.quantise == "fp32" else b"\xff\x7f" + sound[2:]
+    for unsound in (sound + bytes(100), infinite):
         with pytest.raises(WireError):
             decode_deltas(codec, LIVE, [sound, unsound])

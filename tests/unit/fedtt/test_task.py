@@ -44,6 +44,8 @@ def with_setting(path: str, value: str, method: str = "fedtt") -> str:
     raw = {"": {"name": '"t"'}, "rounds": {"count": "3", "cohort": "4"}}
     if section == "method":
         raw["method"] = {"name": f'"{method}"'}
+    if path in {"codec.step", "codec.keep", "codec.threshold"}:  # which do not stand alone
+        raw["codec"] = {"quantise": '"rms"', "coding": '"range"'}
     raw.setdefault(section, {})[name] = value
     return "\n".join(
         line
@@ -140,7 +142,8 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    assert len(_ranges()) == 28  # 3 of the task, 6 of rounds, 8 of training, 7 of methods, 4 of evaluation
+    # 3 of the task, 6 of rounds, 8 of training, 4 of codecs, 7 of methods, 4 of evaluation
+    assert len(_ranges()) == 32
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")
@@ -184,7 +187,12 @@ def _neighbours(number: str, real: bool) -> tuple[str, str]:
         ("training.local_steps", "true", "training.local_steps = True is not allowed: Expected `int`"),
         ("method.name", '"fedprox"', "method.name = 'fedprox' is not allowed: one of 'dense-adapter', "),
         ("method.period", "3", "method.period = 3 is not allowed: known settings here are nothing"),
-        ("codec.quantise", '"int2"', "codec.quantise = 'int2' is not allowed: one of 'fp32', 'int4', 'int8'"),
+        (
+            "codec.quantise",
+            '"int5"',
+            "codec.quantise = 'int5' is not allowed: one of 'fp32', 'int2', 'int3', ",
+        ),
+        ("codec.quantise", '"rms"', "codec.quantise = 'rms' is not allowed: only with coding = 'range'"),
         ("codec.bits", "4", "codec.bits = 4 is not allowed: known settings here are quantise, "),
         ("codec.error_feedback", "1", "codec.error_feedback = 1 is not allowed: Expected `bool`, got `int`"),
     ],
