@@ -84,7 +84,9 @@ def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) ->
     if codec.coding == "range":
         deltas = np.concatenate([_decode_coded(codec, live, payload) for payload in payloads])
     elif codec.quantise == "fp32":
-        deltas = np.frombuffer(b"".join(payloads), "<f4").astype(np.float32).reshape(len(payloads), -1)
+        deltas = (
+            np.frombuffer(b"".join(payloads), "<f4").astype(np.float32, copy=False).reshape(len(payloads), -1)
+        )
     else:
         deltas = _decode_plain(codec, live, payloads)
     if not np.isfinite(deltas).all():

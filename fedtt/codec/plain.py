@@ -64,12 +64,14 @@ def _pack(q: Integers, bits: int) -> bytes:
 
 
 def _unpack(rows: Rows, bits: int, size: int) -> Integers:
-    if bits == 8:
-        return rows.view(np.int8)
-    flat = np.unpackbits(rows, axis=1, bitorder="little")
-    if flat[:, size * bits :].any():
+    if 8 % bits:
+        each = np.unpackbits(rows, axis=1, bitorder="little")
+        loose = each[:, size * bits :]
+        raw = each[:, : size * bits].reshape(len(rows), size, bits) @ (1 << np.arange(bits, dtype=np.uint8))
+    else:  # several whole numbers a byte
+        each = (rows[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
+        raw, loose = np.split(each.reshape(len(rows), -1), [size], axis=1)
+    if loose.any():
         raise WireError("the payload's padding is not zero")
-    each = flat[:, : size * bits].reshape(len(rows), size, bits)
-    signed = np.repeat(each[..., -1:], 8, axis=2)  # the sign fills the bits above
-    signed[..., :bits] = each
-    return np.packbits(signed, axis=2, bitorder="little")[..., 0].view(np.int8)
+    sign = np.uint8(1 << (bits - 1))
+    return ((raw ^ sign) - sign).view(np.int8)
