@@ -21,6 +21,7 @@ from aggregator.token_files import new_token
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState, Verdict
+from fedtt.server_optimiser import published
 from fedtt.task import TaskSpec, parse_task
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import decode_theta, encode_theta
@@ -108,7 +109,7 @@ def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tup
     """
     spec.method.check(manifest.adapter)
     factors = load(load_blob(service.blobs, manifest.files[manifest.initial].sha256))
-    theta = manifest.adapter.layout.flatten(factors)
+    theta = published(spec.server, manifest.adapter.layout.flatten(factors))
     if not np.isfinite(theta).all():
         raise LayoutError("a factor is NaN or infinite")
     with np.errstate(over="ignore", invalid="ignore"):

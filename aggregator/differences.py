@@ -9,6 +9,7 @@ from collections import OrderedDict
 from aggregator.inline import Aside
 from fedtt.codec.difference import encode_difference
 from fedtt.errors import StorageError
+from fedtt.wire import zeros_digest
 from storage.blobs import BlobStore, load
 
 __all__ = ["LIMIT_BYTES", "Differences"]
@@ -59,7 +60,7 @@ def _cost(difference: bytes | None) -> int:
 def _difference(blobs: BlobStore, base: str, new: str) -> bytes | None:
     whole = load(blobs, new)
     try:
-        held = load(blobs, base)
+        held = bytes(len(whole)) if base == zeros_digest(len(whole)) else load(blobs, base)
     except StorageError as error:
         _log.error("devices that hold an older version get the newer one whole: %s", error)
         return None

@@ -27,7 +27,7 @@ from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import Clock, VersionBody
-from fedtt.wire import update_limit_bytes
+from fedtt.wire import update_limit_bytes, zeros_digest
 from storage.blobs import BlobStore, load
 from storage.records import MAIN, Device, Round
 from storage.store import Store, Transaction
@@ -202,11 +202,17 @@ class Service:
             return malformed(f"from={held[:80]!r} names no version: a name is a sha256 in 64 hex digits")
         if not await self.read(lambda tx: tx.has_version(sha256)):
             return not_found(f"version {sha256[:12]}…")
-        if held is not None and await self.read(lambda tx: tx.has_version(held)):
+        if held is not None and await self._holds(held, sha256):
             difference = await self._differences.between(held, sha256)
             if difference is not None:
                 return VersionBody(data=difference, difference=True)
         return VersionBody(data=await self.aside(load, self.blobs, sha256))
+
+    async def _holds(self, held: str, sha256: str) -> bool:
+        """Whether a device holds what is known here: a version, or zeros as long as the one it wants."""
+        if await self.read(lambda tx: tx.has_version(held)):
+            return True
+        return held == zeros_digest(len(await self.aside(load, self.blobs, sha256)))
 
     # rounds
 

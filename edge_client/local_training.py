@@ -12,7 +12,7 @@ from edge_client.examples import Examples
 from edge_client.journal import residual_key
 from edge_client.judging import JudgingRequest
 from edge_client.trainer import LocalUpdate, Trainer, TrainingRequest, trained_adapter
-from edge_client.version_cache import Held, VersionCache
+from edge_client.version_cache import Held, VersionCache, zeros
 from fedtt.errors import BundleError, Refused, Unreachable, WireError
 from fedtt.layout import FactorLayout
 from fedtt.messages import Code, Judge, Plan, Verdict
@@ -75,7 +75,8 @@ class LocalTraining:
         held = await self._aside(self._versions.get, key, size_bytes)
         if held is not None and held.sha256 == sha256:
             return held.data
-        body = await self._transport.version(sha256, size_bytes, held.sha256 if held else None)
+        held = held or zeros(size_bytes)
+        body = await self._transport.version(sha256, size_bytes, held.sha256)
         version = await self._aside(self._versions.unpack, body, held, sha256)
         if version is None and body.difference:
             body = await self._transport.version(sha256, size_bytes)

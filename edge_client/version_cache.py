@@ -12,9 +12,9 @@ from edge_client.files import storage_errors, write_atomically
 from fedtt.codec.difference import decode_difference
 from fedtt.errors import WireError
 from fedtt.seams import VersionBody
-from fedtt.wire import version_digest
+from fedtt.wire import version_digest, zeros_digest
 
-__all__ = ["FileVersions", "Held", "MemoryVersions", "VersionCache", "unpacked"]
+__all__ = ["FileVersions", "Held", "MemoryVersions", "VersionCache", "unpacked", "zeros"]
 
 _KEPT = 4  #: versions, each of another task or layout; a device takes part in few tasks at a time
 
@@ -24,6 +24,11 @@ class Held(Struct, frozen=True):
 
     sha256: str  #: of the data
     data: bytes
+
+
+def zeros(size_bytes: int) -> Held:
+    """What a device holds that holds no version."""
+    return Held(zeros_digest(size_bytes), bytes(size_bytes))
 
 
 class VersionCache(Protocol):

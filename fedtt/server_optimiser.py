@@ -7,7 +7,7 @@ adam, yogi: S. J. Reddi et al. "Adaptive federated optimization". ICLR 2021, arX
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,10 +15,11 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from fedtt.codec.difference import MOST_PLACES
 from fedtt.errors import WireError
 from fedtt.layout import FactorLayout, LiveSet, Theta
 
-__all__ = ["ServerSpec", "ServerState", "decode_state", "encode_state", "server_update"]
+__all__ = ["ServerSpec", "ServerState", "decode_state", "encode_state", "published", "server_update"]
 
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Vector = NDArray[np.float32]
@@ -36,6 +37,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     momentum: Fraction = 0.9  #: β of FedAvgM, β₁ of the others
     second_moment: Fraction = 0.99  #: β₂
     adaptivity: Annotated[float, Meta(gt=0, le=1)] = 1e-3  #: τ
+    binary_places: Annotated[int, Meta(ge=1, le=MOST_PLACES)] | None = None  #: of versions; None for all
 
     @property
     def rate(self) -> float:
@@ -72,11 +74,11 @@ def server_update(
     """θ_{t+1} and the next state, from the folded delta of the live numbers, (live.size,)."""
     state = _noted(state or _fresh(spec, live.layout), live, delta)
     if spec.optimiser == "sgd":
-        return _moved(theta, live, spec.rate * delta), state
+        return _moved(spec, theta, live, spec.rate * delta), state
     m = live.gather(state.first).astype(np.float64)
     if spec.optimiser == "momentum":
         m = spec.momentum * m + delta
-        return _moved(theta, live, spec.rate * m), _with(state, live, m, None)
+        return _moved(spec, theta, live, spec.rate * m), _with(state, live, m, None)
     m = spec.momentum * m + (1 - spec.momentum) * delta
     v, square = live.gather(state.second).astype(np.float64), delta**2
     if spec.optimiser == "adam":
@@ -84,11 +86,23 @@ def server_update(
     else:
         v = v - (1 - spec.second_moment) * square * np.sign(v - square)
     step = spec.rate * m / (np.sqrt(v) + spec.adaptivity)
-    return _moved(theta, live, step), _with(state, live, m, v)
+    return _moved(spec, theta, live, step), _with(state, live, m, v)
 
 
-def _moved(theta: Theta, live: LiveSet, step: NDArray[np.float64]) -> Theta:
-    return np.asarray(theta + live.scatter(step), np.float32)
+def published(spec: ServerSpec, theta: NDArray[np.floating[Any]]) -> Theta:
+    """theta (P,) as a version, rounded to whole multiples of 2^-`binary_places` where that is given.
+
+    Rounded once, here: devices, folds and the next version all go on from what was published, so what is
+    lost is at most half a multiple a fold, and versions differ by whole multiples, which code in few bits.
+    """
+    if spec.binary_places is None:
+        return np.asarray(theta, np.float32)
+    multiples = np.rint(np.ldexp(theta.astype(np.float64), spec.binary_places))
+    return np.asarray(np.ldexp(multiples, -spec.binary_places) + 0.0, np.float32)  # + 0: no -0
+
+
+def _moved(spec: ServerSpec, theta: Theta, live: LiveSet, step: NDArray[np.float64]) -> Theta:
+    return published(spec, theta + live.scatter(step))
 
 
 def _fresh(spec: ServerSpec, layout: FactorLayout) -> ServerState:

@@ -18,6 +18,7 @@ import hashlib
 import math
 import struct
 import zlib
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -38,6 +39,7 @@ __all__ = [
     "update_limit_bytes",
     "version_digest",
     "with_label_counts",
+    "zeros_digest",
 ]
 
 _MAGIC = b"fTT1"
@@ -141,3 +143,9 @@ def decode_theta(data: bytes, layout: FactorLayout, digest: str) -> Theta:
 def version_digest(data: bytes) -> str:
     """The name of a version: sha256 of its canonical bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def zeros_digest(size_bytes: int) -> str:
+    """The name of the version that is all zeros, which a device holds that holds no other."""
+    return version_digest(bytes(size_bytes))

@@ -21,7 +21,7 @@ from fleet.run import run_fleet
 from fleet.run_files import VersionLine
 from fleet.spec import FleetFile, FleetSpec
 
-__all__ = ["Point", "Result", "run_case"]
+__all__ = ["Point", "Result", "fleet_of", "run_case"]
 
 
 class Point(Struct, frozen=True, array_like=True):
@@ -34,6 +34,14 @@ class Point(Struct, frozen=True, array_like=True):
     sent_bytes: int
     received_bytes: int
     virtual_s: float
+
+    @classmethod
+    def of(cls, line: VersionLine) -> Point:
+        """Of a version that was judged."""
+        if line.loss is None:
+            raise ValueError(f"version {line.version} was not judged")
+        sent = line.frame_bytes, line.sent_bytes, line.received_bytes
+        return cls(line.version, line.accuracy, line.loss, *sent, line.virtual_s)
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -71,7 +79,7 @@ def run_case(case: Case, rate: float) -> Result:
     bench = open_bench(options.pop("base", "minilm"))
     labels = tuple(options.pop("labels", data.labels))
     station = bench.station(options, labels)
-    spec = _fleet(case, data, station, rate)
+    spec = fleet_of(case, data, station, rate)
     directory = WORK / "runs" / f"{case.digest}-{rate:g}"
     lines: list[VersionLine] = []
     outcome = run_fleet(
@@ -80,19 +88,7 @@ def run_case(case: Case, rate: float) -> Result:
     if outcome.state != "finished" and not (outcome.state == "ended early" and case.plan.by_time):
         raise RuntimeError(f"{case.key}: the run ended {outcome.state}: {outcome.reason}")
     shutil.rmtree(directory)
-    curve = [
-        Point(
-            line.version,
-            line.accuracy,
-            line.loss,
-            line.frame_bytes,
-            line.sent_bytes,
-            line.received_bytes,
-            line.virtual_s,
-        )
-        for line in lines
-        if line.loss is not None
-    ]
+    curve = [Point.of(line) for line in lines if line.loss is not None]
     return Result(
         set=case.set.shown,
         partition=case.partition,
@@ -119,10 +115,12 @@ def _confusion(data: DataSet, station: Station) -> tuple[int, int, int, int]:
     return pairs[0, 0], pairs[0, 1], pairs[1, 0], pairs[1, 1]
 
 
-def _fleet(case: Case, data: DataSet, station: Station, rate: float) -> FleetSpec:
+def fleet_of(case: Case, data: DataSet, station: Station, rate: float | None = None) -> FleetSpec:
+    """The experiment of one run; rate: over the learning rate of its task."""
     plan = case.plan
     task = case.settings("task")
-    task["training"] = {**task.get("training", {}), "learning_rate": rate}
+    if rate is not None:
+        task["training"] = {**task.get("training", {}), "learning_rate": rate}
     task["rounds"] = dict(task["rounds"])
     if case.is_search:
         task["rounds"]["count"] = min(plan.search_rounds, task["rounds"]["count"])

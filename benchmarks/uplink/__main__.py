@@ -9,7 +9,7 @@ import msgspec
 
 from benchmarks.claims.plan import read_plan
 from benchmarks.harness import ROOT, arguments
-from benchmarks.uplink.arms import ArmResult, Arms
+from benchmarks.uplink.arms import ArmResult, run_arm
 
 PLAN = Path(__file__).with_name("uplink.toml")
 RESULTS = ROOT / "benchmarks" / "results" / "uplink.jsonl"
@@ -27,13 +27,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="arms whose names hold this")
     args = parser.parse_args()
     out = args.out or RESULTS
-    plan, arms, until = read_plan(PLAN), Arms(), time.time() + 60 * args.minutes
+    plan, until = read_plan(PLAN), time.time() + 60 * args.minutes
     done = {(result.arm, result.seed) for result in stored(out)}
     for case in plan.cases():
         key = case.arm.name, case.seed
         if key in done or args.only not in case.arm.name or time.time() > until:
             continue
-        result = arms.run(case)
+        result = run_arm(case)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
             file.write(msgspec.json.encode(result) + b"\n")

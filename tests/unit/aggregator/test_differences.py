@@ -11,6 +11,7 @@ import pytest
 from aggregator.differences import Differences
 from fedtt.codec.difference import decode_difference
 from fedtt.errors import StorageError
+from fedtt.wire import zeros_digest
 from storage.blobs import MemoryBlobs, save
 
 SIZE = 1000
@@ -107,3 +108,12 @@ async def test_a_new_version_that_is_missing_is_an_error_and_not_remembered() ->
         await differences.between(base, new)
     save(blobs, version(1, near=1e-3))
     assert await differences.between(base, new) is not None
+
+
+async def test_who_holds_no_version_holds_zeros_which_are_stored_nowhere() -> None:
+    blobs = Watched()
+    new = (np.rint(128 * np.random.default_rng(0).normal(size=SIZE)) / 128 + 0.0).astype("<f4").tobytes()
+    found = await Differences(blobs).between(zeros_digest(len(new)), save(blobs, new))
+    assert found is not None
+    assert len(found) < 0.5 * len(new)
+    assert decode_difference(bytes(len(new)), found) == new

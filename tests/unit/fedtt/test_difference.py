@@ -19,6 +19,7 @@ quick = settings(deadline=None, max_examples=100)
 #: Zeros of both signs, the least and greatest numbers, infinities, and NaNs that differ in their payloads.
 ODD = [0x00000000, 0x80000000, 0x00000001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7FC00001]
 ODD += [0xFFFFFFFF, 0x7F800001, 0x3F800000]
+FLOATS = b"\xff"  #: the first byte of a difference of words
 
 _words = st.integers(0, 2**32 - 1) | st.sampled_from(ODD)
 pairs = st.lists(st.tuples(_words, _words), max_size=40).map(
@@ -55,8 +56,10 @@ def test_a_difference_gives_back_every_bit(pair: tuple[bytes, bytes]) -> None:
 def test_what_is_compressed_is_what_the_protocol_says(pair: tuple[bytes, bytes]) -> None:
     base, new = pair
     planes = planes_number_by_number(base, new)
-    assert zlib.decompress(encode_difference(base, new)) == planes
-    assert decode_difference(base, zlib.compress(planes, 1)) == new, "any coder's stream is read"
+    assert decode_difference(base, FLOATS + zlib.compress(planes, 1)) == new, "any coder's stream is read"
+    coded = encode_difference(base, new)
+    if coded[:1] == FLOATS:
+        assert zlib.decompress(coded[1:]) == planes
 
 
 def test_the_golden_difference_is_read() -> None:
@@ -95,7 +98,7 @@ def test_a_base_that_is_no_vector_is_refused() -> None:
 @given(st.binary(max_size=200), st.integers(0, 10))
 @quick
 def test_any_bytes_are_a_difference_or_a_wire_error(data: bytes, size: int) -> None:
-    for stream in (data, zlib.compress(data)):
+    for stream in (data, *(bytes([places]) + zlib.compress(data) for places in (0, 7, 24, 25, 255))):
         with contextlib.suppress(WireError):
             assert len(decode_difference(bytes(4 * size), stream)) == 4 * size
 
@@ -133,7 +136,7 @@ def test_a_stream_that_unpacks_to_gigabytes_is_not_unpacked(base: bytes) -> None
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=f"exactly {len(base)} bytes"):
-            decode_difference(base, bomb)
+            decode_difference(base, FLOATS + bomb)
         assert tracemalloc.get_traced_memory()[1] < 1 << 21
     finally:
         tracemalloc.stop()
@@ -142,4 +145,50 @@ def test_a_stream_that_unpacks_to_gigabytes_is_not_unpacked(base: bytes) -> None
 def test_a_stream_that_wants_a_dictionary_is_refused() -> None:
     deflate = zlib.compressobj(zdict=b"a dictionary")
     with pytest.raises(WireError, match="not a zlib stream"):
-        decode_difference(BASE, deflate.compress(bytes(400)) + deflate.flush())
+        decode_difference(BASE, FLOATS + deflate.compress(bytes(400)) + deflate.flush())
+
+
+places = st.integers(0, 24)
+
+
+@given(places, st.lists(st.tuples(st.integers(-(2**20), 2**20), st.integers(-(2**20), 2**20)), max_size=40))
+@quick
+def test_multiples_of_a_power_of_two_come_back_and_are_subtracted_as_integers(
+    places: int, multiples: list[tuple[int, int]]
+) -> None:
+    base, new = (np.ldexp([float(m[i]) for m in multiples], -places).astype("<f4") for i in (0, 1))
+    coded = encode_difference(base.tobytes(), new.tobytes())
+    assert decode_difference(base.tobytes(), coded) == new.tobytes()
+    assert coded[0] <= places
+    zigzags = [
+        2 * d if d >= 0 else -2 * d - 1 for a, b in multiples for d in [(b - a) >> (places - coded[0])]
+    ]
+    expected = bytes(z >> shift & 0xFF for shift in (24, 16, 8, 0) for z in zigzags)
+    assert zlib.decompress(coded[1:]) == expected
+
+
+def test_versions_of_few_binary_places_differ_by_little() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.normal(scale=0.3, size=20_000)
+    moved = exact + rng.normal(scale=0.03, size=exact.size)
+    base, new = ((np.rint(v * 128) / 128 + 0.0).astype("<f4").tobytes() for v in (exact, moved))
+    assert len(encode_difference(base, new)) < 0.18 * len(new)
+    assert len(encode_difference(bytes(len(new)), new)) < 0.25 * len(new), "who holds nothing holds zeros"
+
+
+@pytest.mark.parametrize("number", [-0.0, np.nan, np.inf, 2.0**31, 0.1, 2.0**-25])
+def test_numbers_that_are_no_multiples_travel_as_words(number: float) -> None:
+    base, new = np.zeros(3, "<f4").tobytes(), np.array([0.5, number, 1], "<f4").tobytes()
+    coded = encode_difference(base, new)
+    assert coded[:1] == FLOATS
+    assert decode_difference(base, coded) == new
+
+
+def test_a_difference_in_multiples_from_a_version_that_is_none_is_refused() -> None:
+    held, coded = (
+        np.array([0.3], "<f4").tobytes(),
+        encode_difference(bytes(4), np.array([0.5], "<f4").tobytes()),
+    )
+    assert coded[0] == 1
+    with pytest.raises(WireError, match="of 1 binary places, the one held is not"):
+        decode_difference(held, coded)

@@ -15,7 +15,14 @@ from msgspec.structs import replace
 
 from fedtt.errors import LayoutError, WireError
 from fedtt.layout import Factor, FactorLayout, LiveSet
-from fedtt.server_optimiser import ServerSpec, ServerState, decode_state, encode_state, server_update
+from fedtt.server_optimiser import (
+    ServerSpec,
+    ServerState,
+    decode_state,
+    encode_state,
+    published,
+    server_update,
+)
 
 LAYOUT = FactorLayout([Factor("a", (2,)), Factor("b", (3,)), Factor("c", (1,))])
 ALL = LAYOUT.everything
@@ -233,3 +240,17 @@ def test_a_state_that_later_folds_could_not_build_on_says_so() -> None:
         damaged = getattr(state, name).copy()
         damaged[0] = np.inf
         assert not replace(state, **{name: damaged}).is_finite
+
+
+@specs
+def test_what_is_published_with_few_places_is_the_nearest_multiple(spec: ServerSpec) -> None:
+    delta = np.random.default_rng(0).normal(size=LAYOUT.size)
+    exact, _ = server_update(spec, start(), ALL, delta, None)
+    few = replace(spec, binary_places=5)
+    rounded, _ = server_update(few, published(few, start()), ALL, delta, None)
+    multiples = rounded.astype(np.float64) * 32
+    np.testing.assert_array_equal(multiples, np.rint(multiples))
+    assert np.abs(rounded - exact).max() <= 2 / 64 + 1e-6  # of the base and of the fold, each half of 1/32
+    assert published(few, np.array([-0.01, 0.02])).tobytes() == np.array([0, 1 / 32], "<f4").tobytes(), (
+        "no -0"
+    )
