@@ -23,6 +23,8 @@ ROWS = {
     "client": "kill -9 of a client at random points of its rounds",
     "fold": "the sum of 10,000 updates of 20,000 numbers",
     "herd": "10,000 check-ins at the same moment, and when they come back",
+    "full-disk": "the disk full under load, then with room again",
+    "power": "power cuts that lose what was not synced",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }

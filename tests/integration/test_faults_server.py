@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.full_disk import filled
+from benchmarks.faults.herd import herd
 from benchmarks.faults.hostile import bounded
 from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
+from benchmarks.faults.power import cut
 from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.syscalls import injected
 from benchmarks.harness import Report
@@ -47,3 +50,28 @@ async def test_one_device_moves_the_model_by_its_bounded_norm_and_weight_and_no_
     setting: Setting,
 ) -> None:
     assert await bounded(setting) == {"moved_over_bound": 1.0}
+
+
+async def test_a_server_whose_disk_runs_full_goes_on_by_itself_once_there_is_room(setting: Setting) -> None:
+    outcome = await filled(setting, times=1, full_s=0.5)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert wrong(outcome) == {}
+    assert outcome.figures["died"] == 0
+    assert int(outcome.figures["refused_busy"]) > 0
+
+
+async def test_power_cuts_lose_nothing_that_was_acknowledged(setting: Setting) -> None:
+    outcome = await cut(setting, lives=1, cuts=25)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert wrong(outcome) == {}
+    assert int(outcome.figures["expected"]) > 25
+
+
+async def test_a_herd_of_check_ins_is_answered_and_comes_back_spread_out(setting: Setting) -> None:
+    outcome = await herd(setting, count=300)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert outcome.figures["answered"] == 300
+    assert float(outcome.figures["arrivals_spread_s"]) > 90  # of 100 s over which they are told to return
