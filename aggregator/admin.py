@@ -12,12 +12,11 @@ from msgspec.structs import asdict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from aggregator.auth import token_sha256
 from aggregator.grouping import waiting_updates
 from aggregator.people import audited
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found
 from aggregator.service import Service
-from aggregator.token_files import new_token
+from aggregator.token_files import new_token, token_sha256
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState, Verdict

@@ -17,14 +17,14 @@ from aiohttp.abc import AbstractAccessLogger
 from msgspec import Struct
 
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
-from aggregator.auth import token_sha256
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, SERVICE, answer, problems_as
+from aggregator.request_meter import meter
 from aggregator.server_key import ServerKey
 from aggregator.service import Service
 from aggregator.tls import server_tls
-from aggregator.token_files import secret_file
+from aggregator.token_files import secret_file, token_sha256
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared
@@ -108,10 +108,12 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         devices = device_app(service, body_s=config.body_s)
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)
-        meter = service.metrics.meter
-        url = await listen(devices, config.host, config.port, meter("devices"), reuse_port=config.reuse_port)
+        counted = partial(meter, service.metrics)
+        url = await listen(
+            devices, config.host, config.port, counted("devices"), reuse_port=config.reuse_port
+        )
         admin_url = await listen(
-            people, config.admin_host, config.admin_port, meter("admin"), option="admin-"
+            people, config.admin_host, config.admin_port, counted("admin"), option="admin-"
         )
         keeper = asyncio.create_task(service.run())
         stack.push_async_callback(_cancel, keeper)

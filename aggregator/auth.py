@@ -1,9 +1,7 @@
-"""Who sends a request: devices by Ed25519 signature, people by an admin token."""
+"""Which device sends a request: by Ed25519 signature."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Mapping
 
 from nacl.exceptions import BadSignatureError
@@ -15,7 +13,7 @@ from fedtt.messages import Problem, device_id
 from fedtt.signature import Signed, parse_signature, signature_base
 from storage.records import Device, DeviceState
 
-__all__ = ["CLOCK_SKEW_S", "claim_of", "same_token", "token_sha256", "verify", "verify_key"]
+__all__ = ["CLOCK_SKEW_S", "claim_of", "verify", "verify_key"]
 
 CLOCK_SKEW_S = 300.0  #: how far a signature's time may lie from the server's
 
@@ -57,12 +55,3 @@ def verify_key(claim: Signed, signature: bytes, public_key: bytes, now: float) -
     if abs(claim.created - now) > CLOCK_SKEW_S or claim.expires < now:
         return clock_skew(claim.created, now)
     return None
-
-
-def token_sha256(token: str) -> str:
-    """Tokens are kept as hashes alone."""
-    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
-
-
-def same_token(given: str, sha256: str) -> bool:
-    return hmac.compare_digest(token_sha256(given), sha256)

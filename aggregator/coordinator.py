@@ -234,7 +234,7 @@ class Coordinator:
 
     def _offer(self, tx: Transaction, now: float, device: Device, task: Task) -> Work | Wait:
         spec = task.spec
-        if not set(self.lifecycle.runtimes(tx, task)) & set(device.runtimes):
+        if self.lifecycle.manifest(tx, task).graphs.keys().isdisjoint(device.runtimes):
             return self._idle(now, device.id, "the task's bundle has no graph for your runtime")
         if device.examples < spec.min_examples:
             few = f"the task needs {spec.min_examples} examples, you have {device.examples}"

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping
 
-from aiohttp import web
-from aiohttp.abc import AbstractAccessLogger
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -20,11 +18,10 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from fedtt.messages import CheckInAnswer, Code, Retired, UpdateState, Wait, Work
+from fedtt.messages import CheckInAnswer, Code, Judge, Retired, UpdateState, Wait, Work
 
 __all__ = ["Metrics", "totals"]
 
-_METHODS = frozenset({"DELETE", "GET", "HEAD", "POST", "PUT"})
 _REQUEST_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _COMMIT_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _CHANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -105,8 +102,9 @@ class Metrics:
         """Show the closed sets from the first scrape on, so that a first refusal is a rise from 0."""
         for code in Code:
             self.refusals.labels(code.value)
-        for answer in (Work, Wait, Retired):
-            self.check_ins.labels(answer.__name__.lower())
+        self._answers = {
+            kind: self.check_ins.labels(kind.__name__.lower()) for kind in (Work, Judge, Wait, Retired)
+        }
         for state in UpdateState:
             self.updates.labels(state.value)
 
@@ -117,7 +115,7 @@ class Metrics:
         self.refusals.labels(code.value).inc()
 
     def checked_in(self, answer: CheckInAnswer) -> None:
-        self.check_ins.labels(type(answer).__name__.lower()).inc()
+        self._answers[type(answer)].inc()
 
     def committed(self, changes: int, seconds: float, moved: Mapping[UpdateState, int]) -> None:
         """One transaction is durable; `moved` says how many updates it has brought into which states."""
@@ -129,35 +127,6 @@ class Metrics:
     def folded(self, updates: int, seconds: float) -> None:
         self.fold_duration.observe(seconds)
         self.fold_updates.observe(updates)
-
-    def answered(
-        self, listener: str, request: web.BaseRequest, response: web.StreamResponse, seconds: float
-    ) -> None:
-        """One request is over, understood or not; its answer has arrived or has broken off."""
-        method = request.method if request.method in _METHODS else "other"
-        route = "unmatched" if method == "other" else _template(request)
-        self.requests.labels(listener, route, method, str(response.status)).inc()
-        self.request_duration.labels(listener, route, method).observe(seconds)
-        self.received.labels(listener, route).inc(request.content.total_bytes)
-        whole = response.body_length > 0  # it counts the headers too, but only once the last byte has gone
-        body_bytes = (response.content_length or 0) if whole and method != "HEAD" else 0
-        self.sent.labels(listener, route).inc(body_bytes)
-
-    def meter(self, listener: str) -> type[AbstractAccessLogger]:
-        """What aiohttp calls after each request to a listener, in place of an access log."""
-        answered = self.answered
-
-        class Meter(AbstractAccessLogger):
-            def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-                answered(listener, request, response, time)
-
-        return Meter
-
-
-def _template(request: web.BaseRequest) -> str:
-    """Its route without what stands in it, such as /v1/leases/{lease}."""
-    resource = request.match_info.route.resource if isinstance(request, web.Request) else None
-    return "unmatched" if resource is None else resource.canonical
 
 
 def totals(counter: Counter, label: str) -> dict[str, int]:

@@ -10,10 +10,9 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import asdict, replace
 
-from aggregator.auth import same_token, token_sha256
 from aggregator.problems import malformed, not_found, taken_name
 from aggregator.service import Service
-from aggregator.token_files import new_token
+from aggregator.token_files import new_token, same_token, token_sha256
 from fedtt.messages import Problem
 from storage import audit
 from storage.records import AdminToken, Role

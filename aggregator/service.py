@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from aggregator.auth import token_sha256
 from aggregator.claims import Claims
 from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.differences import Differences
@@ -20,17 +18,20 @@ from aggregator.metrics import Metrics
 from aggregator.problems import busy, malformed, not_found, unknown_lease
 from aggregator.reader import Reader
 from aggregator.releases import Releases
-from aggregator.server_key import ServerKey
+from aggregator.token_files import token_sha256
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import Clock, VersionBody
-from fedtt.wire import update_limit_bytes, zeros_digest
+from fedtt.wire import update_digest, update_limit_bytes, zeros_digest
 from storage.blobs import BlobStore, load
 from storage.records import MAIN, Device, Round
 from storage.store import Store, Transaction
+
+if TYPE_CHECKING:
+    from aggregator.server_key import ServerKey  # its library is not needed in process
 
 __all__ = ["Service"]
 
@@ -146,7 +147,7 @@ class Service:
         checked = check_update(frame, admission.layout, admission.live, codec, admission.labels)
         if isinstance(checked, Problem):
             return checked
-        digest = hashlib.sha256(frame).hexdigest()
+        digest = update_digest(frame)
         upload = Upload(admission=admission, digest=digest, header=checked[0], payload=checked[1])
         try:
             answer = await self.writer.request_together(self._accept_all, upload)
@@ -160,7 +161,7 @@ class Service:
 
         Nobody else's change goes on meanwhile: over HTTP, updates are checked outside the writer.
         """
-        digest = hashlib.sha256(frame).hexdigest()
+        digest = update_digest(frame)
 
         def change(tx: Transaction) -> Receipt | Problem:
             admission = self.coordinator.admit(tx, device_name, lease, digest)

@@ -1,19 +1,30 @@
-"""Secrets a server makes: for itself at its first start, and for people who ask."""
+"""Secrets a server makes, for itself at its first start and for people who ask, and how it knows them."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import secrets
 from pathlib import Path
 
 from fedtt.errors import StorageError
 
-__all__ = ["new_token", "secret_file"]
+__all__ = ["new_token", "same_token", "secret_file", "token_sha256"]
 
 
 def new_token() -> str:
     """192 random bits in hex: no command line takes it for an option, as it may one that begins with "-"."""
     return secrets.token_hex(24)
+
+
+def token_sha256(token: str) -> str:
+    """Tokens are kept as hashes alone."""
+    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
+
+
+def same_token(given: str, sha256: str) -> bool:
+    return hmac.compare_digest(token_sha256(given), sha256)
 
 
 def secret_file(path: Path) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from aggregator.admin_client import AdminClient
 from aggregator.coordinator import NO_TASK
 from benchmarks.bundles import bundle_of
 from edge_client.examples import Example, Shard
@@ -27,12 +26,10 @@ from fedtt.seams import Transport
 from fedtt.task import RoundSpec, TaskSpec
 from fleet.emulated import SharedBundle
 from fleet.engine import Fleet, Settings
-from fleet.federation import server_process
 from fleet.framed import Framed
 from fleet.pool import NoopPool
 from fleet.population import Population
 from fleet.profiles import Profile
-from fleet.real_time import RealTime, http_connect
 from fleet.server import TOKEN, FleetServer
 from fleet.virtual_time import VirtualTime
 from storage.blobs import MemoryBlobs
@@ -62,12 +59,13 @@ def measure(
     cohort: int,
     rounds: int,
     machinery: Machinery = "typed",
-    visit_every_s: float = 30.0,
+    visit_every_s: float = 60.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Device-rounds a second of one run, after one round that is not counted.
 
-    A training takes 100 s, and a device comes back 15 to 45 s after its receipt.
+    A training takes 10 s, and a device comes back 30 to 90 s after its receipt; some find their round still
+    open and are told to wait.
     """
     with TemporaryDirectory() as name, _store(machinery, Path(name)) as store:
         bundle, clock = bundle_of(Path(name), NUMBERS), VirtualTime(1_700_000_000.0)
@@ -85,7 +83,7 @@ def measure(
 
         fleet = Fleet(
             Settings(seed=seed, token=TOKEN, spread_s=visit_every_s, visit_every_s=visit_every_s),
-            Population(size=devices, shards=1, profiles=[Profile(step_s=10.0)], seed=seed),
+            Population(size=devices, shards=1, profiles=[Profile()], seed=seed),
             [Shard([Example("a text", 0)])],
             SharedBundle(bundle, 1000),
             NoopPool(),
@@ -116,6 +114,10 @@ def measure(
 
 async def measure_http(*, devices: int, rounds: int, seed: int = 0) -> dict[str, Any]:
     """The same against a server process, over loopback HTTP with signed requests and SQLite, in real time."""
+    from aggregator.admin_client import AdminClient  # their libraries take memory of their own
+    from fleet.federation import server_process
+    from fleet.real_time import RealTime, http_connect
+
     task = TASK.format(rounds=rounds, devices=devices)
     clock = RealTime()
     with TemporaryDirectory() as name:

@@ -9,7 +9,6 @@ step and never more: a lease is not trained again once its frame is stored, and 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from fedtt.messages import (
     device_id,
 )
 from fedtt.seams import Clock, SystemClock, Transport
-from fedtt.wire import with_label_counts
+from fedtt.wire import update_digest, with_label_counts
 
 __all__ = ["Device", "DeviceConfig"]
 
@@ -356,7 +355,7 @@ class Device:
                 raise
             await self._aside(self.journal.drop, trained.lease)
             return events.Dropped(lease=trained.lease, reason=str(error))
-        if (receipt.lease, receipt.digest) != (trained.lease, hashlib.sha256(trained.frame).hexdigest()):
+        if (receipt.lease, receipt.digest) != (trained.lease, update_digest(trained.frame)):
             raise WireError("the receipt is for another update than the one sent")
         await self._aside(self.journal.commit, receipt)
         return events.Acknowledged(receipt=receipt)

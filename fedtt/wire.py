@@ -36,6 +36,7 @@ __all__ = [
     "encode_theta",
     "encode_update",
     "layout_tag",
+    "update_digest",
     "update_limit_bytes",
     "version_digest",
     "with_label_counts",
@@ -121,6 +122,12 @@ def decode_update(frame: bytes, labels: int = 0) -> tuple[UpdateHeader, bytes]:
     if header.label_counts:
         decode_label_counts(header.label_counts, labels)
     return header, frame[split : -_CRC.size]
+
+
+@lru_cache(maxsize=1)
+def update_digest(frame: bytes) -> str:
+    """The sha256 of a frame; kept for the newest, of which an emulator asks at both ends."""
+    return hashlib.sha256(frame).hexdigest()
 
 
 def encode_theta(theta: Theta) -> bytes:

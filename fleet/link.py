@@ -27,7 +27,7 @@ M = TypeVar("M", bound=Message)
 class DeviceClock:
     """A device's own Clock, which may be ahead of everybody's by what it still has to wait for.
 
-    So a download costs no wait of its own: it is over when the device next sleeps, and its time has passed.
+    So a download costs no wait of its own: it is over when the device next waits, and its time has passed.
     """
 
     __slots__ = ("_ahead_s", "_clock")
@@ -43,9 +43,9 @@ class DeviceClock:
         self._ahead_s += seconds
 
     async def sleep(self, seconds: float) -> None:
-        seconds, self._ahead_s = seconds + self._ahead_s, 0.0
         if seconds > 0:
-            await self._clock.sleep(seconds)
+            ahead_s, self._ahead_s = self._ahead_s, 0.0
+            await self._clock.sleep(seconds + ahead_s)
 
 
 class Link:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_client import events
@@ -43,7 +43,7 @@ class Participations:
 
     def __init__(self, start_s: float = 0.0, write: Callable[[Row], None] | None = None) -> None:
         """start_s: when the run began, Unix seconds."""
-        self.start_s, self._write = start_s, write
+        self.start_s, self.write = start_s, write
         self.traffic = Traffic()
         self.outcomes: Counter[str] = Counter()
         self.steps = 0  #: local steps of all trainings
@@ -59,11 +59,6 @@ class Participations:
     def keep(self, participation: Participation) -> None:
         """Until its device comes again."""
         self._in_hand[participation.device] = participation
-
-    def end(self, row: Sequence[object], outcome: str) -> None:
-        self.outcomes[outcome] += 1
-        if self._write is not None:
-            self._write(tuple(row))
 
 
 class Participation:
@@ -105,21 +100,23 @@ class Participation:
         self._books.outcomes["vanished"] += 1
 
     def ended(self, outcome: str) -> None:
-        lease, trained, start_s = self._lease, self._trained, self._books.start_s
+        self._books.outcomes[outcome] += 1
+        if self._books.write is not None:
+            self._books.write(self._row(outcome))
         self._lease = self._trained = None
-        self._books.end(
-            (
-                self.device,
-                lease.round if lease else None,
-                lease.version_number if lease else None,
-                round(self._granted_at - start_s, 3),
-                round(self.clock.now() - start_s, 3),
-                outcome,
-                trained.steps if trained else 0,
-                trained.examples if trained else 0,
-                trained.loss_first if trained else None,
-                trained.loss_last if trained else None,
-                trained.frame_bytes if trained else 0,
-            ),
+
+    def _row(self, outcome: str) -> Row:
+        lease, trained, start_s = self._lease, self._trained, self._books.start_s
+        return (
+            self.device,
+            lease.round if lease else None,
+            lease.version_number if lease else None,
+            round(self._granted_at - start_s, 3),
+            round(self.clock.now() - start_s, 3),
             outcome,
+            trained.steps if trained else 0,
+            trained.examples if trained else 0,
+            trained.loss_first if trained else None,
+            trained.loss_last if trained else None,
+            trained.frame_bytes if trained else 0,
         )

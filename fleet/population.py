@@ -1,6 +1,6 @@
 """Who is in a fleet: a few numbers for each device, and the state of those that have one.
 
-A device costs its row of the arrays below (about 45 bytes) and, once it has enrolled, its journal as bytes;
+A device costs its row of the arrays below (about 45 bytes) and, once it has enrolled, what its journal says;
 everything else exists only while the device is awake.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,7 +45,7 @@ class Population:
         self.exchanges = np.zeros(size, np.int32)  #: with the server, counted where faults are drawn for them
         self.has_bundle = np.zeros(size, np.bool_)
         self.left_out = np.zeros(size, np.bool_)
-        self._states: dict[int, bytes] = {}
+        self._states: dict[int, State] = {}
 
     def speed_factor(self, index: int) -> float:
         """By which this device is slower than its kind; log-normal with median 1."""
@@ -56,22 +55,17 @@ class Population:
         return float(np.exp(spread * rng_for(self.seed, Purpose.PROFILES, 1, index).standard_normal()))
 
     def state(self, index: int) -> State | None:
-        data = self._states.get(index)
-        return None if data is None else _decode(data)
+        return self._states.get(index)
 
     def keep(self, index: int, state: State) -> None:
         """Keep what a device's journal says until it comes again."""
         if state.device:
-            self._states[index] = _encode(state)
+            self._states[index] = state
 
     def leave_out(self, index: int) -> None:
         """It comes no more."""
         self.left_out[index], self.next_at[index] = True, _NEVER
         self._states.pop(index, None)
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(State).decode
 
 
 class StatePlace:

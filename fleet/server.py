@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aggregator.admin import open_task
-from aggregator.auth import token_sha256
 from aggregator.coordinator import Coordinator
 from aggregator.promised import promised
 from aggregator.service import Service
+from aggregator.token_files import token_sha256
 from fedtt.errors import FedttError
 from fedtt.manifest import MANIFEST, bundle_digest, decode_manifest
 from fedtt.messages import Problem
@@ -25,13 +25,16 @@ __all__ = ["TOKEN", "FleetServer"]
 
 TOKEN = "emulated"  # noqa: S105  #: of enrolment, with a server that no one else reaches
 _KEPT = 64  #: versions whose factors stay, at least
-_TICK_S = 0.5  #: between looks at deadlines, as `aggregator.service` has it
+_TICK_S = 0.5  #: between looks at deadlines, as `aggregator.service` has it; more where they are far apart
+_TICKS = 500  #: in the time a round has
 
 
 class FleetServer:
     """One task on one aggregator; names of leases follow from the seed.
 
-    The aggregator does what is due once enough updates may be in, and looks at its deadlines twice a second.
+    The aggregator does what is due once enough updates may be in, and looks at its deadlines twice a second,
+    or where rounds have much time at each 500th part of that: ticks of many quiet hours would cost more than
+    the devices.
     `task` is the task as it was when that was done last; `on_version` is told of every version that makes.
     Factors of versions long past are let go of.
     """
@@ -54,6 +57,7 @@ class FleetServer:
         self._settling, self._on_version = False, on_version
         self._arrived, self._enough = 0, spec.rounds.closes_at  #: updates since the last version
         self._kept = max(_KEPT, spec.rounds.max_staleness + 2)
+        self._tick_s = max(_TICK_S, spec.rounds.deadline_s / _TICKS)
         self.task = self._open(spec, bundle)
         self.version = self._latest()
 
@@ -76,7 +80,7 @@ class FleetServer:
     def run_clock(self) -> None:
         """Look at deadlines from now on."""
         self._tick()
-        self._time.call_at(self._time.now() + _TICK_S, self.run_clock)
+        self._time.call_at(self._time.now() + self._tick_s, self.run_clock)
 
     def _settle_soon(self) -> None:
         """Once for all updates that come at the same time, when they may be enough to close a round."""

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aggregator import admin
-from aggregator.auth import token_sha256
 from aggregator.service import Service
+from aggregator.token_files import token_sha256
 from edge_client import events
 from edge_client.device import Device, DeviceConfig
 from edge_client.examples import ExampleStore

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from aiohttp import web
 
-from aggregator.auth import token_sha256
 from aggregator.service import Service
+from aggregator.token_files import token_sha256
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.seams import Clock
 from fedtt.task import TaskSpec

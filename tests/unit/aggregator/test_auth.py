@@ -6,7 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from aggregator.auth import claim_of, same_token, token_sha256, verify
+from aggregator.auth import claim_of, verify
+from aggregator.token_files import same_token, token_sha256
 from edge_client.identity import Identity
 from fedtt.messages import Code, Problem
 from fedtt.signature import Signed
