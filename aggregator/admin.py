@@ -106,7 +106,7 @@ def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tup
 
     Returns their sha256, and those of the other ranks. Raises ConfigError where the method cannot train them.
     """
-    spec.method.check(manifest.adapter)
+    spec.check(manifest.adapter)
     factors = load(load_blob(service.blobs, manifest.files[manifest.initial].sha256))
     theta = published(spec.server, manifest.adapter.layout.flatten(factors))
     if not np.isfinite(theta).all():

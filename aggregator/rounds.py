@@ -117,7 +117,7 @@ class Rounds:
         adapter, method = self.adapter(tx, task), hierarchical(task)
         if group is not None and method is not None:
             return method.live_at(adapter, group.depth).indices
-        return task.spec.method.live(adapter, number, self._state_of(base)).indices
+        return task.spec.live(adapter, number, self._state_of(base)).indices
 
     def _invited(
         self, tx: Transaction, now: float, task: Task, branch: str, round_number: int

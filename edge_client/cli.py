@@ -101,6 +101,14 @@ def _add_run(commands: Commands) -> None:
         help="MiB of bundles to keep; the longest unused make room (%(default)s)",
     )
     run.add_argument(
+        "--activation-limit-mb",
+        type=int,
+        default=256,
+        metavar="N",
+        help="MiB of disk for what the frozen part of the model gives of each example, where only its last "
+        "blocks are trained (%(default)s)",
+    )
+    run.add_argument(
         "--memory-mb",
         type=int,
         default=0,

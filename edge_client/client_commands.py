@@ -63,6 +63,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         token=args.token or os.environ.get("FEDTT_TOKEN", ""),
         client=f"fedtt-edge {version('fedtt')}",
         memory_mb=args.memory_mb,
+        activation_limit_mb=args.activation_limit_mb,
         label_epsilon=args.share_label_counts,
         judges=not args.no_judging,
     )

@@ -23,9 +23,10 @@ def _step(event: Event) -> str:
             return f"waiting {event.pause_s:.0f} s: {event.reason or 'no work'}"
         case events.Trained():
             cut = f", {event.cut_texts} texts cut" if event.cut_texts else ""
+            how = _prefixes(event)
             return (
                 f"trained {event.steps} steps on {event.examples} examples in {event.wall_s:.1f} s, "
-                f"loss {event.loss_first:.3f} to {event.loss_last:.3f}, {event.frame_bytes} bytes{cut}"
+                f"loss {event.loss_first:.3f} to {event.loss_last:.3f}, {event.frame_bytes} bytes{cut}{how}"
             )
         case events.Acknowledged():
             return f"update taken ({event.receipt.state.value})"
@@ -61,3 +62,11 @@ def _progress(event: Event) -> str:
             return f"ended: sent {event.sent_bytes} bytes, received {event.received_bytes}"
         case _:
             return type(event).__name__
+
+
+def _prefixes(event: events.Trained) -> str:
+    if event.depth is None:
+        return ""
+    blocks = f"the last {event.depth} blocks" if event.depth else "the head"
+    rows = event.prefixes_computed + event.prefixes_reused
+    return f", {blocks} alone, {event.prefixes_reused} of {rows} rows from kept activations"

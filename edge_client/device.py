@@ -17,6 +17,7 @@ from typing import assert_never
 from msgspec.structs import replace
 
 from edge_client import events
+from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
 from edge_client.bundle_cache import Bundles
@@ -77,6 +78,7 @@ class DeviceConfig:
     client: str = "fedtt-edge"  #: program and version, shown to whoever runs the server
     memory_mb: int = 0  #: training may use; 0 leaves the choice of a rank to the task
     judges: bool = True  #: whether versions may be judged on this device's examples
+    activation_limit_mb: int = 256  #: of disk, for what frozen blocks give of each example; 0 keeps nothing
     label_epsilon: float = 0.0  #: largest ε with which counts of labels may be told; 0 tells none
     seed: int = 0  #: of the jitter of retries
     retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
@@ -88,6 +90,10 @@ class DeviceConfig:
             raise ConfigError("retry_first_s", self.retry_first_s, f"above 0, at most {self.retry_limit_s:g}")
         if not 0 <= self.memory_mb <= 10**9:
             raise ConfigError("memory_mb", self.memory_mb, "a whole number from 0 to 1000000000")
+        if not 0 <= self.activation_limit_mb <= 10**9:
+            raise ConfigError(
+                "activation_limit_mb", self.activation_limit_mb, "a whole number from 0 to 1000000000"
+            )
         if not 0 <= self.label_epsilon <= 100:
             raise ConfigError("label_epsilon", self.label_epsilon, "a number from 0 to 100")
         if self.max_attempts < 1:
@@ -108,12 +114,15 @@ class Device:
         bundles: Bundles,
         trainer: Trainer,
         versions: VersionCache | None = None,
+        activations: Activations | None = None,
         clock: Clock | None = None,
         observe: Observer = events.ignore,
         uniform: Callable[[], float] = secure_uniform,
         aside: Aside = beside,
     ) -> None:
         """versions: where those downloaded are kept for the next difference; None keeps them in memory.
+
+        activations: where what frozen blocks give is kept; None computes it at each step.
 
         uniform: where the noise on counts of labels comes from; numbers in [0, 1) that nobody can guess.
         aside: how files and databases are waited for, so that the app's event loop is not held up.
@@ -123,7 +132,14 @@ class Device:
         self._transport, self._examples = transport, examples
         self._runtime_names = (trainer.runtime,)
         self._training = LocalTraining(
-            self._name, transport, examples, bundles, versions or MemoryVersions(), trainer, aside
+            self._name,
+            transport,
+            examples,
+            bundles,
+            versions or MemoryVersions(),
+            trainer,
+            activations,
+            aside,
         )
         self._clock, self._observe = clock or SystemClock(), observe
         self._uniform, self._aside = uniform, aside
@@ -326,6 +342,9 @@ class Device:
             cut_texts=update.cut_texts,
             frame_bytes=len(frame),
             wall_s=time.perf_counter() - started,
+            depth=update.depth,
+            prefixes_computed=update.prefixes_computed,
+            prefixes_reused=update.prefixes_reused,
         )
 
     def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:

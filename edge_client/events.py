@@ -73,6 +73,9 @@ class Trained(Step, frozen=True, kw_only=True):
     cut_texts: int  #: texts longer than the graph allows, trained on their beginning
     frame_bytes: int
     wall_s: float  #: of training, from the executor's start to its end
+    depth: int | None = None  #: blocks that the step ran over a kept prefix; None for the whole step
+    prefixes_computed: int = 0  #: rows whose prefix was computed
+    prefixes_reused: int = 0  #: rows whose prefix was read from disk
 
 
 class Judged(Step, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ identity.key   the device's private key, readable by its owner alone
 state          the journal: consent, enrolment, the lease in hand, residuals
 examples.db    the data; never leaves the device
 bundles/       compiled training steps
+activations/   what frozen blocks give of each example, bounded; may be removed at any time
 versions/      the factors downloaded last, so that the next ones may come as a difference
 lock           held while a client runs here
 paused, stop   empty files by which another process asks the running client to rest or to end
@@ -36,6 +37,7 @@ class Home:
         self.examples = directory / "examples.db"
         self.bundles = directory / "bundles"
         self.versions = directory / "versions"
+        self.activations = directory / "activations"
         self._lock, self._paused, self._stop = directory / "lock", directory / "paused", directory / "stop"
 
     @property
@@ -94,11 +96,11 @@ class Home:
                 flag.unlink(missing_ok=True)
 
     def delete_data(self) -> None:
-        """Remove examples, bundles and versions; the caller has closed what reads them."""
+        """Remove examples, bundles, versions and activations; the caller has closed what reads them."""
         with storage_errors(self.directory):
             for path in self.directory.glob("examples.db*"):
                 path.unlink()
-            for directory in (self.bundles, self.versions):
+            for directory in (self.bundles, self.versions, self.activations):
                 shutil.rmtree(directory, ignore_errors=True)
 
     def delete(self) -> None:

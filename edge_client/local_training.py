@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.bundle import Bundle
 from edge_client.bundle_cache import Bundles
@@ -32,11 +33,12 @@ class LocalTraining:
         bundles: Bundles,
         versions: VersionCache,
         trainer: Trainer,
+        activations: Activations | None = None,
         aside: Aside = beside,
     ) -> None:
         self._device, self._transport, self._examples = device, transport, examples
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
-        self._aside = aside
+        self._activations, self._aside = activations, aside
 
     async def fetch(self, plan: Plan, release_key: bytes | None = None) -> tuple[Bundle, bytes]:
         """The plan's bundle and the bytes of its version, both checked.
@@ -96,6 +98,7 @@ class LocalTraining:
                 version=version,
                 examples=self._examples,
                 residual=residual,
+                activations=self._activations,
             )
         )
 

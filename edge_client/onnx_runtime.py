@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.bundle import Bundle
-from edge_client.runtime import Runtimes
+from edge_client.bundle import Bundle, RuntimeName
+from edge_client.runtime import Hidden, Runtimes
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
@@ -24,26 +24,42 @@ __all__ = ["OnnxRuntime", "onnx_runtimes"]
 
 
 class OnnxRuntime:
-    """Sessions for step and eval, each loaded when first used, with `threads` threads."""
+    """A session for each graph, loaded when first used, with `threads` threads."""
+
+    name: RuntimeName = "onnxruntime"
 
     def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
         self._graphs = bundle.graphs("onnxruntime")
+        self._cuts = {cut.depth: cut for cut in self._graphs.depths}
         self._bundle, self._threads = bundle, threads
         self._layout = bundle.manifest.adapter.layout
         self._sessions: dict[str, InferenceSession] = {}
         self._guard = threading.Lock()
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(self._cuts)
+
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        inputs = _inputs(theta, batch)
-        if batch.labels is not None:
-            inputs["labels"] = batch.labels
-        loss, grad = self._run(self._graphs.step, ["loss", "grad"], inputs)
-        return float(loss), grad
+        return self._step(self._graphs.step, _inputs(theta, batch) | _labels(batch))
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         (logits,) = self._run(self._graphs.eval, ["logits"], _inputs(theta, batch))
         found: NDArray[np.float32] = logits
         return found
+
+    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
+        (hidden,) = self._run(self._cuts[depth].prefix, ["hidden"], _inputs(theta, batch))
+        found: Hidden = hidden
+        return found
+
+    def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
+        inputs: dict[str, NDArray[Any]] = {"theta": theta, "hidden": hidden, "mask": batch.mask}
+        return self._step(self._cuts[depth].step, inputs | (_labels(batch) or {"ids": batch.ids}))
+
+    def _step(self, name: str, inputs: dict[str, NDArray[Any]]) -> tuple[float, Theta]:
+        loss, grad = self._run(name, ["loss", "grad"], inputs)
+        return float(loss), grad
 
     def _run(self, name: str, outputs: list[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         self._layout.check(inputs["theta"])
@@ -51,7 +67,7 @@ class OnnxRuntime:
         try:
             found: list[NDArray[Any]] = session.run(outputs, inputs)
         except Exception as error:  # its errors share no base of their own
-            shape = "x".join(map(str, inputs["ids"].shape))
+            shape = "x".join(map(str, inputs["mask"].shape))
             raise RuntimeFailure(f"{name} did not run on a batch of {shape} tokens: {_line(error)}") from None
         return found
 
@@ -65,6 +81,10 @@ class OnnxRuntime:
 
 def _inputs(theta: Theta, batch: Batch) -> dict[str, NDArray[Any]]:
     return {"theta": theta, "ids": batch.ids, "mask": batch.mask}
+
+
+def _labels(batch: Batch) -> dict[str, NDArray[Any]]:
+    return {} if batch.labels is None else {"labels": batch.labels}
 
 
 def _check_installed(required: str) -> None:

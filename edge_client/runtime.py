@@ -1,4 +1,4 @@
-"""What an edge runtime does for a device: run the bundle's two graphs."""
+"""What an edge runtime does for a device: run the bundle's graphs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from edge_client.bundle import Bundle, RuntimeName
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
 
-__all__ = ["Runtime", "Runtimes"]
+__all__ = ["Hidden", "Runtime", "Runtimes"]
+
+Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, H)
 
 
 class Runtime(Protocol):
     """The graphs of one bundle, loaded when first used; may be called from several threads at once.
 
-    Both raise RuntimeFailure where the graph cannot be loaded or run.
+    All raise RuntimeFailure where the graph cannot be loaded or run.
     """
+
+    @property
+    def name(self) -> RuntimeName:
+        """Whose graphs it runs."""
+        ...
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many of the last blocks can be trained over what lies below them, rising."""
+        ...
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         """theta (P,) -> loss and its gradient (P,)."""
@@ -28,6 +40,17 @@ class Runtime(Protocol):
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
+        ...
+
+    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
+        """theta (P,) -> what enters the last `depth` blocks; it reads the factors below them alone."""
+        ...
+
+    def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
+        """theta (P,), hidden (B, S, H) in place of the ids -> as `gradient`, zero for what lies below.
+
+        What hidden holds where the mask is 0 does not matter, as long as it is finite.
+        """
         ...
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from edge_client.activations import FileActivations
 from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
 from edge_client.device import Device, DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
@@ -116,6 +117,7 @@ async def open_device(
                 bundles=bundles,
                 trainer=trainer or LocalTrainer(onnx_runtimes(threads)),
                 versions=FileVersions(place.versions),
+                activations=FileActivations(place.activations, config.activation_limit_mb << 20),
                 clock=time,
                 observe=observe,
             )

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from edge_client.activations import Activations
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.examples import Example, Examples, label_index
+from edge_client.frozen_prefix import FrozenPrefix, least_depth
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import AdapterSpec
@@ -57,6 +60,9 @@ class LocalUpdate(Struct, frozen=True, kw_only=True):
     residual: bytes  #: the next one, (P,) float32 little-endian; b"" without error feedback
     header: UpdateHeader
     cut_texts: int  #: texts longer than the graph allows, trained on their beginning
+    depth: int | None = None  #: blocks that the step ran over a kept prefix; None for the whole step
+    prefixes_computed: int = 0  #: rows whose prefix was computed
+    prefixes_reused: int = 0  #: rows whose prefix was read from what was kept
 
 
 def address(device: str) -> int:
@@ -87,6 +93,7 @@ class TrainingRequest:
     version: bytes  #: of the factors to start from, as the plan names them
     examples: Examples  #: read when training begins
     residual: bytes = b""  #: of error feedback
+    activations: Activations | None = None  #: where what is frozen is kept between steps and rounds
 
 
 class Trainer(Protocol):
@@ -125,6 +132,10 @@ class Training:
             raise DataError(f"the task needs {plan.min_examples} examples, this device has {len(examples)}")
         self._examples = len(examples)
         self._batches = _Batches(plan, request.device, request.bundle.manifest, tokens, examples)
+
+    def depth(self, depths: Sequence[int]) -> int | None:
+        """The least of a runtime's depths that trains all that is live; None where the whole step must."""
+        return least_depth(self._adapter, self._live, depths)
 
     def steps(self) -> Steps[Batch]:
         plan = self._request.plan
@@ -181,15 +192,21 @@ def train(
 ) -> LocalUpdate:
     """Train here and now; raises what `Training` does, RuntimeFailure (graph) or Interrupted (`stop`)."""
     training = Training(request, tokens)
+    depth, prefix = training.depth(runtime.depths), None
+    if depth is not None:
+        prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations)
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
         if stop is not None and stop.is_set():
             raise Interrupted
-        return runtime.gradient(theta, batch)
+        return (prefix or runtime).gradient(theta, batch)
 
     with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused when it is packed
         result = drive(training.steps(), gradient)
-    return training.pack(result)
+    update = training.pack(result)
+    if prefix is None:
+        return update
+    return replace(update, depth=depth, prefixes_computed=prefix.computed, prefixes_reused=prefix.reused)
 
 
 class _Batches:

@@ -10,16 +10,18 @@ from safetensors.numpy import save_file
 
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.errors import ConfigError
-from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
+from fedtt.manifest import MANIFEST, DepthGraphs, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
 
 from .base import Base, load_base
 from .bundle import check_target, file_entries, staged
+from .depths import step_above
+from .inputs import TRACED, random_inputs
 from .request import ExportRequest
 from .step import AdaptedModel, TrainingStep
 from .summary import Summary, summarise
-from .to_onnx import OPSET, convert, split_graphs, write_graphs
+from .to_onnx import OPSET, STEP_OUTPUTS, convert, part_of, write_graphs
 from .trace import MIN_TOKENS, trace
-from .verify import TRACED, random_inputs, verify_graphs
+from .verify import verify_graphs
 
 __all__ = ["export_bundle"]
 
@@ -49,28 +51,46 @@ def export_bundle(
     spec = request.plan(hidden=base.hidden, layers=len(base.blocks), projections=base.projections)
     model = AdaptedModel(base, spec, request.labels)
     with staged(out) as stage:
-        _write_graphs(model, stage, report)
+        graphs = _write_graphs(model, request.cut_depths(spec), stage, report)
         base.tokenizer.enable_truncation(request.max_tokens)
         base.tokenizer.save(str(stage / _TOKENIZER))
         save_file(spec.layout.unflatten(initial_theta(spec, request.seed)), stage / _FACTORS)
-        manifest = _manifest(request, base, spec, stage)
+        manifest = _manifest(request, base, spec, graphs, stage)
         report("comparing the graphs with torch" if verify else "writing")
         differences = verify_graphs(stage, manifest, model) if verify else ()
         (stage / MANIFEST).write_bytes(encode_manifest(manifest))
     return summarise(manifest, base, differences)
 
 
-def _write_graphs(model: AdaptedModel, directory: Path, report: Callable[[str], None]) -> None:
+def _write_graphs(
+    model: AdaptedModel, depths: tuple[int, ...], directory: Path, report: Callable[[str], None]
+) -> Graphs:
+    found = Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=tuple(map(_cut_names, depths)))
     report("tracing the training step")
+    step = TrainingStep(model, [model.spec.layers - depth for depth in depths])
     inputs = random_inputs(model, *TRACED)
-    program = trace(TrainingStep(model), inputs)
+    program = trace(step, inputs)
     report("converting it to ONNX")
     weights = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    step, evaluation = split_graphs(convert(program, list(inputs), weights))
-    write_graphs({_STEP: step, _EVAL: evaluation}, _WEIGHTS, directory)
+    hidden = {f"hidden-{depth}": ("batch", "tokens") for depth in depths}
+    whole = convert(program, list(inputs), weights, STEP_OUTPUTS | hidden)
+    graphs = {_STEP: part_of(whole, "loss", "grad"), _EVAL: part_of(whole, "logits")}
+    for cut in found.depths:
+        report(f"compiling the step at depth {cut.depth}")
+        graphs[cut.prefix] = part_of(whole, f"hidden-{cut.depth}")
+        graphs[cut.prefix].graph.outputs[0].name = "hidden"
+        graphs[cut.step] = step_above(model, cut.depth, weights)
+    write_graphs(graphs, _WEIGHTS, directory)
+    return found
 
 
-def _manifest(request: ExportRequest, base: Base, spec: AdapterSpec, directory: Path) -> Manifest:
+def _cut_names(depth: int) -> DepthGraphs:
+    return DepthGraphs(depth=depth, prefix=f"prefix-{depth}.onnx", step=f"step-{depth}.onnx")
+
+
+def _manifest(
+    request: ExportRequest, base: Base, spec: AdapterSpec, graphs: Graphs, directory: Path
+) -> Manifest:
     return Manifest(
         task=request.task,
         model=ModelInfo(
@@ -85,7 +105,7 @@ def _manifest(request: ExportRequest, base: Base, spec: AdapterSpec, directory: 
         tokenization=Tokenization(
             file=_TOKENIZER, pad_id=base.pad_id, min_tokens=MIN_TOKENS, max_tokens=request.max_tokens
         ),
-        graphs={"onnxruntime": Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,))},
+        graphs={"onnxruntime": graphs},
         opset=OPSET,
         requires={"onnxruntime": "1.20"},
         initial=_FACTORS,

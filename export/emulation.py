@@ -31,11 +31,12 @@ from .emulation_files import (
     open_emulation,
     open_session,
 )
+from .inputs import random_inputs
 from .prefix import Prefix
 from .step import AdaptedModel
 from .to_onnx import convert, share_weights
 from .trace import AXES, trace
-from .verify import TOLERANCE, random_inputs
+from .verify import TOLERANCE
 
 __all__ = ["compile_emulation", "random_rows"]
 

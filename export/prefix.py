@@ -8,7 +8,7 @@ cut for the length of one call, and hooks carry the hidden state past what lies 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .base import Base
 
-__all__ = ["Prefix", "run_above"]
+__all__ = ["Prefix", "run_above", "run_noting"]
 
 
 class Prefix(nn.Module):
@@ -42,6 +42,23 @@ class Prefix(nn.Module):
         with _blocks(self.base, slice(self.cut)) as kept, _hook(kept[-1].register_forward_hook(keep)):
             self.base.run(ids, mask)
         return found[0]
+
+
+def run_noting(base: Base, cuts: Sequence[int], ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What `base.run` gives, and what `Prefix` gives at each of the cuts, from one pass."""
+    found: dict[int, Tensor] = {}
+
+    def keep(cut: int) -> RemovableHandle:
+        def note(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found[cut] = output if isinstance(output, Tensor) else output[0]
+
+        return base.blocks[cut - 1].register_forward_hook(note)
+
+    with contextlib.ExitStack() as hooks:
+        for cut in cuts:
+            hooks.enter_context(_hook(keep(cut)))
+        output = base.run(ids, mask)
+    return output, [output if cut == len(base.blocks) else found[cut] for cut in cuts]
 
 
 def run_above(base: Base, cut: int, hidden: Tensor, mask: Tensor) -> Tensor:

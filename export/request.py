@@ -21,6 +21,7 @@ _OPTIONS: dict[AdapterKind, tuple[str, ...]] = {
     "lora": ("depth", "targets", "rank", "alpha"),
     "none": (),
 }
+_DEEPEST = 3  #: deeper ones gain less, and take longer to compile
 _SOME_KINDS = tuple(dict.fromkeys(name for names in _OPTIONS.values() for name in names))
 
 
@@ -45,6 +46,7 @@ class ExportRequest:
     targets: tuple[Target, ...] | None = None  #: of lora; query and value
     head: HeadKind | None = None  #: of a classifier; label-names
     head_rank: int | None = None  #: of a head with a TT matrix; 10
+    depths: tuple[int, ...] | None = None  #: at which the step is compiled over a cached prefix; up to 3
     max_tokens: int = 128  #: longer texts are cut
     seed: int = 0  #: of the factors' first values
 
@@ -72,6 +74,18 @@ class ExportRequest:
             depth=self.depth,
             head=self._head(hidden),
         )
+
+    def cut_depths(self, spec: AdapterSpec) -> tuple[int, ...]:
+        """The depths at which the step is compiled with what lies below computed apart, rising."""
+        allowed = range(min(1, spec.depth), min(spec.depth, spec.layers - 1) + 1)
+        if self.depths is None:
+            return tuple(depth for depth in allowed if depth <= _DEEPEST)
+        for depth in self.depths:
+            if depth not in allowed:
+                raise ConfigError(
+                    "depths", depth, f"from {allowed.start} to {allowed.stop - 1} for this adapter"
+                )
+        return tuple(sorted(set(self.depths)))
 
     def _inserted(self, hidden: int, projections: Mapping[Target, tuple[int, int]]) -> Inserted:
         options = self._given(*(name for name in _OPTIONS[self.adapter] if name != "depth"))

@@ -14,6 +14,7 @@ from fedtt.adapter import AdapterSpec
 from .base import Base
 from .head import Head, name_rows, pool
 from .insert import Adapters
+from .prefix import run_noting
 
 __all__ = ["AdaptedModel", "TrainingStep", "next_token_nll", "nll"]
 
@@ -27,13 +28,15 @@ class AdaptedModel(nn.Module):
     share every product with the frozen base.
     """
 
-    def __init__(self, base: Base, spec: AdapterSpec, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, base: Base, spec: AdapterSpec, labels: Sequence[str] = (), head: Head | None = None
+    ) -> None:
+        """head: of another model with the same one, whose fixed rows are shared."""
         super().__init__()
         self.base, self.spec = base, spec
         self.transformer = base.model
-        rows = name_rows(base, labels) if spec.head and spec.head.kind == "label-names" else None
         self.adapters = Adapters(base, spec)
-        self.head = Head(spec.head, rows) if spec.head else None
+        self.head = head or _head(base, spec, labels)
 
     def forward(
         self,
@@ -51,16 +54,28 @@ class AdaptedModel(nn.Module):
             output = (run or self.base.run)(ids, mask)
         return output if self.head is None else cast("Tensor", self.head(pool(output, mask), head, device))
 
-    def loss(self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor, run: Run | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean negative log-likelihood, (), and the logits.
 
         With a head it is the mean over `labels` (B,), without over the tokens that follow others.
         """
-        logits = self(theta, ids, mask)
+        logits = self(theta, ids, mask, run=run)
+        return self.mean_nll(logits, mask, ids if self.head is None else labels[0]), logits
+
+    def mean_nll(self, logits: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+        """targets: the labels (B,), without a head the ids (B, S)."""
         if self.head is not None:
-            return nll(logits, labels[0]).mean(), logits
-        losses, follows = next_token_nll(logits, ids, mask)
-        return losses.sum() / follows.sum().clamp(min=1.0), logits
+            return nll(logits, targets).mean()
+        losses, follows = next_token_nll(logits, targets, mask)
+        return losses.sum() / follows.sum().clamp(min=1.0)
+
+
+def _head(base: Base, spec: AdapterSpec, labels: Sequence[str]) -> Head | None:
+    if spec.head is None:
+        return None
+    return Head(spec.head, name_rows(base, labels) if spec.head.kind == "label-names" else None)
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -76,16 +91,28 @@ def next_token_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, T
 
 
 class TrainingStep(nn.Module):
-    """theta (P,), ids (B, S), mask (B, S)[, labels (B,)] -> loss (), gradient (P,), logits.
+    """theta (P,), ids (B, S), mask (B, S)[, labels (B,)] -> loss (), gradient (P,), logits, hidden states.
 
-    One trace of it yields both graphs: the step without its logits, the evaluation with them alone.
+    One trace of it yields several graphs: the step, the evaluation, and for each of `cuts` the prefix, whose
+    hidden state enters that block.
     """
 
-    def __init__(self, model: AdaptedModel) -> None:
+    def __init__(self, model: AdaptedModel, cuts: Sequence[int] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cuts = model, tuple(cuts)
 
-    def forward(self, theta: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        step = torch.func.grad_and_value(self.model.loss, has_aux=True)
-        gradient, (loss, logits) = step(theta, *batch)
-        return loss, gradient, logits
+    def forward(self, theta: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
+        step = torch.func.grad_and_value(self._loss, has_aux=True)
+        gradient, (loss, noted) = step(theta, *batch)
+        return loss, gradient, *noted
+
+    def _loss(self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hidden: list[Tensor] = []
+
+        def run(ids: Tensor, mask: Tensor) -> Tensor:
+            output, found = run_noting(self.model.base, self.cuts, ids, mask)
+            hidden.extend(found)
+            return output
+
+        loss, logits = self.model.loss(theta, ids, mask, *labels, run=run)
+        return loss, [logits, *hidden]

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from .trace import AXES
 
-__all__ = ["OPSET", "STEP_OUTPUTS", "convert", "share_weights", "split_graphs", "write_graphs"]
+__all__ = ["OPSET", "STEP_OUTPUTS", "convert", "part_of", "share_weights", "write_graphs"]
 
 OPSET = 20  #: the first with Gelu as an operator, so that runtimes have a kernel for it
 
@@ -58,11 +58,6 @@ def convert(
     _run(model, passes.CommonSubexpressionEliminationPass())
     _forget_origins(model, {**axes, **outputs})
     return model
-
-
-def split_graphs(model: ir.Model) -> tuple[ir.Model, ir.Model]:
-    """The step (loss, grad) and the evaluation (logits), each without what only the other needs."""
-    return _keep(model, "loss", "grad"), _keep(model, "logits")
 
 
 def write_graphs(graphs: Mapping[str, ir.Model], weights: str, directory: Path) -> None:
@@ -106,7 +101,8 @@ def _is_same(mine: ir.TensorProtocol | None, other: ir.ExternalTensor) -> bool:
     )
 
 
-def _keep(model: ir.Model, *outputs: str) -> ir.Model:
+def part_of(model: ir.Model, *outputs: str) -> ir.Model:
+    """A copy that gives these outputs, without what only others need; labels go with the loss."""
     part = model.clone()
     graph = part.graph
     graph.outputs[:] = [value for value in graph.outputs if value.name in outputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,19 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtt.adapter import initial_theta
 from fedtt.errors import BundleError
 from fedtt.manifest import Manifest
 
 from .base import load_base
 from .bundle import read_bundle
+from .depths import PrefixStep, StepAbove
+from .inputs import TRACED, random_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import MIN_TOKENS
 
-__all__ = ["TOLERANCE", "TRACED", "Difference", "random_inputs", "verify_bundle", "verify_graphs"]
+__all__ = ["TOLERANCE", "Difference", "verify_bundle", "verify_graphs"]
 
 TOLERANCE = 1e-5  #: largest allowed ‖graph - torch‖ / ‖torch‖
-TRACED = (3, 10)  #: batch and tokens of the example that is traced; any but 0 and 1 would do
-
-_SPREAD = 0.05  #: standard deviation added to the factors' first values
 
 
 class Difference(Struct, frozen=True, kw_only=True):
@@ -36,17 +35,20 @@ class Difference(Struct, frozen=True, kw_only=True):
     loss: float
     grad: float
     logits: float
+    hidden: float = 0.0  #: the largest of all prefixes
+    above: float = 0.0  #: the largest of losses and gradients of all steps over them
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.grad, self.logits)
+        return max(self.loss, self.grad, self.logits, self.hidden, self.above)
 
     def line(self) -> str:
         """For people; says whether tracing saw this shape."""
         seen = "traced" if (self.batch, self.tokens) == TRACED else "unseen"
         return (
             f"{self.batch:>2} x {self.tokens:<4} {seen}  "
-            f"loss {self.loss:.1e}  grad {self.grad:.1e}  logits {self.logits:.1e}"
+            f"loss {self.loss:.1e}  grad {self.grad:.1e}  logits {self.logits:.1e}  "
+            f"hidden {self.hidden:.1e}  above {self.above:.1e}"
         )
 
 
@@ -64,13 +66,10 @@ def verify_bundle(directory: Path, model: str) -> tuple[Difference, ...]:
 
 def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> tuple[Difference, ...]:
     """The difference on each shape, from the shortest rows to the longest; raises past TOLERANCE."""
-    files = manifest.graphs["onnxruntime"]
-    step, evaluation = (_session(directory / file) for file in (files.step, files.eval))
+    comparison = _Comparison(directory, manifest, model)
     longest = manifest.tokenization.max_tokens
     shapes = [TRACED, (1, MIN_TOKENS), (5, 17), (2, 64), (4, longest)]
-    differences = tuple(
-        _compare(step, evaluation, model, batch, min(tokens, longest)) for batch, tokens in shapes
-    )
+    differences = tuple(comparison.on(batch, min(tokens, longest)) for batch, tokens in shapes)
     for difference in differences:
         if not difference.largest <= TOLERANCE:
             raise BundleError(
@@ -81,42 +80,56 @@ def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> t
     return differences
 
 
-def random_inputs(model: AdaptedModel, batch: int, tokens: int) -> dict[str, Tensor]:
-    """Inputs of a training step by name, rows of different lengths; the same for the same shape.
-
-    At the first values all cores but the last of `up` have no gradient, so theta is moved away from them.
-    """
-    rng = np.random.default_rng([batch, tokens])
-    theta = initial_theta(model.spec, 0)
-    theta += rng.normal(0.0, _SPREAD, theta.shape).astype(np.float32)
-    ids = rng.integers(0, model.base.config.vocab_size, (batch, tokens))
-    lengths = rng.integers(MIN_TOKENS, tokens, (batch, 1), endpoint=True)
-    inputs = {"theta": theta, "ids": ids, "mask": (np.arange(tokens) < lengths).astype(np.int64)}
-    if model.spec.head:
-        inputs["labels"] = rng.integers(0, model.spec.head.labels, batch)
-    return {name: torch.from_numpy(value) for name, value in inputs.items()}
-
-
 def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def _compare(
-    step: onnxruntime.InferenceSession,
-    evaluation: onnxruntime.InferenceSession,
-    model: AdaptedModel,
-    batch: int,
-    tokens: int,
-) -> Difference:
-    inputs = random_inputs(model, batch, tokens)
-    with torch.no_grad():
-        expected = [value.numpy() for value in TrainingStep(model)(*inputs.values())]
-    feed = {name: value.numpy() for name, value in inputs.items()}
-    loss, grad = step.run(["loss", "grad"], feed)
-    (logits,) = evaluation.run(["logits"], {name: feed[name] for name in ("theta", "ids", "mask")})
-    pairs = zip((loss, grad, logits), expected, strict=True)
-    loss_d, grad_d, logits_d = (_relative(np.asarray(got), want) for got, want in pairs)
-    return Difference(batch=batch, tokens=tokens, loss=loss_d, grad=grad_d, logits=logits_d)
+class _Comparison:
+    """The graphs of a bundle for ONNX Runtime beside the functions they were compiled from."""
+
+    def __init__(self, directory: Path, manifest: Manifest, model: AdaptedModel) -> None:
+        files = manifest.graphs["onnxruntime"]
+        self._model = model
+        self._step, self._eval = (_session(directory / name) for name in (files.step, files.eval))
+        self._cuts = [
+            (
+                PrefixStep(model, cut.depth),
+                _session(directory / cut.prefix),
+                StepAbove(model, cut.depth),
+                _session(directory / cut.step),
+            )
+            for cut in files.depths
+        ]
+
+    def on(self, batch: int, tokens: int) -> Difference:
+        inputs = random_inputs(self._model, batch, tokens)
+        with torch.no_grad():
+            loss, gradient, logits = TrainingStep(self._model)(*inputs.values())
+        whole = _differences(self._step, inputs, {"loss": loss, "grad": gradient})
+        names = ("theta", "ids", "mask")
+        (evaluated,) = _differences(self._eval, {name: inputs[name] for name in names}, {"logits": logits})
+        hidden = above = 0.0
+        for prefix, prefix_graph, step, step_graph in self._cuts:
+            lower = {name: inputs[name] for name in prefix.inputs}
+            with torch.no_grad():
+                entering = prefix(*lower.values())
+                upper = {name: (inputs | {"hidden": entering})[name] for name in step.inputs}
+                loss, gradient = step(*upper.values())
+            hidden = max(hidden, *_differences(prefix_graph, lower, {"hidden": entering}))
+            above = max(above, *_differences(step_graph, upper, {"loss": loss, "grad": gradient}))
+        loss_d, grad_d = whole
+        return Difference(
+            batch=batch, tokens=tokens, loss=loss_d, grad=grad_d, logits=evaluated, hidden=hidden, above=above
+        )
+
+
+def _differences(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> list[float]:
+    """‖graph - torch‖ / ‖torch‖ of each output."""
+    found = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
+    pairs = zip(found, expected.values(), strict=True)
+    return [_relative(np.asarray(got), want.numpy()) for got, want in pairs]
 
 
 def _relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fedtt.errors import ConfigError
 from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, Part, TTBottleneck, Width
-from fedtt.layout import Factor, FactorLayout, Theta
+from fedtt.layout import Factor, FactorLayout, LiveSet, Theta
 from fedtt.rng import Purpose, rng_for
 from fedtt.tensor_train import TTMatrix
 
@@ -69,6 +69,19 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     def adapter_size(self) -> int:
         """How many numbers of theta, from its start, are not of the head."""
         return self.depth * sum(part.size for part in self.inserted.parts)
+
+    def size_below(self, depth: int) -> int:
+        """How many numbers of theta, from its start, are of blocks below the last `depth`."""
+        return (self.depth - depth) * sum(part.size for part in self.inserted.parts)
+
+    def live_at(self, depth: int, live: LiveSet) -> LiveSet:
+        """Those of the live factors that are in the last `depth` blocks, or the head's.
+
+        Raises LayoutError where there are none.
+        """
+        lowest = self.layers - depth
+        blocks = ((index, self.block_of(index)) for index in live.indices)
+        return LiveSet(self.layout, (index for index, block in blocks if block is None or block >= lowest))
 
     @cached_property
     def layout(self) -> FactorLayout:

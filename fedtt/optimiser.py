@@ -28,6 +28,7 @@ class TrainingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     proximal: Annotated[float, Meta(ge=0, le=1e3)] = 0.0  #: μ of FedProx: pull back to where training began
     local_steps: Annotated[int, Meta(ge=1, le=100_000)] = 10
     batch_size: Annotated[int, Meta(ge=1, le=4096)] = 16
+    depth: Annotated[int, Meta(ge=1, le=2**10)] | None = None  #: last blocks trained; None for all adapted
     max_tokens: Annotated[int, Meta(ge=1, le=65536)] | None = None  #: cut texts here; None for the bundle's
 
 

@@ -10,14 +10,16 @@ from typing import Annotated, Any, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import FedTT, Method, Tier
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
 from fedtt.folds import Fold, Mean
+from fedtt.layout import LiveSet
 from fedtt.optimiser import TrainingSpec
 from fedtt.sampling import PowerOfChoice, Sampling, Uniform
-from fedtt.server_optimiser import ServerSpec
+from fedtt.server_optimiser import ServerSpec, ServerState
 
 __all__ = ["EvaluationSpec", "RoundSpec", "ServerSpec", "TaskSpec", "TrainingSpec", "parse_task", "read_task"]
 
@@ -115,7 +117,23 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 self.sampling.candidates,
                 f"at least rounds.cohort = {self.rounds.cohort}",
             )
+        if self.training.depth is not None and not self.method.any_depth:
+            raise ConfigError("training.depth", self.training.depth, f"none with {name}, which sets its own")
         self.method.check_task(self)
+
+    def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
+        """What the method trains in a round, of the blocks that `training.depth` leaves."""
+        live = self.method.live(adapter, round_number, state)
+        return live if self.training.depth is None else adapter.live_at(self.training.depth, live)
+
+    def check(self, adapter: AdapterSpec) -> None:
+        """Raise ConfigError where the task cannot train these adapters."""
+        self.method.check(adapter)
+        depth = self.training.depth
+        if depth is not None and depth > adapter.depth:
+            raise ConfigError(
+                "training.depth", depth, f"at most {adapter.depth}, the bundle's adapted blocks"
+            )
 
 
 def _tag(value: Struct) -> str:

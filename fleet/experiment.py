@@ -57,7 +57,7 @@ def prepare(spec: FleetSpec) -> Experiment:
         )
     bundle = open_bundle(spec.bundle)
     labels = bundle.manifest.labels
-    spec.task.method.check(bundle.manifest.adapter)
+    spec.task.check(bundle.manifest.adapter)
     table = read_labelled(spec.data.train, labels)
     population = Population(
         size=spec.fleet.devices, shards=spec.shards, profiles=spec.profiles, seed=spec.fleet.seed

@@ -32,6 +32,7 @@ class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
     """Every trained number is sent and averaged, whatever the adapters are."""
 
     any_base: ClassVar[bool] = True  #: whether deltas from another base version mean the same
+    any_depth: ClassVar[bool] = True  #: whether a task may leave the lower blocks out, `training.depth`
     any_fold: ClassVar[bool] = True  #: whether folds that are no weighted mean, and server optimisers, apply
 
     @property

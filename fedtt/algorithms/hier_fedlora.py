@@ -36,6 +36,7 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     any_base: ClassVar[bool] = False
+    any_depth: ClassVar[bool] = False
 
     groups: Annotated[int, Meta(ge=2, le=64)] = 4
     warmup_rounds: Annotated[int, Meta(ge=1, le=10**6)] = 2  #: ordinary rounds before the first grouping
@@ -48,10 +49,7 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def live_at(self, adapter: AdapterSpec, depth: int) -> LiveSet:
         """The factors of the last `depth` blocks, and the head."""
-        lowest = adapter.layers - depth
-        blocks = (adapter.block_of(index) for index in range(len(adapter.layout.factors)))
-        chosen = (index for index, block in enumerate(blocks) if block is None or block >= lowest)
-        return LiveSet(adapter.layout, chosen)
+        return adapter.live_at(depth, adapter.layout.everything)
 
     def check_task(self, task: TaskSpec) -> None:
         if task.evaluation is not None:

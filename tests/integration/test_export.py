@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from export import ExportRequest, export_bundle, verify_bundle
 from export.base import load_base
 from export.bundle import read_bundle
+from export.inputs import TRACED, random_inputs
 from export.step import AdaptedModel, TrainingStep
-from export.verify import TOLERANCE, TRACED, random_inputs
+from export.verify import TOLERANCE
 from fedtt.adapter import initial_theta
 from fedtt.errors import BundleError, ConfigError
 from fedtt.manifest import MANIFEST, bundle_digest

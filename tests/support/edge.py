@@ -15,19 +15,33 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, RuntimeName
 from edge_client.home import Home
+from edge_client.runtime import Hidden
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
 from fedtt.manifest import MANIFEST, FileEntry, Manifest, bundle_digest, encode_manifest
 from tests.support.tiny import tiny_manifest, tiny_spec
 
-__all__ = ["MeanTarget", "locked_home", "small_bundle", "write_small_bundle"]
+__all__ = ["MeanTarget", "WholeSteps", "locked_home", "small_bundle", "write_small_bundle"]
 
 WORDS = ("[PAD]", "[UNK]", "lights", "on", "off", "please", "now")
 
 
-class MeanTarget:
+class WholeSteps:
+    """The part of a Runtime that has no graphs of smaller depths."""
+
+    name: RuntimeName = "onnxruntime"
+    depths: tuple[int, ...] = ()
+
+    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
+        raise NotImplementedError
+
+    def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
+        raise NotImplementedError
+
+
+class MeanTarget(WholeSteps):
     """A Runtime with the loss ½‖θ − t‖², t from the batch's mean label: gradients are known exactly."""
 
     def __init__(self) -> None:

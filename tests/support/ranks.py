@@ -18,6 +18,7 @@ from fedtt.layout import Theta
 from fedtt.planning import plan_adapter, plan_head, plan_lora, plan_tt
 from fedtt.server_step import Step, server_step
 from fedtt.task import RoundSpec, TaskSpec
+from tests.support.edge import WholeSteps
 from tests.support.trains import dense_matrices
 
 __all__ = [
@@ -120,7 +121,7 @@ def folded(method: FedAvg, adapter: AdapterSpec, theta: Theta, given: Any, fold:
     return server_step(spec, adapter, bases_of(method, adapter, theta), live, given, None)
 
 
-class TowardsProducts:
+class TowardsProducts(WholeSteps):
     """A Runtime with the loss ½ Σ ‖B A − W*‖² over all LoRA pairs; W* depends on the batch's mean label."""
 
     def __init__(self, adapter: AdapterSpec, seed: int = 0) -> None:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, RuntimeName
+from edge_client.runtime import Hidden
 from edge_client.tokens import Batch
 from export.base import load_base
+from export.depths import PrefixStep, StepAbove
 from export.step import AdaptedModel, TrainingStep
 from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
@@ -32,8 +34,11 @@ def adapted_model(bundle: Bundle, model: Path, dtype: torch.dtype = torch.float3
 class TorchRuntime:
     """A Runtime in float32, by the step that is compiled into a bundle's graphs."""
 
-    def __init__(self, model: AdaptedModel) -> None:
+    name: RuntimeName = "onnxruntime"  #: whose graphs it stands in for
+
+    def __init__(self, model: AdaptedModel, depths: tuple[int, ...] = ()) -> None:
         self._model, self._step = model, TrainingStep(model)
+        self._cuts = {depth: (PrefixStep(model, depth), StepAbove(model, depth)) for depth in depths}
         self._guard = threading.Lock()  # the model holds theta while it runs
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
@@ -46,6 +51,21 @@ class TorchRuntime:
         (logits,) = self._run(self._model, *self._inputs(theta, batch))
         found: NDArray[np.float32] = logits.numpy()
         return found
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(self._cuts)
+
+    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
+        (hidden,) = self._run(self._cuts[depth][0], *self._inputs(theta, batch))
+        found: Hidden = hidden.numpy()
+        return found
+
+    def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
+        theta_, ids, mask = self._inputs(theta, batch)
+        target = ids if batch.labels is None else torch.from_numpy(batch.labels)
+        loss, gradient = self._run(self._cuts[depth][1], theta_, torch.from_numpy(hidden), mask, target)
+        return float(loss), gradient.numpy()
 
     def _inputs(self, theta: Theta, batch: Batch) -> tuple[Tensor, ...]:
         self._model.spec.layout.check(theta)

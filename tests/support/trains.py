@@ -21,7 +21,7 @@ from fedtt.layout import Theta
 from fedtt.manifest import MANIFEST, FileEntry, bundle_digest, decode_manifest, encode_manifest
 from fedtt.planning import plan_adapter, plan_head, plan_tt
 from fedtt.tensor_train import tt_dense, tt_halves
-from tests.support.edge import write_small_bundle
+from tests.support.edge import WholeSteps, write_small_bundle
 
 __all__ = [
     "TowardsMatrices",
@@ -80,7 +80,7 @@ def dense_matrices(adapter: AdapterSpec, theta: NDArray[np.floating[Any]]) -> di
     }
 
 
-class TowardsMatrices:
+class TowardsMatrices(WholeSteps):
     """A Runtime with the loss ½ Σ ‖W − W*‖² over all TT matrices; W* depends on the batch's mean label.
 
     So devices whose labels differ pull each matrix towards another one, and the gradient is that of a real

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from export.base import load_base
 from export.devices import DevicesStep
+from export.inputs import random_inputs
 from export.prefix import Prefix
 from export.request import TaskKind
 from export.step import AdaptedModel, TrainingStep
-from export.verify import random_inputs
 from fedtt.kinds import AdapterKind, HeadKind
 from tests.support.adapters import small_adapter
 from tests.support.models import save_tiny_model

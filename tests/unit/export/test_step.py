@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from export.base import load_base
+from export.inputs import random_inputs
 from export.step import AdaptedModel, TrainingStep
-from export.verify import random_inputs
 from fedtt.kinds import HeadKind
 from fedtt.planning import plan_adapter, plan_head, plan_tt
 from tests.support.models import save_tiny_model

@@ -1,0 +1,85 @@
+"""The training step cut in two: what is below the blocks that train, and the step over the rest.
+
+Both take the whole theta, so that one vector and one layout serve every depth. As a layout goes block by
+block and ends with the head, what a shallower adapter trains is the end of theta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+
+from .inputs import TRACED, random_inputs
+from .prefix import Prefix, run_above
+from .step import AdaptedModel
+from .to_onnx import convert
+from .trace import AXES, trace
+
+__all__ = ["PrefixStep", "StepAbove", "cut_inputs", "step_above"]
+
+
+_AXES: dict[str, tuple[str, ...]] = {**AXES, "hidden": ("batch", "tokens")}
+
+
+def step_above(model: AdaptedModel, depth: int, weights: Mapping[str, Tensor]) -> ir.Model:
+    """The graph of `StepAbove`; weights: the base's and the head's rows, by name."""
+    above = StepAbove(model, depth)
+    inputs = cut_inputs(PrefixStep(model, depth), above, *TRACED)
+    outputs: dict[str, tuple[str, ...]] = {"loss": (), "grad": ()}
+    return convert(trace(above, inputs, _AXES), list(inputs), weights, outputs, _AXES)
+
+
+def cut_inputs(prefix: PrefixStep, above: StepAbove, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Random inputs of the upper part, by name in its order; hidden is what the lower part gives."""
+    inputs = random_inputs(prefix.model, batch, tokens)
+    with torch.no_grad():
+        inputs["hidden"] = prefix(*(inputs[name] for name in prefix.inputs))
+    return {name: inputs[name] for name in above.inputs}
+
+
+class PrefixStep(nn.Module):
+    """theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, H), which enters block `layers - depth`."""
+
+    inputs = ("theta", "ids", "mask")
+
+    def __init__(self, model: AdaptedModel, depth: int) -> None:
+        super().__init__()
+        self.model = model
+        self.prefix = Prefix(model.base, model.spec.layers - depth)
+
+    def forward(self, theta: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        with self.model.adapters.holding(theta[: self.model.adapters.size]):
+            hidden: Tensor = self.prefix(ids, mask)
+        return hidden
+
+
+class StepAbove(nn.Module):
+    """theta (P,), hidden (B, S, H), mask (B, S)[, ids (B, S)][, labels (B,)] -> loss (), gradient (P,).
+
+    ids for causal-lm, whose targets they are; labels with a head. The gradient is zero for all blocks below
+    the last `depth`.
+    """
+
+    def __init__(self, model: AdaptedModel, depth: int) -> None:
+        super().__init__()
+        spec = model.spec if depth == model.spec.depth else replace(model.spec, depth=depth)
+        self.model = AdaptedModel(model.base, spec, head=model.head)
+        self.cut = spec.layers - depth
+        self.below = model.spec.size_below(depth)  #: numbers of theta that are not read
+        self.inputs = ("theta", "hidden", "mask", "ids" if model.head is None else "labels")
+
+    def forward(self, theta: Tensor, hidden: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        def run(hidden: Tensor, mask: Tensor) -> Tensor:
+            return run_above(self.model.base, self.cut, hidden, mask)
+
+        def loss(theta: Tensor) -> Tensor:
+            return self.model.mean_nll(self.model(theta, hidden, mask, run=run), mask, target)
+
+        gradient, value = torch.func.grad_and_value(loss)(theta[self.below :])
+        if self.below:
+            gradient = torch.cat([torch.zeros_like(theta[: self.below]), gradient])
+        return value, gradient
