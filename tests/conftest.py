@@ -51,7 +51,7 @@ def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.models import minilm_directory
 
     labels = read_labels(Path(__file__).parents[1] / "fleet" / "assistant" / "labels.json")
-    return _export(ExportRequest(model=str(minilm_directory()), labels=labels), tmp_path_factory)
+    return _export(ExportRequest(model=str(minilm_directory()), labels=labels, depths=()), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,9 @@ def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")
-    return _export(ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16), tmp_path_factory)
+    return _export(
+        ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16, depths=(1,)), tmp_path_factory
+    )
 
 
 def _export(request: ExportRequest, factory: pytest.TempPathFactory) -> Path:

@@ -64,6 +64,11 @@ def last_of_up(bundle: Bundle) -> NDArray[np.bool_]:
     return found
 
 
+def below_last(bundle: Bundle) -> int:
+    """How many numbers of theta are of blocks below the last."""
+    return bundle.manifest.adapter.size_below(1)
+
+
 class RuntimeContract:
     """Tests of `edge_client.runtime.Runtime`; a subclass makes the runtime."""
 
@@ -119,6 +124,44 @@ class RuntimeContract:
         together = runtime.logits(theta, tokens.padded(*rows))
         alone = np.concatenate([runtime.logits(theta, tokens.padded(row)) for row in rows])
         assert difference(together, alone) <= TOLERANCE
+
+    # the step over a kept prefix
+
+    @pytest.mark.parametrize(("rows", "tokens"), SHAPES)
+    def test_a_step_over_its_prefix_gives_what_the_whole_step_does_above_the_cut(
+        self, rows: int, tokens: int, runtime: Runtime, bundle: Bundle, oracle: TorchOracle
+    ) -> None:
+        theta, batch, below = somewhere(bundle), random_batch(bundle, rows, tokens), below_last(bundle)
+        expected_loss, expected_gradient, _ = oracle(theta, batch)
+        assert runtime.depths == (1,)
+        hidden = runtime.prefix(theta, batch, 1)
+        loss, gradient = runtime.gradient_above(theta, hidden, batch, 1)
+        assert hidden.shape == (rows, tokens, 32)
+        assert {hidden.dtype, gradient.dtype} == {np.dtype(np.float32)}
+        assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
+        assert difference(gradient[below:], expected_gradient[below:]) <= TOLERANCE
+        assert not gradient[:below].any()
+
+    def test_a_prefix_reads_the_factors_below_the_cut_alone(self, runtime: Runtime, bundle: Bundle) -> None:
+        theta, batch, below = somewhere(bundle), random_batch(bundle, 3, 7), below_last(bundle)
+        hidden = runtime.prefix(theta, batch, 1)
+        above, lower = theta.copy(), theta.copy()
+        above[below:] += 1
+        lower[:below] += 1
+        np.testing.assert_array_equal(runtime.prefix(above, batch, 1), hidden)
+        assert difference(runtime.prefix(lower, batch, 1), hidden) > TOLERANCE
+
+    def test_what_stands_for_padding_in_a_prefix_does_not_matter(
+        self, runtime: Runtime, bundle: Bundle
+    ) -> None:
+        theta, batch = somewhere(bundle), random_batch(bundle, 8, 7)
+        hidden = runtime.prefix(theta, batch, 1)
+        loss, gradient = runtime.gradient_above(theta, hidden, batch, 1)
+        blank = hidden * batch.mask[:, :, None].astype(np.float32)
+        assert not np.array_equal(blank, hidden)
+        blank_loss, blank_gradient = runtime.gradient_above(theta, blank, batch, 1)
+        assert blank_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert difference(blank_gradient, gradient) <= TOLERANCE
 
     # behaviour
 
@@ -195,4 +238,4 @@ class TestTorchRuntime(RuntimeContract):
     @pytest.fixture(scope="class")
     @classmethod
     def runtime(cls, bundle: Bundle, tiny_model: Path) -> Runtime:
-        return TorchRuntime(adapted_model(bundle, tiny_model))
+        return TorchRuntime(adapted_model(bundle, tiny_model), depths=(1,))

@@ -41,12 +41,18 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "decoder":
         model = save_tiny_model(directory / "model", "llama")
         wanted = ExportRequest(
-            model=str(model), task="causal-lm", bottleneck=8, rank=2, depth=depth, max_tokens=32
+            model=str(model), task="causal-lm", bottleneck=8, rank=2, depth=depth, depths=(), max_tokens=32
         )
     else:
         model = save_tiny_model(directory / "model")
         wanted = ExportRequest(
-            model=str(model), labels=("a", "b", "c"), bottleneck=8, rank=2, depth=depth, max_tokens=32
+            model=str(model),
+            labels=("a", "b", "c"),
+            bottleneck=8,
+            rank=2,
+            depth=depth,
+            depths=(),
+            max_tokens=32,
         )
     export_bundle(wanted, directory / "bundle", verify=False)
     return open_bundle(directory / "bundle"), str(model)

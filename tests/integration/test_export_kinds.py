@@ -98,6 +98,7 @@ def test_the_real_minilm_starts_from_the_same_logits_whatever_is_inserted(
         labels=plain.manifest.labels,
         adapter=kind,
         depth=None if kind == "none" else 1,
+        depths=(),
     )
     summary = export_bundle(request, tmp_path / "bundle")
     assert summary.largest_difference is not None
@@ -112,7 +113,7 @@ def test_the_real_minilm_starts_from_the_same_logits_whatever_is_inserted(
 def test_lora_on_a_real_decoder_with_grouped_queries_agrees_with_torch(tmp_path: Path) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")
-    request = ExportRequest(model=str(STORIES), task="causal-lm", adapter="lora", depth=2)
+    request = ExportRequest(model=str(STORIES), task="causal-lm", adapter="lora", depth=2, depths=(2,))
     summary = export_bundle(request, tmp_path / "bundle")
     # rank 8 on query (64, 64) and value (64, 32) of 2 blocks: 2 · 8 · (128 + 96)
     assert summary.trained_numbers == 3_584

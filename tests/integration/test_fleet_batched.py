@@ -62,7 +62,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fleet")
     save_tiny_model(directory / "model")
     wanted = ExportRequest(
-        model=str(directory / "model"), labels=("a", "b"), bottleneck=8, rank=2, depth=1, max_tokens=32
+        model=str(directory / "model"),
+        labels=("a", "b"),
+        bottleneck=8,
+        rank=2,
+        depth=1,
+        depths=(),
+        max_tokens=32,
     )
     export_bundle(wanted, directory / "bundle", verify=False)
     rows = some_examples(open_bundle(directory / "bundle"), WORDS, 120, seed=0)

@@ -44,6 +44,7 @@ def bundles(kind: AdapterKind, tmp_path_factory: pytest.TempPathFactory) -> tupl
             adapter=kind,
             rank=rank,
             max_tokens=32,
+            depths=(),
             bottleneck=8 if kind == "tt" else None,
             alpha=2.0 * rank if kind == "lora" else None,
         )

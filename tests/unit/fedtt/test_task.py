@@ -17,6 +17,7 @@ from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
 from fedtt.task import RoundSpec, TaskSpec, TrainingSpec, parse_task
+from tests.support.adapters import small_adapter
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "task.md").read_text()
 EXAMPLE = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)[0]
@@ -142,8 +143,8 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    # 3 of the task, 6 of rounds, 8 of training, 4 of codecs, 7 of methods, 4 of evaluation
-    assert len(_ranges()) == 32
+    # 3 of the task, 6 of rounds, 9 of training, 4 of codecs, 7 of methods, 4 of evaluation
+    assert len(_ranges()) == 33
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")
@@ -272,3 +273,18 @@ def test_a_file_that_is_no_task_is_refused(text: str, complaint: str) -> None:
 def test_every_method_of_the_union_can_be_named_in_a_task(kind: type[FedAvg]) -> None:
     name = str(kind.__struct_config__.tag)
     assert type(parse_task(with_setting("method.name", f'"{name}"')).method) is kind
+
+
+def test_a_depth_leaves_the_lower_blocks_out_of_what_the_method_trains() -> None:
+    adapter = small_adapter("tt", hidden=8, layers=3, head="dense")
+    task = parse_task(LEAST + "[training]\ndepth = 2")
+    task.check(adapter)
+    live = task.live(adapter, 1)
+    assert {adapter.block_of(index) for index in live.indices} == {1, 2, None}
+    with pytest.raises(ConfigError, match=r"training\.depth = 4 .*at most 3, the bundle's adapted blocks"):
+        parse_task(LEAST + "[training]\ndepth = 4").check(adapter)
+
+
+def test_a_depth_is_refused_where_the_method_sets_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"training\.depth = 1 .*none with hier-fedtt"):
+        parse_task(LEAST + '[training]\ndepth = 1\n[method]\nname = "hier-fedtt"')
