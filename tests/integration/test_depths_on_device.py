@@ -46,7 +46,7 @@ def request(
         bundle=bundle.digest,
         version=version_digest(version),
         version_number=0,
-        round=round_number,
+        round=1,
         live=adapter.live_at(1, adapter.layout.everything).indices,
         training=TrainingSpec(optimiser="sgd", momentum=0.0, learning_rate=0.01, local_steps=6, batch_size=4),
         codec=CodecSpec(quantise="fp32"),
