@@ -122,6 +122,9 @@ class _Lasting:
 class Torch:
     """A Backend of batched training and a Runtime that judges, above the blocks that are never trained."""
 
+    name: RuntimeName = "onnxruntime"
+    depths: tuple[int, ...] = ()
+
     def __init__(self, bundle: Bundle, base: Base, activations: Activations) -> None:
         manifest = bundle.manifest
         self.cut = manifest.adapter.blocks.start
@@ -144,6 +147,12 @@ class Torch:
         return losses.detach().float().numpy(), gradient.float().numpy()
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        raise NotImplementedError("the pool trains; this judges")
+
+    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Theta:
+        raise NotImplementedError("the pool trains; this judges")
+
+    def gradient_above(self, theta: Theta, hidden: Theta, batch: Batch, depth: int) -> tuple[float, Theta]:
         raise NotImplementedError("the pool trains; this judges")
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
