@@ -31,7 +31,8 @@ def stored(path: Path) -> list[Result]:
 def run(name: str, plan: Plan, until: float, results: Path = RESULTS) -> None:
     """Choose each arm's learning rate, then run what is not in a results file yet.
 
-    Several processes may do this together: each takes runs that no other has begun.
+    Several processes may do this together: each takes runs that no other has begun, and returns when there
+    are none.
     """
     path = results / f"{name}.jsonl"
     while time.time() < until:
@@ -50,6 +51,8 @@ def run(name: str, plan: Plan, until: float, results: Path = RESULTS) -> None:
                     _append(path, case, rate)
                     break
         else:
+            if all(rate is not None for _, rate in waiting):
+                return  # others are at the rest
             time.sleep(_WAITED_S)
 
 
