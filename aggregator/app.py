@@ -19,7 +19,8 @@ from msgspec import Struct
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
-from aggregator.handling import BODY_S, SERVICE, answer, problems_as
+from aggregator.handling import BODY_S, KEYS, SERVICE, answer, limited, problems_as
+from aggregator.limits import Buckets, Rates
 from aggregator.request_meter import meter
 from aggregator.server_key import ServerKey
 from aggregator.service import Service
@@ -54,6 +55,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     blobs: str | None = None  #: directory or s3://BUCKET/PREFIX; None for blobs in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
+    rates: Rates = Rates()  #: of requests to the devices' listener
+    forwarded: bool = False  #: whether a proxy in front says in X-Forwarded-For whom it stands for
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
     tls_key: Path | None = None  #: its key in PEM
     server_key: Path | None = None  #: signs answers to check-ins, for devices that trust its release key
@@ -69,9 +72,16 @@ class Listening(Struct, frozen=True, kw_only=True):
     service: Service
 
 
-def device_app(service: Service, *, body_s: float = BODY_LIMIT_S) -> web.Application:
-    app = web.Application(middlewares=[problems_as(answer, candid=False)])
-    app[SERVICE], app[BODY_S] = service, body_s
+def device_app(
+    service: Service,
+    *,
+    body_s: float = BODY_LIMIT_S,
+    rates: Rates = Rates(),  # noqa: B008  # a frozen value
+    forwarded: bool = False,
+) -> web.Application:
+    limit = limited(rates, forwarded=forwarded)
+    app = web.Application(middlewares=[problems_as(answer, candid=False), limit])
+    app[SERVICE], app[BODY_S], app[KEYS] = service, body_s, Buckets(rates.key)
     add_device_routes(app)
     return app
 
@@ -105,7 +115,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         enrolment_token = secret_file(config.data / "enrolment-token")
         token = Token(sha256=token_sha256(enrolment_token), uses_left=None, expires_at=None)
         await service.writer.run(lambda tx: tx.put_token(token))
-        devices = device_app(service, body_s=config.body_s)
+        devices = device_app(service, body_s=config.body_s, rates=config.rates, forwarded=config.forwarded)
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)
         counted = partial(meter, service.metrics)

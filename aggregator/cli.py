@@ -96,6 +96,11 @@ def _register_serve(commands: Commands) -> None:
         help="share the devices' port with other servers on one PostgreSQL",
     )
     serve.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="believe X-Forwarded-For, so that rates are counted by the addresses that a proxy saw",
+    )
+    serve.add_argument(
         "--tls-cert",
         type=Path,
         help="certificate chain in PEM, for both listeners (default: no TLS, or a proxy's)",
@@ -317,6 +322,7 @@ def _serve(args: argparse.Namespace) -> None:
     import logging
 
     from aggregator.app import ServerConfig
+    from aggregator.limits import raise_file_limit
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -330,11 +336,13 @@ def _serve(args: argparse.Namespace) -> None:
         database=args.database,
         blobs=args.blobs,
         server_key=args.server_key,
+        forwarded=args.behind_proxy,
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,
         reuse_port=args.reuse_port,
     )
     sys.setswitchinterval(_SWITCH_S)
+    raise_file_limit()
     asyncio.run(_serve_until_stopped(config, as_json=args.json))
 
 

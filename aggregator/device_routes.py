@@ -7,8 +7,8 @@ import asyncio
 from aiohttp import web
 
 from aggregator.auth import claim_of, verify, verify_key
-from aggregator.handling import SERVICE, ProblemError, answer, checked, read_body, read_message
-from aggregator.problems import bad_signature, not_found
+from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
+from aggregator.problems import bad_signature, not_found, too_many
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
 from fedtt.signature import Signed, content_digest, hex_digest
@@ -31,6 +31,8 @@ async def _sender(request: web.Request) -> Signed:
     claim, signature = _claim(request)
     if problem := verify(claim, signature, await service.device(claim.device), service.clock.now()):
         raise ProblemError(problem)
+    if wait_s := request.app[KEYS].take(claim.device, service.clock.now()):
+        raise ProblemError(too_many("this device"), wait_s)
     return claim
 
 

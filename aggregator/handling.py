@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
@@ -11,25 +13,37 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from aggregator.problems import internal, malformed, not_allowed, not_found, storage_failed, too_large
+from aggregator.limits import Buckets, Rates, address_range
+from aggregator.problems import (
+    internal,
+    malformed,
+    not_allowed,
+    not_found,
+    storage_failed,
+    too_large,
+    too_many,
+)
 from aggregator.service import Service
 from fedtt.errors import FedttError, StorageError, WireError
 from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, decode, encode
 
 __all__ = [
     "BODY_S",
+    "KEYS",
     "SERVICE",
     "ProblemError",
     "answer",
     "body_pieces",
     "checked",
     "json_answer",
+    "limited",
     "problems_as",
     "read_body",
     "read_message",
 ]
 
 SERVICE = web.AppKey("service", Service)
+KEYS = web.AppKey("keys", Buckets)  #: what each device's key may still send
 BODY_S = web.AppKey("body_s", float)
 _BUSY_RETRY_S = 2
 _log = logging.getLogger("fedtt.aggregator")
@@ -42,8 +56,8 @@ Refuse = Callable[[web.Request, Problem, int], web.Response]
 class ProblemError(FedttError):
     """Carries a Problem out of a handler to the middleware."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, retry_after_s: float = _BUSY_RETRY_S) -> None:
+        self.problem, self.retry_after_s = problem, retry_after_s
         super().__init__(problem.detail)
 
 
@@ -52,6 +66,21 @@ def checked(value: M | Problem) -> M:
     if isinstance(value, Problem):
         raise ProblemError(value)
     return value
+
+
+def limited(rates: Rates, *, forwarded: bool) -> Middleware:
+    """Middleware: no range of addresses asks for more than it may; nothing of a refused request is read."""
+    buckets = Buckets(rates.addresses)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        told = request.headers.get("X-Forwarded-For") if forwarded else None
+        name = address_range(request.remote, told)
+        if name is not None and (wait_s := buckets.take(name, time.monotonic())):
+            raise ProblemError(too_many(name), wait_s)
+        return await handler(request)
+
+    return middleware
 
 
 async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
@@ -104,11 +133,16 @@ def problems_as(render: Render, *, candid: bool) -> Middleware:
     candid: whether whoever asks may read what is wrong with the server's own files.
     """
 
-    def refuse(request: web.Request, problem: Problem, status: int | None = None) -> web.Response:
+    def refuse(
+        request: web.Request,
+        problem: Problem,
+        status: int | None = None,
+        retry_after_s: float = _BUSY_RETRY_S,
+    ) -> web.Response:
         request.app[SERVICE].metrics.refused(problem.code)
         response = render(problem, status or STATUS[problem.code])
-        if problem.code is Code.BUSY:
-            response.headers["Retry-After"] = str(_BUSY_RETRY_S)
+        if problem.code in {Code.BUSY, Code.TOO_MANY}:
+            response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
         return response
 
     @web.middleware
@@ -116,7 +150,7 @@ def problems_as(render: Render, *, candid: bool) -> Middleware:
         try:
             return await handler(request)
         except ProblemError as error:
-            return refuse(request, error.problem)
+            return refuse(request, error.problem, retry_after_s=error.retry_after_s)
         except web.HTTPException as error:
             if error.status < 400:
                 raise

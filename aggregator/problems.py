@@ -25,6 +25,7 @@ __all__ = [
     "storage_failed",
     "taken_name",
     "too_large",
+    "too_many",
     "unknown_device",
     "unknown_lease",
 ]
@@ -120,6 +121,14 @@ def storage_failed(why: str) -> Problem:
         code=Code.BUSY,
         detail=(why or "the server cannot use its storage now; nothing was changed")[:500],
         remedy="send the same again once whoever runs the server has seen to it",
+    )
+
+
+def too_many(who: str) -> Problem:
+    return Problem(
+        code=Code.TOO_MANY,
+        detail=f"{who} sent more requests than may come from there",
+        remedy="send the same again after the time in Retry-After",
     )
 
 

@@ -58,7 +58,7 @@ from fedtt.wire import update_digest, with_label_counts
 __all__ = ["Device", "DeviceConfig"]
 
 #: Refusals that may pass; any other answer to an upload is final.
-_PASSING = {Code.BUSY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
+_PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
 
 #: What a failed training is called towards the server; DataError and the like may quote private data.
 _FAILURES: dict[type[FedttError], FailureCode] = {

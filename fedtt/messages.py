@@ -222,6 +222,7 @@ class Code(Enum):
     CONFLICT = "conflict"  #: the same lease with other bytes, or the same name again
     STALE = "stale"  #: the round has closed or the base version is too old
     TOO_LARGE = "too_large"
+    TOO_MANY = "too_many"  #: more requests than one device or one range of addresses may send
     BUSY = "busy"  #: come back after the time in Retry-After
     INTERNAL = "internal"  #: a bug; the request changed nothing
 
@@ -242,6 +243,7 @@ STATUS: dict[Code, int] = {
     Code.CONFLICT: 409,
     Code.STALE: 410,
     Code.TOO_LARGE: 413,
+    Code.TOO_MANY: 429,
     Code.BUSY: 503,
     Code.INTERNAL: 500,
 }
