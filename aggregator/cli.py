@@ -63,6 +63,7 @@ def register(commands: Commands) -> None:
     revoke.add_argument("device", help="its id, as `fedtt device list` shows it")
     _register_tokens(commands)
     _register_people(commands)
+    _register_doctor(commands)
 
 
 def _register_serve(commands: Commands) -> None:
@@ -94,6 +95,12 @@ def _register_serve(commands: Commands) -> None:
         "--reuse-port",
         action="store_true",
         help="share the devices' port with other servers on one PostgreSQL",
+    )
+    serve.add_argument(
+        "--drain-s",
+        type=float,
+        default=0.0,
+        help="seconds to go on serving after SIGTERM while /readyz says no (default %(default)s)",
     )
     serve.add_argument(
         "--behind-proxy",
@@ -215,6 +222,38 @@ def _register_tokens(commands: Commands) -> None:
     )
     create.add_argument("--uses", type=int, help="devices it enrols (default any number)")
     create.add_argument("--expires-s", type=float, help="seconds for which it is good (default for ever)")
+
+
+def _register_doctor(commands: Commands) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from aggregator.doctor import run
+
+        return run(args)
+
+    doctor = add_command(
+        commands,
+        "doctor",
+        about="check a deployment on this machine, and say what to fix",
+        examples="fedtt doctor --data /var/lib/fedtt",
+        run=run,
+    )
+    doctor.add_argument(
+        "--data",
+        type=Path,
+        default=Path("fedtt-server"),
+        help="the server's directory (default %(default)s)",
+    )
+    for option, about in {
+        "--tls-cert": "its certificate chain",
+        "--tls-key": "the chain's key",
+        "--server-key": "its key by `fedtt key delegate`",
+    }.items():
+        doctor.add_argument(option, type=Path, help=about)
+    doctor.add_argument(
+        "--database",
+        default=os.environ.get("FEDTT_DATABASE"),
+        help="SQLAlchemy URL (default $FEDTT_DATABASE, or SQLite in the data directory)",
+    )
 
 
 def _register_people(commands: Commands) -> None:
@@ -343,10 +382,10 @@ def _serve(args: argparse.Namespace) -> None:
     )
     sys.setswitchinterval(_SWITCH_S)
     raise_file_limit()
-    asyncio.run(_serve_until_stopped(config, as_json=args.json))
+    asyncio.run(_serve_until_stopped(config, drain_s=args.drain_s, as_json=args.json))
 
 
-async def _serve_until_stopped(config: Any, *, as_json: bool) -> None:
+async def _serve_until_stopped(config: Any, *, drain_s: float, as_json: bool) -> None:
     import signal
 
     from aggregator.app import serving
@@ -358,6 +397,8 @@ async def _serve_until_stopped(config: Any, *, as_json: bool) -> None:
     async with serving(config) as listening:
         _announce(listening, config.data, as_json=as_json)
         await stopped.wait()
+        listening.service.draining = True  # /readyz says so, and a balancer sends nobody any more
+        await asyncio.sleep(drain_s)
     if not as_json:
         print("stopped; everything acknowledged is on disk")
 

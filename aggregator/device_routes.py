@@ -8,7 +8,7 @@ from aiohttp import web
 
 from aggregator.auth import claim_of, verify, verify_key
 from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
-from aggregator.problems import bad_signature, not_found, too_many
+from aggregator.problems import bad_signature, busy, not_found, too_many
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
 from fedtt.signature import Signed, content_digest, hex_digest
@@ -161,9 +161,19 @@ async def healthz(_: web.Request) -> web.Response:
     return web.json_response({"ok": True})
 
 
+async def readyz(request: web.Request) -> web.Response:
+    """Whether a balancer may send devices here: 503 while the server stops or its ledger cannot be read."""
+    service = request.app[SERVICE]
+    if service.draining:
+        raise ProblemError(busy("this server is about to stop"))
+    await service.read(lambda tx: tx.last_audit())
+    return web.json_response({"ready": True})
+
+
 def add_device_routes(app: web.Application) -> None:
     lease = "/v1/leases/{lease:[0-9a-f]{32}}"
     app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
     app.router.add_post("/v1/enroll", enroll)
     app.router.add_post("/v1/check-in", check_in)
     app.router.add_get("/v1/bundles/{sha256:[0-9a-f]{64}}/{file}", bundle_file)

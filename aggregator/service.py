@@ -64,6 +64,7 @@ class Service:
         self.coordinator = Coordinator(self.lifecycle)
         self.metrics = Metrics()
         self.started_at = clock.now()
+        self.draining = False  #: about to stop: no longer ready for new devices
         self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread
         self.writer: Writer | InlineWriter = (

@@ -87,3 +87,12 @@ async def test_two_thousand_slow_connections_do_not_starve_an_honest_device(tmp_
         assert sorted(took_s)[-2] < 1.0, sorted(took_s)[-5:]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_a_server_that_is_about_to_stop_is_alive_and_not_ready(tmp_path: Path) -> None:
+    async with served(tmp_path, task_text()) as server, server.device() as device:
+        assert (await server.raw("GET", "/readyz")).body == b'{"ready": true}'
+        server.service.draining = True
+        refused(await server.raw("GET", "/readyz"), Code.BUSY, "about to stop")
+        assert (await server.raw("GET", "/healthz")).status == 200
+        await device.work()  # who came before is served to the end
