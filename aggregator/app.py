@@ -21,6 +21,7 @@ from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, KEYS, SERVICE, answer, limited, problems_as
 from aggregator.limits import Buckets, Rates
+from aggregator.logs import tell_request
 from aggregator.request_meter import meter
 from aggregator.server_key import ServerKey
 from aggregator.service import Service
@@ -81,6 +82,7 @@ def device_app(
 ) -> web.Application:
     limit = limited(rates, forwarded=forwarded)
     app = web.Application(middlewares=[problems_as(answer, candid=False), limit])
+    app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S], app[KEYS] = service, body_s, Buckets(rates.key)
     add_device_routes(app)
     return app
@@ -89,6 +91,7 @@ def device_app(
 def admin_app(service: Service, admin_token: str, *, body_s: float = BODY_LIMIT_S) -> web.Application:
     secret = require_token(token_sha256(admin_token))
     app = web.Application(middlewares=[problems_as(admin_problem, candid=True), secret])
+    app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S] = service, body_s
     add_admin_routes(app)
     return app

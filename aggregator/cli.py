@@ -96,6 +96,7 @@ def _register_serve(commands: Commands) -> None:
         action="store_true",
         help="share the devices' port with other servers on one PostgreSQL",
     )
+    serve.add_argument("--log-json", action="store_true", help="write the log as JSON, an object a line")
     serve.add_argument(
         "--drain-s",
         type=float,
@@ -358,14 +359,11 @@ def _token_text(text: str, field: str, shown: str) -> str:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    import logging
-
     from aggregator.app import ServerConfig
     from aggregator.limits import raise_file_limit
+    from aggregator.logs import set_up_log
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # bytes that are no HTTP are no news
+    set_up_log(as_json=args.log_json)
     config = ServerConfig(
         data=args.data,
         host=args.host,

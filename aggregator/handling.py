@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from aggregator.limits import Buckets, Rates, address_range
+from aggregator.logs import name_request
 from aggregator.problems import (
     internal,
     malformed,
@@ -147,6 +148,7 @@ def problems_as(render: Render, *, candid: bool) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        name_request(request)
         try:
             return await handler(request)
         except ProblemError as error:

@@ -1,0 +1,67 @@
+"""The server's log: a line for each thing worth knowing, as text or as JSON, with the request it is about."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import sys
+from contextvars import ContextVar
+
+import msgspec
+from aiohttp import web
+
+__all__ = ["REQUEST_HEADER", "REQUEST_ID", "name_request", "set_up_log", "tell_request"]
+
+REQUEST_HEADER = "X-Request-ID"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  #: of the request being answered
+_NAME = web.RequestKey("request_id", str)
+_GIVEN = re.compile("[A-Za-z0-9._-]{1,64}")
+
+
+def name_request(request: web.Request) -> None:
+    """Take the name that a proxy gave the request, or give it one: it stands in the log and in the answer."""
+    given = request.headers.get(REQUEST_HEADER, "")
+    name = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
+    request[_NAME] = name  # the answer leaves from another task than the handler's
+    REQUEST_ID.set(name)
+
+
+async def tell_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal handler: whoever reports an answer can say which line of the log is about it."""
+    if name := request.get(_NAME):
+        response.headers[REQUEST_HEADER] = name
+
+
+class _Text(logging.Formatter):
+    """For people: the time, the request where there is one, and what was said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = REQUEST_ID.get()
+        return f"{self.formatTime(record)} {f'[{name}] ' if name else ''}{super().format(record)}"
+
+
+class _Json(logging.Formatter):
+    """For programs: one object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "at": record.created,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if name := REQUEST_ID.get():
+            fields["request"] = name
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields).decode()
+
+
+def set_up_log(*, as_json: bool) -> None:
+    """Write the log of this process to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if as_json else _Text("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # bytes that are no HTTP are no news
