@@ -41,6 +41,9 @@ _PASSING = {
     "57": "the server is going down or ended the connection",
 }
 
+#: in what a server says that takes no connections now; of others it refuses, libpq gives no SQLSTATE either
+_SOON = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots", "terminating")
+
 
 def is_postgresql(database: str) -> bool:
     return database.partition("://")[0].partition("+")[0] in {"postgresql", "postgres"}
@@ -67,7 +70,8 @@ class PostgresqlBackend:
         state = getattr(cause, "sqlstate", None) or ""
         if state[:2] == "23":
             return StorageError(f"{self.where}: the ledger refuses this row: {said}")
-        if state[:2] == "28" or state == "3D000":
+        refused = not state and "FATAL:" in said and not any(words in said for words in _SOON)
+        if refused or state[:2] == "28" or state == "3D000":
             return StorageError(f"{self.where}: {said}: see that user, password and database are right")
         if state == "42501":
             return StorageError(f"{self.where}: {said}: make this user the owner of its database")

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from sqlalchemy import Connection
+
+from fedtt.errors import UnavailableError
 from storage.backend import Backend, errors_in_words, open_backend
 from storage.migrate import upgrade
 from storage.sql_transaction import SqlTransaction
 
-__all__ = ["SqlStore"]
+__all__ = ["SqlStore", "change_schema"]
+
+_ATTEMPTS = 6
+_APART_S = 0.5
+
+
+def change_schema(backend: Backend, change: Callable[[Connection], None]) -> None:
+    """Change the tables with traffic on, in one transaction.
+
+    On PostgreSQL a change and a reader may wait for one another; one of the two is given up, and tries again.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            with errors_in_words(backend), backend.writer.begin() as connection:
+                change(connection)
+        except UnavailableError:
+            if not left:
+                raise
+            time.sleep(_APART_S)
+        else:
+            return
 
 
 class SqlStore:
@@ -30,8 +54,7 @@ class SqlStore:
         """
         store = cls(open_backend(database, busy_timeout_s=busy_timeout_s))
         try:
-            with errors_in_words(store._backend), store._backend.writer.begin() as connection:
-                upgrade(connection, store.where)
+            change_schema(store._backend, lambda connection: upgrade(connection, store.where))
         except BaseException:
             store.close()
             raise

@@ -253,5 +253,18 @@ def test_the_golden_work_is_written_and_read_byte_for_byte() -> None:
     assert decode(golden, ANSWER) == WORK
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("enroll", Enroll(public_key=bytes(range(32)), token="ab" * 24, client="fedtt 0.1.0")),
+        ("check-in", CheckIn(client="fedtt 0.1.0", runtimes=("onnxruntime",), examples=42)),
+        ("failure", Failure(code=FailureCode.CONDITIONS, detail="battery")),
+    ],
+)
+def test_what_the_first_clients_send_is_understood(name: str, message: Message) -> None:
+    golden = bytes.fromhex((GOLDEN / f"first-{name}.hex").read_text())
+    assert decode(golden, type(message)) == message
+
+
 def test_a_devices_name_is_the_beginning_of_its_keys_hash() -> None:
     assert device_id(bytes(32)) == hashlib.sha256(bytes(32)).hexdigest()[:32]

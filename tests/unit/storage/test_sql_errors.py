@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtt.errors import StorageError
+from fedtt.errors import StorageError, UnavailableError
 from storage.sql import SqlStore
 from tests.support import ledger
+from tests.support.postgresql import empty_store, needs_postgresql, server
 
 NOBODY = 65534
 
@@ -215,3 +216,42 @@ def test_a_transaction_that_met_a_full_disk_cannot_commit_even_where_the_error_i
             assert tx.device(ledger.device("carol").id) is None
         with store.transaction() as tx:  # the connection is sound again
             tx.put_device(ledger.device("alice", examples=8))
+
+
+def test_a_postgresql_that_does_not_answer_is_named_without_its_password() -> None:
+    with pytest.raises(UnavailableError) as caught:
+        SqlStore.open("postgresql+psycopg://me:secret@127.0.0.1:1/db")
+    message = str(caught.value)
+    assert "postgresql+psycopg://me:***@127.0.0.1:1/db: the server cannot be reached" in message
+    assert "\n" not in message
+
+
+@needs_postgresql
+def test_a_database_of_postgresql_that_is_not_there_is_named() -> None:
+    with pytest.raises(StorageError, match="see that user, password and database are right"):
+        SqlStore.open(server().url("nowhere"))
+
+
+@needs_postgresql
+def test_another_programs_postgresql_is_named_and_left_alone() -> None:
+    url = server().new_database()
+    name = url.rpartition("/")[2]
+    server().sql("CREATE TABLE photos (id INTEGER)", name)
+    with pytest.raises(StorageError, match="the database belongs to another program: name another one"):
+        SqlStore.open(url)
+    assert server().sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", name) == [("photos",)]
+    server().drop(url)
+
+
+@needs_postgresql
+def test_a_server_whose_connection_is_ended_goes_on_with_the_next_transaction() -> None:
+    with closing(empty_store()) as store:
+        with store.transaction() as tx:
+            ledger.open_round(tx)
+        server().sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fedtt'"
+        )
+        with store.reading() as tx:
+            assert tx.device(ledger.device().id) == ledger.device()
+        with store.transaction() as tx:
+            ledger.upload(tx)
