@@ -25,6 +25,8 @@ ROWS = {
     "herd": "10,000 check-ins at the same moment, and when they come back",
     "full-disk": "the disk full under load, then with room again",
     "power": "power cuts that lose what was not synced",
+    "attacks": "bombs, floods, endless bodies and 2,000 slow connections beside honest devices",
+    "soak": "an hour under steady load",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }

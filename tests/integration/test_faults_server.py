@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.attacks import attacked
 from benchmarks.faults.full_disk import filled
 from benchmarks.faults.herd import herd
 from benchmarks.faults.hostile import bounded
@@ -75,3 +76,12 @@ async def test_a_herd_of_check_ins_is_answered_and_comes_back_spread_out(setting
         pytest.skip(outcome.skipped)
     assert outcome.figures["answered"] == 300
     assert float(outcome.figures["arrivals_spread_s"]) > 90  # of 100 s over which they are told to return
+
+
+async def test_honest_devices_go_on_while_others_flood_and_stall(setting: Setting) -> None:
+    outcome = await attacked(setting, slow=100, seconds=2)
+    assert wrong(outcome) == {}
+    assert (outcome.figures["died"], outcome.figures["server_errors"]) == (0, 0)
+    assert int(outcome.figures["acknowledged"]) > 0
+    taken = [name for name, value in outcome.figures.items() if name.endswith("_taken") and value]
+    assert taken == []
