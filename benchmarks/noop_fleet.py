@@ -161,7 +161,7 @@ def _most_resident_mb() -> float:
 @contextmanager
 def _store(machinery: Machinery, directory: Path) -> Iterator[Store]:
     if machinery != "sqlite":
-        yield MemoryStore(keep_rounds=2)
+        yield MemoryStore(keep_rounds=1)  # late updates of a synchronous round are refused, known or not
         return
     from storage.sql import SqlStore  # its libraries take memory of their own
 
