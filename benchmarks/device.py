@@ -191,7 +191,7 @@ def onnxruntime_steps(bundle: Path, seed: int, steps: int) -> dict[str, float]:
 
 
 def cached_steps(bundle: Path, seed: int, steps: int) -> dict[str, float]:
-    """Steps of the last two blocks as a client takes them: the first computes activations, the others read."""
+    """Steps of the last two blocks as a client takes them; the first computes what the others read."""
     from edge_client.activations import FileActivations
     from edge_client.bundle import open_bundle
     from edge_client.frozen_prefix import FrozenPrefix
