@@ -277,9 +277,10 @@ def test_the_golden_work_is_written_and_read_byte_for_byte() -> None:
         ("enroll", Enroll(public_key=bytes(range(32)), token="ab" * 24, client="fedtt 0.1.0")),
         ("check-in", CheckIn(client="fedtt 0.1.0", runtimes=("onnxruntime",), examples=42)),
         ("failure", Failure(code=FailureCode.CONDITIONS, detail="battery")),
+        ("work", WORK),
     ],
 )
-def test_what_the_first_clients_send_is_understood(name: str, message: Message) -> None:
+def test_what_the_first_release_sends_is_understood(name: str, message: Message) -> None:
     golden = bytes.fromhex((GOLDEN / f"first-{name}.hex").read_text())
     assert decode(golden, type(message)) == message
 
