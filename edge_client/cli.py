@@ -129,6 +129,12 @@ def _add_run(commands: Commands) -> None:
     run.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads to train with (%(default)s)"
     )
+    run.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "executorch"),
+        default="onnxruntime",
+        help="what runs the graphs (%(default)s); the bundle must be exported for it",
+    )
 
 
 def _add_data(commands: Commands) -> None:

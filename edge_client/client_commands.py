@@ -18,6 +18,7 @@ from edge_client.device import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
+from edge_client.executorch_runtime import executorch_runtimes
 from edge_client.home import Home
 from edge_client.journal import read_state
 from edge_client.local_trainer import LocalTrainer
@@ -58,6 +59,9 @@ def run(args: Namespace) -> int:
         return asyncio.run(_run(args, home, server, store, move=bool(old_server)))
 
 
+_RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
+
+
 async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *, move: bool) -> int:
     config = DeviceConfig(
         token=args.token or os.environ.get("FEDTT_TOKEN", ""),
@@ -79,7 +83,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         release_key=parse_public_key(args.release_key, "--release-key") if args.release_key else b"",
         cache=args.cache,
         cache_limit_bytes=args.cache_limit_mb << 20,
-        trainer=LocalTrainer(onnx_runtimes(args.threads)),
+        trainer=LocalTrainer(_RUNTIMES[args.runtime](args.threads)),
         observe=show,
     ) as device:
         device.consent()

@@ -106,7 +106,14 @@ async def open_device(
         transport = open_transport(place, journal, server, time, traffic, move=move)
         if release_key:
             journal.update(release_key=release_key)
-        bundles = BundleCache(cache or place.bundles, time, limit_bytes=cache_limit_bytes, observe=observe)
+        trainer = trainer or LocalTrainer(onnx_runtimes(threads))
+        bundles = BundleCache(
+            cache or place.bundles,
+            time,
+            runtime=trainer.runtime,
+            limit_bytes=cache_limit_bytes,
+            observe=observe,
+        )
         try:
             yield Device(
                 config,
@@ -115,7 +122,7 @@ async def open_device(
                 transport=transport,
                 examples=examples,
                 bundles=bundles,
-                trainer=trainer or LocalTrainer(onnx_runtimes(threads)),
+                trainer=trainer,
                 versions=FileVersions(place.versions),
                 activations=FileActivations(place.activations, config.activation_limit_mb << 20),
                 clock=time,

@@ -121,6 +121,10 @@ def _add_task(parser: ArgumentParser) -> None:
     group.add_argument("--labels", type=Path, help='JSON: ["no", "yes"] or {"labels": ["no", "yes"]}')
     group.add_argument("--head", help="label-names (default), tt or dense")
     group.add_argument("--head-rank", type=int, help="of a label-names or tt head (10)")
+    group.add_argument(
+        "--runtime", dest="runtimes", type=_names, default=("onnxruntime",), metavar="NAMES",
+        help="onnxruntime (always), and executorch beside it: onnxruntime,executorch",
+    )  # fmt: skip
     group.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut (%(default)s)")
 
 
@@ -158,7 +162,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 _REQUEST = (
     "model", "task", "head", "head_rank", "max_tokens", "adapter", "depth", "depths", "rank", "bottleneck",
-    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed",
+    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed", "runtimes",
 )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from fedtt.manifest import MANIFEST, DepthGraphs, Graphs, Manifest, ModelInfo, T
 from .base import Base, load_base
 from .bundle import check_target, file_entries, staged
 from .depths import step_above
+from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
-from .request import ExportRequest
+from .request import ExportRequest, RuntimeKind
 from .step import AdaptedModel, TrainingStep
 from .summary import Summary, summarise
 from .to_onnx import OPSET, STEP_OUTPUTS, convert, part_of, write_graphs
@@ -26,6 +27,7 @@ from .verify import verify_graphs
 __all__ = ["export_bundle"]
 
 _STEP, _EVAL, _WEIGHTS = "step.onnx", "eval.onnx", "base.bin"
+_REQUIRES: dict[RuntimeKind, str] = {"onnxruntime": "1.20", "executorch": EXECUTORCH}
 _TOKENIZER, _FACTORS = "tokenizer.json", "factors.safetensors"
 
 
@@ -51,7 +53,12 @@ def export_bundle(
     spec = request.plan(hidden=base.hidden, layers=len(base.blocks), projections=base.projections)
     model = AdaptedModel(base, spec, request.labels)
     with staged(out) as stage:
-        graphs = _write_graphs(model, request.cut_depths(spec), stage, report)
+        graphs: dict[RuntimeKind, Graphs] = {
+            "onnxruntime": _write_graphs(model, request.cut_depths(spec), stage, report)
+        }
+        if "executorch" in request.runtimes:
+            report("lowering the step to ExecuTorch (minutes)")
+            graphs["executorch"] = executorch_graphs(model, request.max_tokens, stage)
         base.tokenizer.enable_truncation(request.max_tokens)
         base.tokenizer.save(str(stage / _TOKENIZER))
         save_file(spec.layout.unflatten(initial_theta(spec, request.seed)), stage / _FACTORS)
@@ -89,7 +96,11 @@ def _cut_names(depth: int) -> DepthGraphs:
 
 
 def _manifest(
-    request: ExportRequest, base: Base, spec: AdapterSpec, graphs: Graphs, directory: Path
+    request: ExportRequest,
+    base: Base,
+    spec: AdapterSpec,
+    graphs: dict[RuntimeKind, Graphs],
+    directory: Path,
 ) -> Manifest:
     return Manifest(
         task=request.task,
@@ -105,9 +116,9 @@ def _manifest(
         tokenization=Tokenization(
             file=_TOKENIZER, pad_id=base.pad_id, min_tokens=MIN_TOKENS, max_tokens=request.max_tokens
         ),
-        graphs={"onnxruntime": graphs},
+        graphs=graphs,
         opset=OPSET,
-        requires={"onnxruntime": "1.20"},
+        requires={runtime: _REQUIRES[runtime] for runtime in graphs},
         initial=_FACTORS,
         files=file_entries(directory),
     )

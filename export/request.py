@@ -11,9 +11,10 @@ from fedtt.errors import ConfigError
 from fedtt.kinds import AdapterKind, HeadKind, HeadOnly, HeadSpec, Inserted, Site, Target
 from fedtt.planning import plan_adapter, plan_dense, plan_head, plan_lora, plan_tt
 
-__all__ = ["ExportRequest", "TaskKind"]
+__all__ = ["ExportRequest", "RuntimeKind", "TaskKind"]
 
 TaskKind = Literal["sequence-classification", "causal-lm"]
+RuntimeKind = Literal["onnxruntime", "executorch"]
 
 _OPTIONS: dict[AdapterKind, tuple[str, ...]] = {
     "tt": ("depth", "sites", "bottleneck", "rank", "hidden_modes", "bottleneck_modes"),
@@ -49,6 +50,7 @@ class ExportRequest:
     depths: tuple[int, ...] | None = None  #: at which the step is compiled over a cached prefix; up to 3
     max_tokens: int = 128  #: longer texts are cut
     seed: int = 0  #: of the factors' first values
+    runtimes: tuple[RuntimeKind, ...] = ("onnxruntime",)  #: with onnxruntime always, which judges versions
 
     def __post_init__(self) -> None:
         _check_one_of("task", self.task, TaskKind)
@@ -57,6 +59,8 @@ class ExportRequest:
         self._check_options()
         for site in self.sites or ():
             _check_one_of("sites", site, Site)
+        for runtime in self.runtimes:
+            _check_one_of("runtimes", runtime, RuntimeKind)
         for target in self.targets or ():
             _check_one_of("targets", target, Target)
 

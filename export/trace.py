@@ -83,14 +83,19 @@ def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Ten
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, tuple[str, ...]] = AXES
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[str, ...]] = AXES,
+    most: Mapping[str, int] | None = None,
 ) -> ExportedProgram:
     """Trace `module(*inputs)` on an example; the first sizes of each input, which `axes` names, stay dynamic.
 
-    Sizes of one name are one size. In the example no two names may have the same size, nor any 0 or 1.
+    Sizes of one name are one size, at most what `most` says of it. In the example no two names may have the
+    same size, nor any 0 or 1.
     """
     names = {name for named in axes.values() for name in named}
-    sizes = {name: Dim(name, min=MIN_TOKENS if name == "tokens" else 1) for name in sorted(names)}
+    least, most = {"tokens": MIN_TOKENS}, most or {}
+    sizes = {name: Dim(name, min=least.get(name, 1), max=most.get(name)) for name in sorted(names)}
     example = tuple(inputs.values())
     with torch.no_grad(), FlatProducts():
         graph = make_fx(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ TOLERANCE = 1e-5  #: largest allowed ‖graph - torch‖ / ‖torch‖
 class Difference(Struct, frozen=True, kw_only=True):
     """How far the graphs are from torch on one shape, ‖graph - torch‖ / ‖torch‖ of each output."""
 
+    runtime: str = "onnxruntime"
     batch: int
     tokens: int
     loss: float
@@ -48,7 +50,7 @@ class Difference(Struct, frozen=True, kw_only=True):
         return (
             f"{self.batch:>2} x {self.tokens:<4} {seen}  "
             f"loss {self.loss:.1e}  grad {self.grad:.1e}  logits {self.logits:.1e}  "
-            f"hidden {self.hidden:.1e}  above {self.above:.1e}"
+            f"hidden {self.hidden:.1e}  above {self.above:.1e}  {self.runtime}"
         )
 
 
@@ -70,6 +72,11 @@ def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> t
     longest = manifest.tokenization.max_tokens
     shapes = [TRACED, (1, MIN_TOKENS), (5, 17), (2, 64), (4, longest)]
     differences = tuple(comparison.on(batch, min(tokens, longest)) for batch, tokens in shapes)
+    if "executorch" in manifest.graphs:
+        run = _executorch(directory, manifest)
+        differences += tuple(
+            _on_executorch(run, model, batch, min(tokens, longest)) for batch, tokens in shapes
+        )
     for difference in differences:
         if not difference.largest <= TOLERANCE:
             raise BundleError(
@@ -82,6 +89,42 @@ def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> t
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _executorch(directory: Path, manifest: Manifest) -> Callable[[str, Iterable[Tensor]], list[Tensor]]:
+    """ExecuTorch's own bindings, which need torch: devices reach the same kernels without it."""
+    try:
+        with warnings.catch_warnings():  # it calls itself experimental
+            warnings.simplefilter("ignore")
+            from executorch.extension.pybindings.portable_lib import _load_for_executorch
+    except ImportError as error:
+        raise BundleError(f"{directory} cannot be verified ({error}): docs/executorch.md says how") from None
+    graphs = manifest.graphs["executorch"]
+    weights = str(directory / graphs.weights[0])
+    step, evaluation = (_load_for_executorch(str(directory / f), weights) for f in (graphs.step, graphs.eval))
+    programs = {"step": step, "eval": evaluation}
+    return lambda name, inputs: list(programs[name].forward(list(inputs)))
+
+
+def _on_executorch(
+    run: Callable[[str, Iterable[Tensor]], list[Tensor]], model: AdaptedModel, batch: int, tokens: int
+) -> Difference:
+    inputs = random_inputs(model, batch, tokens)
+    with torch.no_grad():
+        expected = TrainingStep(model)(*inputs.values())
+    found = run("step", inputs.values()) + run("eval", [inputs[name] for name in ("theta", "ids", "mask")])
+    pairs = zip(found, expected, strict=True)
+    loss, grad, logits = (_relative(got.numpy(), want.numpy()) for got, want in pairs)
+    return Difference(
+        runtime="executorch",
+        batch=batch,
+        tokens=tokens,
+        loss=loss,
+        grad=grad,
+        logits=logits,
+        hidden=0.0,
+        above=0.0,
+    )
 
 
 class _Comparison:

@@ -86,6 +86,7 @@ class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, ...
     ]  #: the files of weights that the graphs read beside their own: base.bin, base.ptd
     depths: tuple[DepthGraphs, ...] = ()  #: rising, none deeper than the adapter
+    rows: Annotated[int, Meta(ge=1)] | None = None  #: most rows of a batch, where the runtime plans for them
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,23 @@ def tiny_request(tiny_model: Path) -> ExportRequest:
 def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """428 trained numbers, 4 labels, at most 32 tokens."""
     return _export(tiny_request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for both runtimes; it takes half a minute to lower."""
+    pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
+    return _export(replace(tiny_request, runtimes=("onnxruntime", "executorch")), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def executorch_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with the shim, built here."""
+    from edge_client.executorch.build import build
+
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("SKIPPED: without a C++ compiler the ExecuTorch runtime is not tested")
+    return build(tmp_path_factory.mktemp("executorch"))
 
 
 @pytest.fixture(scope="session")

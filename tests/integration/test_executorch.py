@@ -1,0 +1,163 @@
+"""Training on ExecuTorch: verified, without torch in the process; a wrong library or base is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edge_client.bundle import Bundle, needed_files, open_bundle
+from edge_client.executorch.build import build, pack
+from edge_client.executorch_runtime import LIBRARY_VARIABLE, ExecutorchRuntime
+from edge_client.onnx_runtime import OnnxRuntime
+from edge_client.tokens import Batch, Tokens
+from export import verify_bundle
+from fedtt.errors import BundleError, ConfigError, RuntimeFailure
+from fedtt.layout import Theta
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bundle(executorch_bundle: Path) -> Bundle:
+    return open_bundle(executorch_bundle, "executorch")
+
+
+def first_theta(bundle: Bundle) -> Theta:
+    return bundle.manifest.adapter.layout.flatten(load_file(bundle.path(bundle.manifest.initial)))
+
+
+def some_batch(bundle: Bundle, rows: int = 3) -> Batch:
+    return Tokens(bundle).padded(
+        *[[5 + row, 6, 7] for row in range(rows)], labels=[row % 4 for row in range(rows)]
+    )
+
+
+def test_verify_compares_both_runtimes_with_torch(executorch_bundle: Path, tiny_model: Path) -> None:
+    differences = verify_bundle(executorch_bundle, str(tiny_model))
+    assert {d.runtime for d in differences} == {"onnxruntime", "executorch"}
+    assert max(d.largest for d in differences) <= 1e-5
+
+
+def test_a_device_downloads_the_files_of_its_own_runtime_alone(bundle: Bundle) -> None:
+    theirs = set(needed_files(bundle.manifest, "executorch"))
+    assert {"step.pte", "eval.pte", "base.ptd"} <= theirs
+    assert not theirs & {"step.onnx", "eval.onnx", "base.bin"}
+
+
+def test_one_file_holds_each_weight_once(executorch_bundle: Path) -> None:
+    """Both programs, forward and backward, read one copy of the base."""
+    ours, onnx = ((executorch_bundle / name).stat().st_size for name in ("base.ptd", "base.bin"))
+    assert ours < 1.4 * onnx  # alignment and names weigh something beside so small a base
+
+
+def test_a_process_that_trains_imports_no_torch(
+    executorch_bundle: Path, executorch_library: Path, bundle: Bundle
+) -> None:
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+from edge_client.bundle import open_bundle
+from edge_client.executorch_runtime import executorch_runtimes
+from edge_client.tokens import Tokens
+bundle = open_bundle(Path(sys.argv[1]), "executorch")
+theta = np.full(bundle.manifest.adapter.layout.size, 0.05, np.float32)
+batch = Tokens(bundle).padded([5, 6, 7], [6, 6, 7], [7, 6, 7], labels=[0, 1, 2])
+loss, gradient = executorch_runtimes().open(bundle).gradient(theta, batch)
+assert not {"torch", "executorch", "onnxruntime"} & set(sys.modules)
+print(loss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(executorch_bundle)],
+        env={**os.environ, LIBRARY_VARIABLE: str(executorch_library)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    theta = np.full(bundle.manifest.adapter.layout.size, 0.05, np.float32)
+    expected, _ = OnnxRuntime(open_bundle(executorch_bundle)).gradient(theta, some_batch(bundle))
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_missing_library_is_one_line_with_the_remedy(bundle: Bundle, tmp_path: Path) -> None:
+    runtime = ExecutorchRuntime(bundle, library=tmp_path / "none.so")
+    with pytest.raises(RuntimeFailure, match=r"not here \(none\.so\): install the fedtt-executorch wheel"):
+        runtime.gradient(first_theta(bundle), some_batch(bundle))
+
+
+def test_another_library_is_refused(bundle: Bundle, executorch_library: Path) -> None:
+    runtime = ExecutorchRuntime(bundle, library=executorch_library.with_name("libexecutorch.so"))
+    with pytest.raises(RuntimeFailure, match="not an ExecuTorch library of fedtt"):
+        runtime.gradient(first_theta(bundle), some_batch(bundle))
+
+
+def test_a_library_of_another_version_is_refused(bundle: Bundle, executorch_library: Path) -> None:
+    bundle.manifest.requires["executorch"] = "1.9.0"
+    try:
+        runtime = ExecutorchRuntime(bundle, library=executorch_library)
+        with pytest.raises(RuntimeFailure, match=r"needs ExecuTorch 1\.9\.0, the library here is of 1\.5\.1"):
+            runtime.logits(first_theta(bundle), some_batch(bundle))
+    finally:
+        bundle.manifest.requires["executorch"] = "1.5.1"
+
+
+def test_weights_of_another_base_are_refused_before_anything_runs(
+    bundle: Bundle, executorch_library: Path, tmp_path: Path
+) -> None:
+    """Each tensor bears the hash of its bytes, so the programs do not find theirs in another base's file."""
+    data = bundle.path("base.ptd").read_bytes()
+    names = set(re.findall(rb"t[0-9a-f]{32}", data))
+    assert names
+    for name in names:  # the same shapes under other names
+        data = data.replace(name, b"t" + name[:0:-1])
+    shutil.copytree(bundle.directory, tmp_path / "other")
+    (tmp_path / "other" / "base.ptd").write_bytes(data)
+    other = Bundle(directory=tmp_path / "other", digest=bundle.digest, manifest=bundle.manifest)
+    with pytest.raises(RuntimeFailure, match=r"does base\.ptd belong to it\?"):
+        ExecutorchRuntime(other, library=executorch_library).logits(first_theta(bundle), some_batch(bundle))
+
+
+def test_a_damaged_program_is_refused(bundle: Bundle, executorch_library: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle.directory, tmp_path / "damaged")
+    for contents in (b"", b"not a program", bundle.path("step.pte").read_bytes()[:2000]):
+        (tmp_path / "damaged" / "step.pte").write_bytes(contents)
+        damaged = Bundle(directory=tmp_path / "damaged", digest=bundle.digest, manifest=bundle.manifest)
+        with pytest.raises(RuntimeFailure, match=r"step\.pte cannot be loaded") as caught:
+            ExecutorchRuntime(damaged, library=executorch_library).gradient(
+                first_theta(bundle), some_batch(bundle)
+            )
+        assert "\n" not in str(caught.value)
+
+
+def test_more_rows_than_were_planned_for_are_refused(bundle: Bundle, executorch_library: Path) -> None:
+    runtime = ExecutorchRuntime(bundle, library=executorch_library)
+    with pytest.raises(RuntimeFailure, match="takes at most 32 rows, the batch has 33"):
+        runtime.gradient(first_theta(bundle), some_batch(bundle, 33))
+
+
+def test_a_wheel_holds_the_library_and_what_it_needs(executorch_library: Path, tmp_path: Path) -> None:
+    wheel = pack(executorch_library.parent, "linux_x86_64")
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    found = {path.name for path in (tmp_path / "fedtt_executorch").iterdir()}
+    assert executorch_library.name in found
+    assert len([name for name in found if name.endswith(".so")]) == 5
+    assert wheel.stat().st_size < 14e6
+
+
+def test_another_sdk_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "version.py").write_text('__version__ = "1.4.0"\n')
+    with pytest.raises(ConfigError, match=r"executorch 1\.5\.1"):
+        build(tmp_path / "out", tmp_path)
+
+
+def test_what_cannot_be_lowered_is_said_at_export(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no graphs for executorch"):
+        open_bundle(tiny_bundle, "executorch")
