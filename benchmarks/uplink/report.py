@@ -1,0 +1,132 @@
+"""What the arms say together: bytes to a target, ratios, and the curves as one SVG."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.claims.case import Point
+from benchmarks.uplink.arms import ArmResult
+
+__all__ = ["AGAINST", "Figures", "bytes_to", "figures_of", "plot"]
+
+OURS = "FedTT+ r5, ternary"
+FP32 = "FedTT r5, fp32"
+LORA_DENSE = "LoRA r8, dense head, fp32"
+LORA_FP32 = "LoRA r8, fp32"
+BELOW_POINTS = 1.0  #: bytes are counted to our final accuracy less this
+
+AGAINST = {
+    "ours": OURS,
+    "accuracy_gap_points": FP32,
+    "participation_bytes": LORA_FP32,
+    "uplink_bytes_lora_fp32, total_bytes_lora_fp32": LORA_DENSE,
+    "total_bytes_lora_coded": "the LoRA variant with our head and codec that has the target for fewest bytes",
+    "bytes": "of bodies: frames, check-ins and versions, head and metrics with them; no HTTP headers",
+}
+
+Figures = dict[str, float | None]
+Bytes = Callable[[Point], float]
+
+
+def sent(point: Point) -> float:
+    return point.sent_bytes
+
+
+def both_ways(point: Point) -> float:
+    return point.sent_bytes + point.received_bytes
+
+
+def bytes_to(results: Iterable[ArmResult], target: float, of: Bytes) -> float | None:
+    """Bytes of all devices until the judged accuracy first reaches a target, linear between two versions.
+
+    A mean over seeds; None where one of them never does.
+    """
+    found = [_crossing(result.curve, target, of) for result in results]
+    return fmean(x for x in found if x is not None) if found and None not in found else None
+
+
+def _crossing(curve: Sequence[Point], target: float, of: Bytes) -> float | None:
+    before = curve[0]
+    for point in curve:
+        low, high = before.accuracy or 0.0, point.accuracy or 0.0
+        if high >= target:
+            share = (target - low) / (high - low) if high > low else 1.0
+            return of(before) + share * (of(point) - of(before)) if point is not before else of(point)
+        before = point
+    return None
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return round(a / b, 1) if a is not None and b else None
+
+
+def figures_of(results: Iterable[ArmResult]) -> Figures:
+    """The summary; None for what the stored runs cannot say."""
+    arms: defaultdict[str, list[ArmResult]] = defaultdict(list)
+    for result in results:
+        arms[result.arm].append(result)
+    ours = arms[OURS]
+    if not ours:
+        return {}
+    final = _final(ours)
+    target = final - BELOW_POINTS / 100
+    coded_lora = {
+        name: bytes_to(runs, target, both_ways)
+        for name, runs in arms.items()
+        if "lora" in runs[0].method and runs[0].codec.coding == "range"
+    }
+    reached = [size for size in coded_lora.values() if size is not None]
+    frames = fmean(run.frame_bytes_mean for run in ours)
+    up, total = bytes_to(ours, target, sent), bytes_to(ours, target, both_ways)
+    return {
+        "uplink_mean_bytes": round(frames, 1),
+        "uplink_worst_bytes": max(run.frame_bytes_worst for run in ours),
+        "downlink_mean_bytes": round(fmean(run.received_bytes_mean for run in ours), 1),
+        "accuracy": round(final, 4),
+        "accuracy_gap_points": round(100 * (_final(arms[FP32]) - final), 2) if arms[FP32] else None,
+        "target_accuracy": round(target, 4),
+        "participation_bytes_lora_fp32_over_ours": _ratio(_frame(arms[LORA_FP32]), frames),
+        "uplink_bytes_lora_fp32_over_ours": _ratio(bytes_to(arms[LORA_DENSE], target, sent), up),
+        "total_bytes_lora_fp32_over_ours": _ratio(bytes_to(arms[LORA_DENSE], target, both_ways), total),
+        "total_bytes_lora_coded_over_ours": _ratio(min(reached, default=None), total),
+        "seeds": len(ours),
+    }
+
+
+def _final(runs: Sequence[ArmResult]) -> float:
+    return fmean(run.curve[-1].accuracy or 0.0 for run in runs)
+
+
+def _frame(runs: Sequence[ArmResult]) -> float | None:
+    return fmean(run.frame_bytes_mean for run in runs) if runs else None
+
+
+def plot(results: Iterable[ArmResult], path: Path) -> None:
+    """Accuracy against the bytes of all devices, up and both ways; one line for each arm's first seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    first = {result.arm: result for result in reversed(list(results))}
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
+    for axis, of, title in zip(axes, (sent, both_ways), ("up", "up and down"), strict=True):
+        for name, result in sorted(first.items()):
+            points = [point for point in result.curve if of(point)]
+            axis.plot(
+                [of(point) / 1e6 for point in points],
+                [100 * (point.accuracy or 0) for point in points],
+                marker=".",
+                label=name,
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel(f"megabytes {title}, all devices together")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on CLINC150, %")
+    axes[0].set_ylim(60, None)
+    axes[1].legend(fontsize="small", loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
