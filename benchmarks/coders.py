@@ -50,8 +50,8 @@ FORMS = {
 }
 
 
-def rounds() -> Iterator[tuple[LiveSet, list[Delta]]]:
-    """The live set and the deltas of each round, from a run that is made when first asked for."""
+def rounds(kept: Path | None) -> Iterator[tuple[LiveSet, list[Delta]]]:
+    """The live set and the deltas of each round; kept: the directory of such a run, else one is made."""
     plan = read_plan(PLAN)
     case = next(case for case in plan.cases() if case.arm.name == "exact FedTT r5, fp32")
     task = plan.task | {"rounds": {"count": ROUNDS, "cohort": COHORT}}
@@ -60,8 +60,9 @@ def rounds() -> Iterator[tuple[LiveSet, list[Delta]]]:
     data = prepared(case.set.name, judged_rows=1)
     options = case.settings("model")
     station = open_bench(options.pop("base", "minilm")).station(options, data.labels)
-    spec, directory = fleet_of(case, data, station), WORK / "deltas"
-    run_fleet(prepare(spec), directory, pool=station.pool, judge=station.judge)
+    spec, directory = fleet_of(case, data, station), kept or WORK / "deltas"
+    if kept is None:
+        run_fleet(prepare(spec), directory, pool=station.pool, judge=station.judge)
     adapter = station.bundle.manifest.adapter
     nothing = np.zeros(0, np.float32)
     state = ServerState(first=nothing, second=nothing, norms=nothing)  # of a task that has folded
@@ -197,9 +198,11 @@ def measure(
 
 
 def main() -> None:
-    args = arguments("coders", "bytes of real updates under each coder").parse_args()
+    parser = arguments("coders", "bytes of real updates under each coder")
+    parser.add_argument("--run", type=Path, help="of a fleet of exact FedTT in fp32: its directory")
+    args = parser.parse_args()
     with reporting("coders", args.out) as report:
-        data = [(live, deltas[:2] if args.quick else deltas) for live, deltas in rounds()]
+        data = [(live, deltas[:2] if args.quick else deltas) for live, deltas in rounds(args.run)]
         figures: dict[str, float] = {}
         for name, codec in FORMS.items():
             found = measure(report, name, codec, data)
@@ -208,7 +211,7 @@ def main() -> None:
         for name in ("int4", "int3", "ternary", "rms_1"):
             pairs = [rotated_errors(FORMS[name], live, delta) for live, deltas in data for delta in deltas]
             as_is, through = np.sum(pairs, axis=0)
-            figures[f"{name}_rotated_over_as_is_error"] = round(through / as_is, 3)
+            figures[f"{name}_rotated_over_as_is_error"] = round(float(through / as_is), 3)
         report.summary(figures, {"error": "of a round's mean delta, squared, over the mean's own square"})
 
 

@@ -84,9 +84,9 @@ NONSENSE = {
         "known settings here are",
         "cohort",
     ],
-    TASK.replace('"fp32"', '"int3"'): [
-        "codec.quantise = 'int3' is not allowed",
-        "one of 'fp32', 'int4', 'int8'",
+    TASK.replace('"fp32"', '"int5"'): [
+        "codec.quantise = 'int5' is not allowed",
+        "one of 'fp32', 'int2', 'int3'",
     ],
     TASK + "[method]\nname = 'fedsgd'\n": [
         "method.name = 'fedsgd' is not allowed",
