@@ -54,6 +54,7 @@ class Arm(_Part, frozen=True, kw_only=True):
 class Plan(_Part, frozen=True, kw_only=True):
     """One experiment. Settings of a set, a partition and an arm lie over the plan's own, in this order."""
 
+    number: int = 0  #: its place on the page, and in the queue
     title: str
     question: str
     reduced: str  #: what was made smaller than in the paper, and why
@@ -141,8 +142,9 @@ def _over(low: Settings, high: Settings) -> Settings:
 
 
 def plans() -> dict[str, Path]:
-    """name -> file of every experiment here."""
-    return {path.stem: path for path in sorted(HERE.glob("*.toml"))}
+    """name -> file of every experiment here, in their order."""
+    found = sorted(HERE.glob("*.toml"), key=lambda path: (read_plan(path).number, path))
+    return {path.stem: path for path in found}
 
 
 def read_plan(path: Path) -> Plan:
