@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir._serialize._cord import Cord
-from executorch.exir._serialize._named_data_store import NamedDataStore
-from executorch.exir._serialize.data_serializer import DataPayload
-from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
-from executorch.exir.dialects._ops import ops
-from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
+
+with warnings.catch_warnings():  # importing it says much about torch's and its own deprecations
+    warnings.simplefilter("ignore")
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir._serialize._cord import Cord
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+    from executorch.exir._serialize.data_serializer import DataPayload
+    from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+    from executorch.exir.dialects._ops import ops
+    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
 __all__ = ["write_programs"]
 
