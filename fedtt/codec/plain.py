@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedtt.codec.quantise import Integers
 from fedtt.errors import WireError
 
-__all__ = ["decode", "encode", "encoded_bytes"]
+__all__ = ["Words", "decode", "encode", "encoded_bytes"]
 
 _SCALE_BYTES = 2
 
