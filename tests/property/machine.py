@@ -55,6 +55,7 @@ class ModelDevice:
 
     key: bytes
     id: str = ""
+    erased: bool = False  #: at its owner's wish, and not enrolled again since
     lease: Work | None = None
     frame: bytes | None = None  #: stored before it is sent
     next_residual: int = 0
@@ -63,6 +64,11 @@ class ModelDevice:
     acknowledged_trained: int = 0
     acknowledged_sent: int = 0
     old_frames: dict[str, bytes] = field(default_factory=dict)
+
+
+def _is(answer: object, code: Code) -> bool:
+    """Whether it is a refusal of this kind."""
+    return isinstance(answer, Problem) and answer.code is code
 
 
 def digest_of(frame: bytes) -> str:
@@ -154,7 +160,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         )
         if answer is not None:
             assert isinstance(answer, Enrolled)
-            device.id = answer.device
+            device.id, device.erased = answer.device, False
 
     @rule(
         change=st.integers(-50, 50),
@@ -197,7 +203,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if isinstance(answer, Work) and not lost:
             device.lease = answer
         elif answer is not None and not isinstance(answer, Work):
-            assert isinstance(answer, Wait | Retired)
+            assert _is(answer, Code.UNKNOWN_DEVICE) if device.erased else isinstance(answer, Wait | Retired)
 
     @rule(i=st.integers(0, DEVICES - 1), change=st.integers(-50, 50))
     def train(self, i: int, change: int) -> None:
@@ -262,7 +268,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             return
         lease = data.draw(st.sampled_from(sorted(device.old_frames)))
         answer = self._send(device, lease, device.old_frames[lease], crash=False, late=False)
-        assert isinstance(answer, Receipt)
+        assert _is(answer, Code.UNKNOWN_DEVICE) if device.erased else isinstance(answer, Receipt)
 
     @rule(i=st.integers(0, DEVICES - 1), data=st.data())
     def send_other_bytes_under_an_acknowledged_lease(self, i: int, data: st.DataObject) -> None:
@@ -271,8 +277,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             return
         lease = data.draw(st.sampled_from(sorted(device.old_frames)))
         answer = self._send(device, lease, b"other 0", crash=False, late=False)
-        assert isinstance(answer, Problem)
-        assert answer.code is Code.CONFLICT
+        assert _is(answer, Code.UNKNOWN_DEVICE if device.erased else Code.CONFLICT)
 
     @rule(i=st.integers(0, DEVICES - 1), j=st.integers(0, DEVICES - 1))
     def send_under_anothers_lease(self, i: int, j: int) -> None:
@@ -280,8 +285,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if i == j or not thief.id or owner.lease is None:
             return
         answer = self._send(thief, owner.lease.lease, b"stolen 0", crash=False, late=False)
-        assert isinstance(answer, Problem)
-        assert answer.code is Code.UNKNOWN_LEASE
+        assert _is(answer, Code.UNKNOWN_DEVICE if thief.erased else Code.UNKNOWN_LEASE)
 
     @rule(i=st.integers(0, DEVICES - 1), crash=st.booleans())
     def give_the_lease_back(self, i: int, crash: bool) -> None:
@@ -298,6 +302,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         device = self.devices[i]
         if device.id:
             self._transact(lambda tx: self.coordinator.leave(tx, device.id, erase=erase))
+            device.erased |= erase
 
     # time and the server's own work
 
