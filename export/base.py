@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,9 @@ from transformers.utils.hub import cached_file
 
 from fedtt.errors import ConfigError
 from fedtt.kinds import Target
+from fedtt.manifest import Precision
 
+from .quantise import Stored, quantise
 from .registry import Architecture, architecture_of
 from .request import TaskKind
 
@@ -48,6 +50,8 @@ class Base:
     architecture: Architecture
     model: PreTrainedModel  #: the backbone, for causal-lm with its language-model head
     tokenizer: Tokenizer  #: neither cuts nor pads
+    precision: Precision = "fp32"  #: in which its matrices are stored; the model holds them rounded to it
+    stored: dict[str, Stored] = field(default_factory=dict)  #: by the names of its parameters
 
     @property
     def config(self) -> PretrainedConfig:
@@ -97,7 +101,7 @@ class Base:
 
     @cached_property
     def sha256(self) -> str:
-        """Over names and float32 bytes of all weights: equal bases give equal gradients."""
+        """Over names and float32 bytes of all weights, as rounded: equal bases give equal gradients."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -119,8 +123,11 @@ def attention_bias(mask: Tensor, *, is_decoder: bool) -> Tensor:
     return bias + future[None, None]
 
 
-def load_base(source: str, task: TaskKind) -> Base:
-    """Load a base for one kind of task; raises ConfigError with what is wrong with `source`."""
+def load_base(source: str, task: TaskKind, precision: Precision = "fp32") -> Base:
+    """Load a base for one kind of task, its matrices rounded to a precision.
+
+    Raises ConfigError with what is wrong with `source`.
+    """
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ConfigError("model", source, "a model directory or a hub id; there is no such directory")
     with _quiet(), _explained(source):
@@ -139,7 +146,8 @@ def load_base(source: str, task: TaskKind) -> Base:
     if hasattr(model, "pooler"):
         model.pooler = None  # the graphs pool by themselves, and its weights may be untrained
     model.eval().requires_grad_(False)
-    return Base(Path(source).name if Path(source).is_dir() else source, architecture, model, tokenizer)
+    name = Path(source).name if Path(source).is_dir() else source
+    return Base(name, architecture, model, tokenizer, precision, quantise(model, precision))
 
 
 def _load_tokenizer(source: str) -> Tokenizer:

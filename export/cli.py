@@ -125,6 +125,7 @@ def _add_task(parser: ArgumentParser) -> None:
         "--runtime", dest="runtimes", type=_names, default=("onnxruntime",), metavar="NAMES",
         help="onnxruntime (always), and executorch beside it: onnxruntime,executorch",
     )  # fmt: skip
+    group.add_argument("--base", default="fp32", help="store the base as fp32 (default), fp16 or int8")
     group.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut (%(default)s)")
 
 
@@ -162,7 +163,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 _REQUEST = (
     "model", "task", "head", "head_rank", "max_tokens", "adapter", "depth", "depths", "rank", "bottleneck",
-    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed", "runtimes",
+    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed", "runtimes", "base",
 )  # fmt: skip
 
 

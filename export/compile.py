@@ -17,6 +17,7 @@ from .bundle import check_target, file_entries, staged
 from .depths import step_above
 from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
+from .quantise import store
 from .request import ExportRequest, RuntimeKind
 from .step import AdaptedModel, TrainingStep
 from .summary import Summary, summarise
@@ -47,7 +48,7 @@ def export_bundle(
     """
     check_target(out, force=force)
     report(f"loading {request.model}")
-    base = load_base(request.model, request.task)
+    base = load_base(request.model, request.task, request.base)
     if not MIN_TOKENS <= request.max_tokens <= base.longest:
         raise ConfigError("max_tokens", request.max_tokens, f"from {MIN_TOKENS} to {base.longest}")
     spec = request.plan(hidden=base.hidden, layers=len(base.blocks), projections=base.projections)
@@ -87,6 +88,8 @@ def _write_graphs(
         graphs[cut.prefix] = part_of(whole, f"hidden-{cut.depth}")
         graphs[cut.prefix].graph.outputs[0].name = "hidden"
         graphs[cut.step] = step_above(model, cut.depth, weights)
+    for graph in graphs.values():
+        store(graph, model.stored)
     write_graphs(graphs, _WEIGHTS, directory)
     return found
 
@@ -109,6 +112,7 @@ def _manifest(
             architecture=base.config.model_type,
             base_sha256=base.sha256,
             vocabulary=int(base.config.vocab_size),
+            precision=base.precision,
         ),
         adapter=spec,
         layout_sha256=spec.layout.digest,

@@ -33,6 +33,7 @@ from .emulation_files import (
 )
 from .inputs import random_inputs
 from .prefix import Prefix
+from .quantise import store
 from .step import AdaptedModel
 from .to_onnx import convert, share_weights
 from .trace import AXES, trace
@@ -65,7 +66,7 @@ def compile_emulation(
         return out, found
     manifest = read_bundle(bundle)
     report(f"loading {model}")
-    base = load_base(model, manifest.task)
+    base = load_base(model, manifest.task, manifest.model.precision)
     if base.sha256 != manifest.model.base_sha256:
         raise BundleError(f"{bundle} was made from other weights than {model} holds; name the model it is of")
     adapted = AdaptedModel(base, manifest.adapter, manifest.labels)
@@ -102,6 +103,8 @@ def _graphs(model: AdaptedModel, cut: int) -> dict[str, ir.Model]:
         ids = {name: value for name, value in random_inputs(model, *_TRACED[1:]).items() if name in _IDS}
         outputs = {"hidden": _AXES["hidden"]}
         graphs[PREFIX] = convert(trace(prefix, ids, _AXES), list(ids), weights, outputs, _AXES)
+    for graph in graphs.values():
+        store(graph, model.stored)
     return graphs
 
 

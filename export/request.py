@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import ConfigError
 from fedtt.kinds import AdapterKind, HeadKind, HeadOnly, HeadSpec, Inserted, Site, Target
+from fedtt.manifest import Precision
 from fedtt.planning import plan_adapter, plan_dense, plan_head, plan_lora, plan_tt
 
 __all__ = ["ExportRequest", "RuntimeKind", "TaskKind"]
@@ -48,6 +49,7 @@ class ExportRequest:
     head: HeadKind | None = None  #: of a classifier; label-names
     head_rank: int | None = None  #: of a head with a TT matrix; 10
     depths: tuple[int, ...] | None = None  #: at which the step is compiled over a cached prefix; up to 3
+    base: Precision = "fp32"  #: in which the base's matrices are stored
     max_tokens: int = 128  #: longer texts are cut
     seed: int = 0  #: of the factors' first values
     runtimes: tuple[RuntimeKind, ...] = ("onnxruntime",)  #: with onnxruntime always, which judges versions
@@ -59,6 +61,7 @@ class ExportRequest:
         self._check_options()
         for site in self.sites or ():
             _check_one_of("sites", site, Site)
+        _check_one_of("base", self.base, Precision)
         for runtime in self.runtimes:
             _check_one_of("runtimes", runtime, RuntimeKind)
         for target in self.targets or ():

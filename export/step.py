@@ -15,6 +15,7 @@ from .base import Base
 from .head import Head, name_rows, pool
 from .insert import Adapters
 from .prefix import run_noting
+from .quantise import Stored
 
 __all__ = ["AdaptedModel", "TrainingStep", "next_token_nll", "nll"]
 
@@ -53,6 +54,11 @@ class AdaptedModel(nn.Module):
         with self.adapters.holding(adapters, device):
             output = (run or self.base.run)(ids, mask)
         return output if self.head is None else cast("Tensor", self.head(pool(output, mask), head, device))
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """What is stored of the base's matrices, by the names of this module's parameters."""
+        return {f"transformer.{name}": stored for name, stored in self.base.stored.items()}
 
     def loss(
         self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor, run: Run | None = None

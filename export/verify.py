@@ -57,7 +57,7 @@ class Difference(Struct, frozen=True, kw_only=True):
 def verify_bundle(directory: Path, model: str) -> tuple[Difference, ...]:
     """Compare a bundle's graphs with the model it was made from; raises BundleError where they differ."""
     manifest = read_bundle(directory)
-    base = load_base(model, manifest.task)
+    base = load_base(model, manifest.task, manifest.model.precision)
     if base.sha256 != manifest.model.base_sha256:
         raise BundleError(
             f"{directory} was made from other weights than {model} holds; "

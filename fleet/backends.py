@@ -114,7 +114,7 @@ class TorchBackend:
 
         torch.set_num_threads(threads)
         manifest = bundle.manifest
-        base = load_base(model, manifest.task)
+        base = load_base(model, manifest.task, manifest.model.precision)
         if base.sha256 != manifest.model.base_sha256:
             raise BundleError(f"{bundle.directory} was made from other weights than {model} holds")
         adapted = AdaptedModel(base, manifest.adapter, manifest.labels)

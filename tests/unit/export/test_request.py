@@ -29,6 +29,7 @@ def plan(**options: Any) -> AdapterSpec:
         ({"head": "dense", "head_rank": 2}, "head_rank = 2 .*label-names and tt"),
         ({"sites": ("attention", "ffn")}, "sites = 'ffn'"),
         ({"adapter": "lora", "targets": ("query", "gate")}, "targets = 'gate' .*query, key, value, output"),
+        ({"base": "int4"}, "base = 'int4' .*fp32, fp16, int8"),
         ({"adapter": "prefix"}, "adapter = 'prefix' .*tt, dense, lora, none"),
     ],
 )
