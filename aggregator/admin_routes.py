@@ -12,6 +12,7 @@ from aggregator.dashboard import dashboard
 from aggregator.device_routes import serve_bundle_file
 from aggregator.handling import SERVICE, ProblemError, body_pieces, checked, json_answer, read_body
 from aggregator.observation import METRICS_TYPE, activity, metrics_text, population
+from aggregator.openapi import openapi
 from aggregator.people import ACTOR, actor_of, may
 from aggregator.problems import forbidden, malformed, not_found, not_your_role
 from fedtt.manifest import MANIFEST_LIMIT_BYTES
@@ -30,7 +31,7 @@ _ADMIN_TOKENS = "/v1/admin/admin-tokens"
 _REVOKE_TOKEN = _ADMIN_TOKENS + "/{name}/revoke"
 _REVOKE_DEVICE = "/v1/admin/devices/{device}/revoke"
 _ADMINS = frozenset({_ADMIN_TOKENS, _REVOKE_TOKEN, _REVOKE_DEVICE})  #: what takes an admin, but for looking
-_OPEN = frozenset({("GET", "/")})  #: the dashboard's page, which holds nothing
+_OPEN = frozenset({("GET", "/"), ("GET", "/openapi.json")})  #: which hold nothing
 
 
 def admin_problem(problem: Problem, status: int) -> web.Response:
@@ -39,7 +40,7 @@ def admin_problem(problem: Problem, status: int) -> web.Response:
 
 def require_token(sha256: str) -> Middleware:
     """Middleware: `Authorization: Bearer …` with a token whose role allows the call; none for the dashboard's
-    page.
+    page and the OpenAPI document.
 
     sha256: of the token that lies beside the database, which may do everything.
     """
@@ -224,4 +225,5 @@ def add_admin_routes(app: web.Application) -> None:
     add("GET", root + "/population", show_population)
     add("GET", root + "/activity", show_activity)
     add("GET", "/metrics", metrics)
+    add("GET", "/openapi.json", openapi)
     add("GET", "/", dashboard)

@@ -1,4 +1,4 @@
-"""`fedtt serve`, `fedtt task`, `fedtt version`, `fedtt device` and `fedtt token`."""
+"""The server's sub-commands: serve, task, version, device, token, admin-token, audit, doctor and openapi."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def register(commands: Commands) -> None:
     _register_tokens(commands)
     _register_people(commands)
     _register_doctor(commands)
+    _register_openapi(commands)
 
 
 def _register_serve(commands: Commands) -> None:
@@ -254,6 +255,21 @@ def _register_doctor(commands: Commands) -> None:
         "--database",
         default=os.environ.get("FEDTT_DATABASE"),
         help="SQLAlchemy URL (default $FEDTT_DATABASE, or SQLite in the data directory)",
+    )
+
+
+def _register_openapi(commands: Commands) -> None:
+    def run(_: argparse.Namespace) -> None:
+        from aggregator.openapi import document
+
+        print_json(document())
+
+    add_command(
+        commands,
+        "openapi",
+        about="print the OpenAPI document of both listeners",
+        examples="fedtt openapi > openapi.json",
+        run=run,
     )
 
 

@@ -27,6 +27,7 @@ ROWS = {
     "power": "power cuts that lose what was not synced",
     "attacks": "bombs, floods, endless bodies and 2,000 slow connections beside honest devices",
     "soak": "an hour under steady load",
+    "schemathesis": "10,000 requests made up from the OpenAPI document",
     "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }
