@@ -2,8 +2,10 @@
 
 The cold start is a real `fedtt client run` process against a real server process. The training step is
 MiniLM-L6 at full depth, 8 texts of 64 tokens, one thread: ONNX Runtime and torch eager in processes of
-their own, by turns, on the same bundle, theta and batch. Torch runs forward and backward through the same
-adapters with the base frozen. `matmul` is the best rate of torch and numpy on the step's own shape.
+their own, by turns, on the same theta and batch, with a base stored as fp32, fp16 and int8. Torch runs
+forward and backward through the same adapters with the base frozen. `matmul` is the best rate of torch, numpy
+and ONNX Runtime on the step's own shape. ExecuTorch is measured where its package and a C++ compiler are:
+keys that end in `_executorch`; it has no graphs by depth yet.
 """
 
 from __future__ import annotations
@@ -13,39 +15,56 @@ import asyncio
 import importlib.util
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import ROOT, Report, arguments, reporting
 
+if TYPE_CHECKING:
+    from edge_client.runtime import Runtime
+
 BATCH, TOKENS = 8, 64
 LABELS = ROOT / "fleet" / "assistant" / "labels.json"
 COLD_START_LIMIT_S, COLD_START_LIMIT_MB = 1.0, 120.0
+BASES = ("fp32", "fp16", "int8")
+SUFFIX = {"onnxruntime": "onnx", "executorch": "executorch"}
 
 Inputs = dict[str, NDArray[Any]]
 
 
 def main() -> None:
     parser = arguments("device", "cold start of a client, and its training step against torch eager")
+    parser.add_argument("--runtime", default="onnxruntime,executorch", help="what is measured (%(default)s)")
     args = parser.parse_args()
     with reporting("device", args.out) as report:
-        cold = asyncio.run(cold_starts(report, runs=3 if args.quick else 7))
-        step = training_step(report, args)
+        wanted = args.runtime.split(",")
+        both = "executorch" in wanted and executorch_library(report) is not None
+        runtimes = ["onnxruntime", *(["executorch"] if both else [])]
+        cold: dict[str, float] = {}
+        for runtime in runtimes:
+            cold |= asyncio.run(cold_starts(report, runtime, runs=3 if args.quick else 7))
+        step = training_step(report, args, runtimes)
         report.summary(
             {**cold, **step},
             {
                 "cold_start_s_onnx": f"<= {COLD_START_LIMIT_S}: process start to the first check-in's answer",
-                "cold_start_resident_mb": f"<= {COLD_START_LIMIT_MB}: resident then, no model loaded",
+                "cold_start_resident_mb_onnx": f"<= {COLD_START_LIMIT_MB}: resident then, no model loaded",
                 "step_full_over_eager_cpu_onnx": "<= 0.45: step_onnxruntime_cpu_ms / step_torch_cpu_ms",
+                "step_full_over_eager_cpu_executorch": "<= 0.9: the same in ExecuTorch",
+                "matmul_over_eager_cpu": "step_at_matmul_peak_ms / step_torch_cpu_ms, a bound",
+                "bundle_mb_int8_onnx": "<= 25: all that a device downloads",
                 "step_k2_cached_over_eager_cpu_onnx": "<= 0.15: the last two blocks over kept activations, "
                 "against torch at full depth; filling them is not in it",
                 "client_peak_rss_mb_k2_onnx": "<= 150: of a process that fills the activations and trains",
@@ -57,12 +76,13 @@ def main() -> None:
 # cold start
 
 
-async def cold_starts(report: Report, runs: int) -> dict[str, float]:
+async def cold_starts(report: Report, runtime: str, runs: int) -> dict[str, float]:
     """Median wall time and memory of a first start: key, enrolment, check-in, answer."""
     from fleet.federation import Server, server_process
 
     async def start(server: Server, home: Path) -> dict[str, float]:
-        command = ("client", "run", "--server", server.url, "--token", server.enrolment_token)
+        served = ("--server", server.url, "--token", server.enrolment_token)
+        command = ("client", "run", *served, "--runtime", runtime)
         began = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fedtt", *command, "--home", str(home), "--yes", "--json"),
@@ -82,10 +102,11 @@ async def cold_starts(report: Report, runs: int) -> dict[str, float]:
         async with server_process(Path(directory) / "server") as server:
             found = [await start(server, Path(directory) / f"home{run}") for run in range(runs)]
     for run in found:
-        report.line(part="cold start", **run)
+        report.line(part="cold start", runtime=runtime, **run)
+    suffix = SUFFIX[runtime]
     return {
-        "cold_start_s_onnx": statistics.median(run["wall_s"] for run in found),
-        "cold_start_resident_mb": statistics.median(run["resident_mb"] for run in found),
+        f"cold_start_s_{suffix}": statistics.median(run["wall_s"] for run in found),
+        f"cold_start_resident_mb_{suffix}": statistics.median(run["resident_mb"] for run in found),
     }
 
 
@@ -105,38 +126,95 @@ def minilm_directory() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def training_step(report: Report, args: argparse.Namespace) -> dict[str, float]:
-    from benchmarks.federated import exported  # not by the measured processes, whose memory counts
+def executorch_library(report: Report) -> Path | None:
+    """The library named in the environment, else one built here; None, saying why, where that cannot be."""
+    from benchmarks.federated import WORK
+    from edge_client.executorch.build import build
+    from edge_client.executorch_runtime import LIBRARY_VARIABLE
+    from fedtt.errors import FedttError
 
-    bundle = exported("device-minilm", minilm_directory(), "--labels", str(LABELS))
+    try:
+        version("executorch")  # which lowers the step
+        library = Path(os.environ.get(LIBRARY_VARIABLE) or build(WORK / "executorch"))
+    except (PackageNotFoundError, FedttError) as error:
+        report.line(part="executorch", skipped=str(error))
+        return None
+    os.environ[LIBRARY_VARIABLE] = str(library)
+    return library
+
+
+def training_step(report: Report, args: argparse.Namespace, runtimes: list[str]) -> dict[str, float]:
+    bases = BASES[::2] if args.quick else BASES
+    bundles = {base: exported_minilm(base, runtimes) for base in bases}
     turns, steps = (1, 5) if args.quick else (3, 20)
-    measured: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
-        "onnxruntime": onnxruntime_steps,
-        "onnxruntime_k2_cached": cached_steps,
-        "torch": torch_steps,
+    measured: dict[str, Callable[[], dict[str, float]]] = {
+        "torch": partial(in_own_process, torch_steps, bundles["fp32"], args.seed, steps)
     }
+    for base, bundle in bundles.items():
+        measured[f"onnxruntime_{base}"] = partial(in_own_process, onnxruntime_steps, bundle, args.seed, steps)
+        measured[f"onnxruntime_{base}_k2"] = partial(in_own_process, cached_steps, bundle, args.seed, steps)
+    if "executorch" in runtimes:
+        run = partial(in_own_process, executorch_steps, bundles["fp32"], args.seed, steps)
+        measured["executorch"] = run
     cpu_ms: dict[str, list[float]] = {name: [] for name in measured}
     peak_mb: dict[str, float] = {}
     for turn in range(turns):
         for name, measure in measured.items():
-            found = in_own_process(measure, bundle, args.seed, steps)
+            found = measure()
             report.line(part="step", runtime=name, turn=turn, **found)
             cpu_ms[name].append(found["cpu_ms"])
             peak_mb[name] = max(found["peak_mb"], peak_mb.get(name, 0.0))
-    ours, cached, torchs = (statistics.median(times) for times in cpu_ms.values())
-    gflops = in_own_process(matmul_gflops, bundle, args.seed, steps)["gflops"]
-    return {
-        "step_onnxruntime_cpu_ms": ours,
-        "step_torch_cpu_ms": torchs,
-        "step_full_over_eager_cpu_onnx": ours / torchs,
-        "step_k2_cached_over_eager_cpu_onnx": cached / torchs,
-        "step_k2_cached_cpu_ms": cached,
-        "client_peak_rss_mb_k2_onnx": peak_mb["onnxruntime_k2_cached"],
-        "step_onnxruntime_peak_mb": peak_mb["onnxruntime"],
+    ms = {name: statistics.median(times) for name, times in cpu_ms.items()}
+    gflops = in_own_process(matmul_gflops, bundles["fp32"], args.seed, steps)["gflops"]
+    at_peak_ms = STEP_GFLOP / gflops * 1e3
+    figures = {
+        "step_onnxruntime_cpu_ms": ms["onnxruntime_fp32"],
+        "step_torch_cpu_ms": ms["torch"],
+        "step_full_over_eager_cpu_onnx": ms["onnxruntime_fp32"] / ms["torch"],
+        "step_k2_cached_over_eager_cpu_onnx": ms["onnxruntime_fp32_k2"] / ms["torch"],
+        "step_k2_cached_cpu_ms": ms["onnxruntime_fp32_k2"],
+        "client_peak_rss_mb_k2_onnx": peak_mb["onnxruntime_fp32_k2"],
+        "step_onnxruntime_peak_mb": peak_mb["onnxruntime_fp32"],
         "step_torch_peak_mb": peak_mb["torch"],
         "matmul_gflops": gflops,
-        "step_at_matmul_peak_ms": STEP_GFLOP / gflops * 1e3,
+        "step_at_matmul_peak_ms": at_peak_ms,
+        "matmul_over_eager_cpu": at_peak_ms / ms["torch"],
     }
+    for base in bases[1:]:
+        figures |= {
+            f"step_full_{base}_over_eager_cpu_onnx": ms[f"onnxruntime_{base}"] / ms["torch"],
+            f"step_k2_cached_{base}_over_eager_cpu_onnx": ms[f"onnxruntime_{base}_k2"] / ms["torch"],
+            f"step_{base}_peak_mb_onnx": peak_mb[f"onnxruntime_{base}"],
+            f"client_peak_rss_mb_k2_{base}_onnx": peak_mb[f"onnxruntime_{base}_k2"],
+        }
+    if "executorch" in runtimes:
+        figures |= {
+            "step_full_over_eager_cpu_executorch": ms["executorch"] / ms["torch"],
+            "step_executorch_peak_mb": peak_mb["executorch"],
+            "bundle_mb_fp32_executorch": download_mb(bundles["fp32"], "executorch"),
+        }
+    return figures | {f"bundle_mb_{base}_onnx": download_mb(bundles[base]) for base in bases}
+
+
+def exported_minilm(base: str, runtimes: list[str]) -> Path:
+    """A bundle of the last two blocks and the whole; tests compare such bundles with torch."""
+    from benchmarks.federated import exported  # not by the measured processes, whose memory counts
+
+    both = base == "fp32" and "executorch" in runtimes
+    options = ("--labels", str(LABELS), "--base", base, "--no-verify")
+    name = f"device-minilm-{base}{'-executorch' if both else ''}"
+    return exported(
+        name, minilm_directory(), *options, "--runtime", ",".join(runtimes) if both else "onnxruntime"
+    )
+
+
+def download_mb(bundle: Path, runtime: Literal["onnxruntime", "executorch"] = "onnxruntime") -> float:
+    """What a device with this runtime downloads of a bundle, in 10^6 bytes."""
+    from edge_client.bundle import needed_files, open_bundle
+
+    manifest = open_bundle(bundle, runtime).manifest
+    files = needed_files(manifest, runtime).values()
+    return ((bundle / "manifest.json").stat().st_size + sum(entry.bytes for entry in files)) / 1e6
 
 
 #: 6 blocks of 4 h^2 + 2 h (4 h) weights at h = 384, times 2 FLOP, times forward and backward to the input,
@@ -182,10 +260,21 @@ def timed(step: Callable[[], float], steps: int) -> dict[str, float]:
 def onnxruntime_steps(bundle: Path, seed: int, steps: int) -> dict[str, float]:
     from edge_client.bundle import open_bundle
     from edge_client.onnx_runtime import OnnxRuntime
+
+    return runtime_steps(OnnxRuntime(open_bundle(bundle)), bundle, seed, steps)
+
+
+def executorch_steps(bundle: Path, seed: int, steps: int) -> dict[str, float]:
+    from edge_client.bundle import open_bundle
+    from edge_client.executorch_runtime import ExecutorchRuntime
+
+    return runtime_steps(ExecutorchRuntime(open_bundle(bundle, "executorch")), bundle, seed, steps)
+
+
+def runtime_steps(runtime: Runtime, bundle: Path, seed: int, steps: int) -> dict[str, float]:
     from edge_client.tokens import Batch
 
     found = inputs(bundle, seed)
-    runtime = OnnxRuntime(open_bundle(bundle))
     batch = Batch(ids=found["ids"], mask=found["mask"], labels=found["labels"])
     return timed(lambda: runtime.gradient(found["theta"], batch)[0], steps)
 
@@ -232,19 +321,41 @@ def torch_steps(bundle: Path, seed: int, steps: int) -> dict[str, float]:
 
 
 def matmul_gflops(bundle: Path, seed: int, steps: int) -> dict[str, float]:
-    """The better of torch and numpy on (512, 384) x (384, 1536), one thread, in 10^9 FLOP a CPU second."""
+    """The best of torch, numpy and ONNX Runtime on (512, 384) x (384, 1536), one thread, CPU time."""
     import torch
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     x, w = (rng.standard_normal(s).astype(np.float32) for s in ((512, 384), (384, 1536)))
     flop = 2.0 * 512 * 384 * 1536
-    x_t, w_t = torch.from_numpy(x), torch.from_numpy(w)
+    x_t, w_t, product = torch.from_numpy(x), torch.from_numpy(w), matmul_session(w)
     best_ms = min(
         timed(lambda: float((x_t @ w_t)[0, 0]), 10 * steps)["cpu_ms"],
         timed(lambda: float((x @ w)[0, 0]), 10 * steps)["cpu_ms"],
+        timed(lambda: float(product.run(None, {"x": x})[0][0, 0]), 10 * steps)["cpu_ms"],
     )
     return {"gflops": flop / best_ms / 1e6}
+
+
+def matmul_session(w: NDArray[np.float32]) -> Any:
+    """A session of ONNX Runtime that gives x w, one thread, with its weights prepacked."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [x],
+        [y],
+        [numpy_helper.from_array(w, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 if __name__ == "__main__":
