@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_client.conditions import Conditions, Limits, Readings
     from edge_client.device import Device, DeviceConfig
     from edge_client.example_files import read_examples
     from edge_client.examples import Example, ExampleLimits, ExampleStore
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edge_client.session import forget, leave, open_device
 
 __all__ = [
+    "Conditions",
     "Device",
     "DeviceConfig",
     "Evaluation",
@@ -33,8 +35,10 @@ __all__ = [
     "ExampleLimits",
     "ExampleStore",
     "HttpTransport",
+    "Limits",
     "Model",
     "Prediction",
+    "Readings",
     "forget",
     "leave",
     "open_device",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Conditions": "conditions",
     "Device": "device",
     "DeviceConfig": "device",
     "Evaluation": "inference",
@@ -49,8 +54,10 @@ _HOMES = {
     "ExampleLimits": "examples",
     "ExampleStore": "examples",
     "HttpTransport": "http_transport",
+    "Limits": "conditions",
     "Model": "inference",
     "Prediction": "inference",
+    "Readings": "conditions",
     "forget": "session",
     "leave": "session",
     "open_device": "session",

@@ -126,6 +126,7 @@ def _add_run(commands: Commands) -> None:
     run.add_argument(
         "--no-judging", action="store_true", help="never say how well a new version does on these examples"
     )
+    _add_limits(run)
     run.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads to train with (%(default)s)"
     )
@@ -134,6 +135,31 @@ def _add_run(commands: Commands) -> None:
         choices=("onnxruntime", "executorch"),
         default="onnxruntime",
         help="what runs the graphs (%(default)s); the bundle must be exported for it",
+    )
+
+
+def _add_limits(run: argparse.ArgumentParser) -> None:
+    limits = run.add_argument_group(
+        "conditions",
+        "without them nothing is asked for, and what is under way ends at its next batch; "
+        "files in HOME/conditions say what Linux does not know: battery, charging, unmetered, idle, "
+        "temperature_c, memory_mb",
+    )
+    for name, about in {
+        "charging": "runs on power from outside",
+        "unmetered": "is on a network that is not metered",
+        "idle": "is not in use by others",
+    }.items():
+        limits.add_argument(f"--only-{name}", action="store_true", help=f"work while this device {about}")
+    limits.add_argument(
+        "--min-battery",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="work with no less charge, where there is a battery (%(default)s)",
+    )
+    limits.add_argument(
+        "--max-temperature-c", type=float, metavar="C", help="work while no part of it is hotter (no limit)"
     )
 
 

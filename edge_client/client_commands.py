@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from edge_client import events
+from edge_client.conditions import Limits
 from edge_client.consent import ask, consent_text
 from edge_client.describe import describe
 from edge_client.device import DeviceConfig
@@ -70,6 +71,13 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         activation_limit_mb=args.activation_limit_mb,
         label_epsilon=args.share_label_counts,
         judges=not args.no_judging,
+        limits=Limits(
+            only_charging=args.only_charging,
+            only_unmetered=args.only_unmetered,
+            only_idle=args.only_idle,
+            min_battery=args.min_battery,
+            max_temperature_c=args.max_temperature_c,
+        ),
     )
     show = print_json if args.json else _show
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
@@ -101,8 +109,8 @@ def _never(_: Step) -> bool:
 
 def _ended(step: Step) -> bool:
     """Whether one participation is over, well or badly, or there is none to be had."""
-    ends = (events.Waiting, events.Acknowledged, events.Dropped, events.GaveUp, events.Retrying)
-    return isinstance(step, ends)
+    badly = (events.Dropped, events.GaveUp, events.Retrying)
+    return isinstance(step, (events.Waiting, events.Resting, events.Acknowledged, *badly))
 
 
 def add(args: Namespace) -> None:

@@ -49,6 +49,8 @@ def _progress(event: Event) -> str:
                 f"judged version {event.version_number} of {event.task} on {event.examples} examples: "
                 f"loss {event.loss_before:.3f} before, {event.loss:.3f} now"
             )
+        case events.Resting():
+            return f"resting {event.pause_s:.0f} s: {event.reason}"
         case events.Downloading():
             resumed = f", resumed at {event.offset}" if event.offset else ""
             return f"downloading {event.file} ({event.bytes} bytes{resumed})"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, assert_never
 
 from msgspec.structs import replace
 
@@ -21,6 +21,7 @@ from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
 from edge_client.bundle_cache import Bundles
+from edge_client.conditions import Conditions, Limits, Readings, while_holding
 from edge_client.events import Observer, Step
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased, Residual, Trained, residual_key
@@ -32,6 +33,7 @@ from fedtt.errors import (
     BundleError,
     ConfigError,
     DataError,
+    Declined,
     FedttError,
     LayoutError,
     Refused,
@@ -57,6 +59,8 @@ from fedtt.wire import update_digest, with_label_counts
 
 __all__ = ["Device", "DeviceConfig"]
 
+T = TypeVar("T")
+
 #: Refusals that may pass; any other answer to an upload is final.
 _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
 
@@ -64,6 +68,7 @@ _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_S
 _FAILURES: dict[type[FedttError], FailureCode] = {
     BundleError: FailureCode.BUNDLE,
     DataError: FailureCode.NO_EXAMPLES,
+    Declined: FailureCode.CONDITIONS,
     LayoutError: FailureCode.BUNDLE,
     RuntimeFailure: FailureCode.RUNTIME,
     WireError: FailureCode.NOT_FINITE,
@@ -79,6 +84,9 @@ class DeviceConfig:
     memory_mb: int = 0  #: training may use; 0 leaves the choice of a rank to the task
     judges: bool = True  #: whether versions may be judged on this device's examples
     activation_limit_mb: int = 256  #: of disk, for what frozen blocks give of each example; 0 keeps nothing
+    limits: Limits = field(default_factory=Limits)  #: battery, network and the like while it may work
+    rest_s: float = 60.0  #: before it looks again whether they hold
+    watch_s: float = 5.0  #: how often it looks while it works
     label_epsilon: float = 0.0  #: largest ε with which counts of labels may be told; 0 tells none
     seed: int = 0  #: of the jitter of retries
     retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
@@ -88,6 +96,9 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if not 0 < self.retry_first_s <= self.retry_limit_s:
             raise ConfigError("retry_first_s", self.retry_first_s, f"above 0, at most {self.retry_limit_s:g}")
+        for name in ("rest_s", "watch_s"):
+            if not 0 < (value := getattr(self, name)) <= 86400:
+                raise ConfigError(name, value, "a number of seconds above 0, at most 86400")
         if not 0 <= self.memory_mb <= 10**9:
             raise ConfigError("memory_mb", self.memory_mb, "a whole number from 0 to 1000000000")
         if not 0 <= self.activation_limit_mb <= 10**9:
@@ -115,6 +126,7 @@ class Device:
         trainer: Trainer,
         versions: VersionCache | None = None,
         activations: Activations | None = None,
+        conditions: Conditions | None = None,
         clock: Clock | None = None,
         observe: Observer = events.ignore,
         uniform: Callable[[], float] = secure_uniform,
@@ -123,6 +135,8 @@ class Device:
         """versions: where those downloaded are kept for the next difference; None keeps them in memory.
 
         activations: where what frozen blocks give is kept; None computes it at each step.
+
+        conditions: where battery, network and the like are read; None leaves them out of account.
 
         uniform: where the noise on counts of labels comes from; numbers in [0, 1) that nobody can guess.
         aside: how files and databases are waited for, so that the app's event loop is not held up.
@@ -142,7 +156,7 @@ class Device:
             aside,
         )
         self._clock, self._observe = clock or SystemClock(), observe
-        self._uniform, self._aside = uniform, aside
+        self._uniform, self._aside, self._conditions = uniform, aside, conditions
         self._backoff = Backoff(
             device=address(self._name),
             seed=config.seed,
@@ -191,13 +205,32 @@ class Device:
             return await self._enroll()
         match state.phase:
             case Idle():
-                return await self._check_in()
+                return await self._resting(self.config.limits.against_work) or await self._check_in()
             case Leased() as leased:
                 return await self._fulfil(leased)
             case Trained() as trained:
-                return await self._send(trained)
+                return await self._resting(self.config.limits.against_traffic) or await self._send(trained)
             case _ as unreachable:
                 assert_never(unreachable)
+
+    async def _resting(self, against: Callable[[Readings], str]) -> Step | None:
+        why = await self._hindrance(against)
+        return events.Resting(reason=why, pause_s=self.config.rest_s) if why else None
+
+    async def _hindrance(self, against: Callable[[Readings], str]) -> str:
+        """What the conditions say against something; "" where they are left out of account."""
+        return against(await self._aside(self._conditions.now)) if self._conditions else ""
+
+    async def _within_limits(self, work: Callable[[], Coroutine[object, object, T]]) -> T:
+        """Do it while the owner's conditions hold; raises Declined as soon as they do not.
+
+        What is under way is given back, not kept for later: a training begins anew in any case, and the
+        round need not wait for this device.
+        """
+        if self._conditions is None:
+            return await work()
+        against = self.config.limits.against_work
+        return await while_holding(work, lambda: self._hindrance(against), self.config.watch_s)
 
     async def _retry_refused(self, error: Refused) -> Step:
         code = error.problem.code
@@ -276,8 +309,9 @@ class Device:
     async def _judge(self, question: Judge) -> Step:
         """Answer at once: a question that a crash cuts short is asked again, so nothing of it is kept."""
         try:
-            verdict = await self._training.judge(question, self.journal.state.release_key or None)
-        except (BundleError, DataError, LayoutError, RuntimeFailure, WireError) as error:
+            release_key = self.journal.state.release_key or None
+            verdict = await self._within_limits(lambda: self._training.judge(question, release_key))
+        except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
             return await self._give_up(question.lease, _FAILURES[type(error)], str(error))
         try:
             await self._transport.judge(question.lease, verdict)
@@ -304,8 +338,10 @@ class Device:
             why = f"training was cut short {leased.attempts} times"
             return await self._give_up(lease, FailureCode.OTHER, why)
         try:
-            return await self._train(leased)
-        except (BundleError, DataError, LayoutError, RuntimeFailure, WireError) as error:
+            return await self._within_limits(lambda: self._train(leased))
+        except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
+            if isinstance(self.journal.state.phase, Trained):  # the conditions broke just behind its end
+                return events.Resting(reason=str(error))
             return await self._give_up(lease, _FAILURES[type(error)], str(error))
 
     async def _train(self, leased: Leased) -> Step:

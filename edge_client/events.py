@@ -22,6 +22,7 @@ __all__ = [
     "Observer",
     "Paused",
     "Redownloading",
+    "Resting",
     "Retired",
     "Retrying",
     "Step",
@@ -58,6 +59,12 @@ class Granted(Step, frozen=True, kw_only=True):
 
 class Waiting(Step, frozen=True, kw_only=True):
     """There is none now."""
+
+    reason: str
+
+
+class Resting(Step, frozen=True, kw_only=True):
+    """The owner's conditions do not hold: nothing is asked for, or sent, until they do."""
 
     reason: str
 

@@ -5,6 +5,7 @@ state          the journal: consent, enrolment, the lease in hand, residuals
 examples.db    the data; never leaves the device
 bundles/       compiled training steps
 activations/   what frozen blocks give of each example, bounded; may be removed at any time
+conditions/    plain files in which an app says what Linux does not know (`linux_conditions`)
 versions/      the factors downloaded last, so that the next ones may come as a difference
 lock           held while a client runs here
 paused, stop   empty files by which another process asks the running client to rest or to end
@@ -38,6 +39,7 @@ class Home:
         self.bundles = directory / "bundles"
         self.versions = directory / "versions"
         self.activations = directory / "activations"
+        self.conditions = directory / "conditions"
         self._lock, self._paused, self._stop = directory / "lock", directory / "paused", directory / "stop"
 
     @property
@@ -106,6 +108,7 @@ class Home:
     def delete(self) -> None:
         """Remove everything this device ever kept here, and the directory if nothing else is in it."""
         self.delete_data()
+        shutil.rmtree(self.conditions, ignore_errors=True)
         with storage_errors(self.directory):
             for path in (self.state, self.state.with_name("state.new"), self.key, self._paused, self._stop):
                 path.unlink(missing_ok=True)

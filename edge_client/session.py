@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_client.activations import FileActivations
 from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
+from edge_client.conditions import Conditions
 from edge_client.device import Device, DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
 from edge_client.examples import Examples
@@ -16,6 +17,7 @@ from edge_client.home import Home
 from edge_client.http_transport import HttpTransport, Traffic
 from edge_client.identity import Identity
 from edge_client.journal import Idle, Journal, read_state
+from edge_client.linux_conditions import LinuxConditions
 from edge_client.local_trainer import LocalTrainer
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.trainer import Trainer
@@ -86,6 +88,7 @@ async def open_device(
     threads: int = 1,
     trainer: Trainer | None = None,
     traffic: Traffic | None = None,
+    conditions: Conditions | None = None,
     clock: Clock | None = None,
     observe: Observer = ignore,
 ) -> AsyncIterator[Device]:
@@ -96,6 +99,7 @@ async def open_device(
     ca: certificates in PEM to trust for this server from now on; None for those trusted before.
     cache: a directory of bundles that several devices may share; None keeps them in the home.
     cache_limit_bytes: of bundles in it; the longest unused make room.
+    conditions: where the app reads battery, network and the like; None reads them as Linux has them.
     trainer, traffic: likewise shared by the devices of one process; None makes them for this one.
     """
     place, time = Home(home), clock or SystemClock()
@@ -125,6 +129,7 @@ async def open_device(
                 trainer=trainer,
                 versions=FileVersions(place.versions),
                 activations=FileActivations(place.activations, config.activation_limit_mb << 20),
+                conditions=conditions or LinuxConditions(place.conditions, config.limits),
                 clock=time,
                 observe=observe,
             )

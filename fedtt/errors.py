@@ -8,6 +8,7 @@
     ├── WireError        bytes from outside are not what the protocol allows
     ├── Refused          the other side answered with a typed `Problem`
     ├── Unreachable      the other side did not answer at all
+    ├── Declined         conditions of the owner, or a budget of the task, forbid the work now
     ├── RuntimeFailure   the edge runtime could not load or run a graph
     └── StorageError     the database, the disk or a directory cannot be used
         └── UnavailableError  for now: the same may be tried again without a change
@@ -27,6 +28,7 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "DataError",
+    "Declined",
     "FedttError",
     "LayoutError",
     "Refused",
@@ -81,6 +83,10 @@ class Refused(FedttError):
 
 class Unreachable(FedttError):
     """The peer did not answer, or its answer broke off; the outcome of the request is unknown."""
+
+
+class Declined(FedttError):
+    """A device that could do the work does not: its owner's conditions or the task's budget forbid it."""
 
 
 class RuntimeFailure(FedttError):

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from aggregator.service import Service
 from edge_client.bundle_cache import BundleCache
+from edge_client.conditions import Conditions
 from edge_client.device import Device, DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
@@ -137,6 +138,7 @@ class World:
         *,
         consent: bool = True,
         config: DeviceConfig | None = None,
+        conditions: Conditions | None = None,
     ) -> tuple[Device, Hooked]:
         journal = Journal(self.home)
         if not self.home.key.exists():
@@ -153,6 +155,7 @@ class World:
             bundles=BundleCache(self.home.bundles, self.clock),
             versions=FileVersions(self.home.versions),
             trainer=LocalTrainer(Runtimes(lambda bundle: self.runtime)),
+            conditions=conditions,
             clock=self.clock,
             observe=self.seen.append,
         )
