@@ -15,8 +15,10 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aggregator.admin_routes import add_admin_routes, admin_problem, require_token
+from aggregator.connections import ConnectionLimits, Connections
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import BODY_S, KEYS, SERVICE, answer, limited, problems_as
@@ -57,6 +59,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
     rates: Rates = Rates()  #: of requests to the devices' listener
+    connections: ConnectionLimits = ConnectionLimits()  #: to the devices' listener
     forwarded: bool = False  #: whether a proxy in front says in X-Forwarded-For whom it stands for
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
     tls_key: Path | None = None  #: its key in PEM
@@ -122,8 +125,16 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)
         counted = partial(meter, service.metrics)
+        limits = config.connections
+        if config.forwarded:  # all come from the proxy
+            limits = replace(limits, addresses=None)
         url = await listen(
-            devices, config.host, config.port, counted("devices"), reuse_port=config.reuse_port
+            devices,
+            config.host,
+            config.port,
+            counted("devices"),
+            connections=Connections(limits, service.metrics.connection_refused),
+            reuse_port=config.reuse_port,
         )
         admin_url = await listen(
             people, config.admin_host, config.admin_port, counted("admin"), option="admin-"
@@ -148,6 +159,7 @@ async def _listen(
     *,
     idle_s: float,
     tls: ssl.SSLContext | None,
+    connections: Connections | None = None,
     option: str = "",
     reuse_port: bool = False,
 ) -> str:
@@ -165,12 +177,18 @@ async def _listen(
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, ssl_context=tls)
+    protocol = runner.server
+    assert protocol is not None  # noqa: S101  # once it is set up
+    counted = protocol if connections is None else lambda: connections.counted(protocol())
+    loop = asyncio.get_running_loop()
     try:
-        await site.start()
+        server = await loop.create_server(
+            counted, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, ssl=tls
+        )
     except OSError as error:
         raise _not_listening(error, host, port, option) from None
-    bound = runner.addresses[0][1]
+    stack.callback(server.close)
+    bound = server.sockets[0].getsockname()[1]
     return url_of(host, bound, tls=tls is not None)
 
 

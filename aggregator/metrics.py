@@ -66,6 +66,12 @@ class Metrics:
         self.refusals = Counter(
             "fedtt_refusals_total", "Requests refused with a typed problem.", ("code",), registry=registry
         )
+        self.connections_refused = Counter(
+            "fedtt_connections_refused_total",
+            "Connections closed at once, by the limit that they met.",
+            ("limit",),
+            registry=registry,
+        )
         self.check_ins = Counter(
             "fedtt_check_ins_total", "Check-ins, by what they were answered.", ("answer",), registry=registry
         )
@@ -107,12 +113,17 @@ class Metrics:
         }
         for state in UpdateState:
             self.updates.labels(state.value)
+        for limit in ("total", "addresses"):
+            self.connections_refused.labels(limit)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         self.queue_length.set_function(length)
 
     def refused(self, code: Code) -> None:
         self.refusals.labels(code.value).inc()
+
+    def connection_refused(self, limit: str) -> None:
+        self.connections_refused.labels(limit).inc()
 
     def checked_in(self, answer: CheckInAnswer) -> None:
         self._answers[type(answer)].inc()

@@ -1,0 +1,63 @@
+"""Connections beyond what a listener keeps are closed at once and counted; with room, others are taken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from aggregator.connections import ConnectionLimits, Connections
+from tests.support.served import Served, served, task_text, until
+
+
+def test_each_range_of_addresses_has_its_own_limit_within_the_total() -> None:
+    refused = Counter[str]()
+    limits = ConnectionLimits(total=4, addresses=2)
+    connections = Connections(limits, lambda limit: refused.update([limit]))
+    assert [connections.admit("a") for _ in range(3)] == [True, True, False]
+    assert connections.admit("b")
+    assert connections.admit(None)  # of this machine only the total counts
+    assert not connections.admit(None)
+    connections.ended("a")
+    assert connections.admit("a")
+    assert refused == {"addresses": 1, "total": 1}
+    for name in ("a", "a", "b", None):
+        connections.ended(name)
+    assert connections.open == 0
+    assert not connections._ranges
+
+
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    try:
+        async with asyncio.timeout(5):
+            return await reader.read(1) == b""
+    except ConnectionError:
+        return True
+
+
+async def test_what_comes_beyond_the_limit_is_closed_and_counted_and_others_are_served(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path, task_text(), connections=ConnectionLimits(total=3)) as server:
+        kept = [await server.connect() for _ in range(3)]
+        reader, writer = await server.connect()
+        assert await is_closed(reader)
+        writer.close()
+        kept[0][1].write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await kept[0][0].readline()).startswith(b"HTTP/1.1 200 ")
+        for _, opened in kept:
+            opened.close()
+        await until(lambda: served_again(server))
+        counted = server.service.metrics.registry.get_sample_value
+        assert (counted("fedtt_connections_refused_total", {"limit": "total"}) or 0) >= 1
+
+
+async def served_again(server: Served) -> bool:
+    reader, writer = await server.connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    try:
+        return (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    except ConnectionError:
+        return False
+    finally:
+        writer.close()
