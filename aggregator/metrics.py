@@ -67,7 +67,7 @@ class Metrics:
             "fedtt_refusals_total", "Requests refused with a typed problem.", ("code",), registry=registry
         )
         self.connections_refused = Counter(
-            "fedtt_connections_refused_total",
+            "fedtt_refused_connections_total",
             "Connections closed at once, by the limit that they met.",
             ("limit",),
             registry=registry,

@@ -49,7 +49,7 @@ async def test_what_comes_beyond_the_limit_is_closed_and_counted_and_others_are_
             opened.close()
         await until(lambda: served_again(server))
         counted = server.service.metrics.registry.get_sample_value
-        assert (counted("fedtt_connections_refused_total", {"limit": "total"}) or 0) >= 1
+        assert (counted("fedtt_refused_connections_total", {"limit": "total"}) or 0) >= 1
 
 
 async def served_again(server: Served) -> bool:
