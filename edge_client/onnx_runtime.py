@@ -117,8 +117,7 @@ def _load(path: Path, threads: int, size: int) -> InferenceSession:
     # of the memory: MiniLM at 8x64 tokens peaks at 318 MB with them and at 191 MB, 81 of it mapped, without.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_mem_pattern = False
-    # A matrix stored as int8 or fp16 is computed for each product and dropped: joined, all would be kept.
-    without = ["ConstantFolding", "CommonSubexpressionElimination"]
+    without = ["ConstantFolding"]
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without

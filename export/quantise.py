@@ -65,7 +65,7 @@ def _stored(name: str, weight: Tensor, precision: Precision) -> Stored:
 def store(model: ir.Model, stored: dict[str, Stored]) -> None:
     """Put what is stored in the place of each matrix of a graph; each use computes it again.
 
-    So no float32 copy outlives the product it is for. Of an embedding only the rows looked up are computed.
+    So no float32 copy of int8 outlives the product it is for. Of embeddings only rows looked up are computed.
     """
     graph = model.graph
     for name in graph.initializers.keys() & stored.keys():
