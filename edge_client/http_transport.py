@@ -213,6 +213,7 @@ class HttpTransport:
             raise refused
         self._offset_s = problem.now - self._clock.now()
         self._on_offset(self._offset_s)
+        self._nonce = 0  # of a clock ahead: taken up, it would have every later run of this client refused
         response = await self._send(request)
         if response.status >= 400:
             raise await self._refusal(response)

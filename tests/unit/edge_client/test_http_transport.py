@@ -176,6 +176,31 @@ def test_a_wrong_clock_is_mended_by_the_servers_and_remembered(tmp_path: Path) -
     at_real_server(tmp_path, test, device_clock=slow, remember=offsets.append)
 
 
+@pytest.mark.parametrize("wrong_s", [-7 * 86400.0, 7 * 86400.0])
+def test_a_clock_that_is_a_week_wrong_serves_also_after_a_restart_and_after_it_was_set(
+    wrong_s: float, tmp_path: Path
+) -> None:
+    offsets: list[float] = []
+
+    async def test(real: Real) -> None:
+        assert isinstance(await real.transport.check_in(CHECK_IN), Work)
+        assert offsets == [-wrong_s]
+        url = str(real.transport._base)
+        real.clock._now += 1
+        for clock_off_s in (wrong_s, 0.0):  # as it was, then set right
+            device_clock = VirtualClock(start=real.clock.now() + clock_off_s)
+            again = HttpTransport(url, real.identity, device_clock, clock_offset_s=-wrong_s)
+            try:
+                assert isinstance(await again.check_in(CHECK_IN), Work)
+            finally:
+                await again.close()
+            real.clock._now += 1
+
+    at_real_server(
+        tmp_path, test, device_clock=VirtualClock(start=1_000_000.0 + wrong_s), remember=offsets.append
+    )
+
+
 def test_a_clock_the_server_will_not_have_either_way_is_a_refusal(tmp_path: Path) -> None:
     asked: list[str] = []
 
