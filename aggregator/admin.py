@@ -30,6 +30,7 @@ from storage.records import MAIN, Bundle, Round, Task, TaskState, Token, Version
 from storage.store import Transaction
 
 __all__ = [
+    "TokenTerms",
     "add_bundle",
     "change_task",
     "change_version",

@@ -21,6 +21,7 @@ from storage.store import Transaction
 __all__ = [
     "ACTOR",
     "OWNER",
+    "AdminTokenTerms",
     "actor_of",
     "audited",
     "create_admin_token",
