@@ -12,22 +12,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # transformers would load CUDA's, aloud
-
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+
+try:  # transformers imports torchao where it is, which speaks of itself and of libraries for CUDA
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    logging.disable(logging.WARNING)
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.utils import logging as transformers_logging
+    from transformers.utils.hub import cached_file
+finally:
+    logging.disable(logging.NOTSET)
 
 from fedtt.errors import ConfigError
 from fedtt.kinds import Target

@@ -103,6 +103,7 @@ def _texts(ticks: Sequence[float], size: float) -> list[str]:
 def _log_scale(low: float, high: float, unit: Unit) -> Scale:
     """Ticks at 1, 2 and 5 times powers of ten, or at the powers alone where that is too many."""
     size, name = unit.fitting(high)
+    low, high = max(low, size * _NEXT_TO_NOTHING), max(high, size * _NEXT_TO_NOTHING)
     first, last = math.floor(math.log10(low / size)), math.ceil(math.log10(high / size))
     times = (1, 2, 5) if last - first <= 2 else (1,)
     ticks = [size * n * 10.0**power for power in range(first, last + 1) for n in times]

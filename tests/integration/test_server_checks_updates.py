@@ -88,7 +88,7 @@ async def test_an_update_for_another_layout_or_codec_is_refused(device: Peer) ->
     )
     coarse = msgspec.structs.replace(plan, codec=msgspec.structs.replace(plan.codec, quantise="int4"))
     # 114 numbers of 4 bytes
-    refused(await put(device, frame_of(coarse)), Code.WRONG_LAYOUT, "needs", "with 456", remedy)
+    refused(await put(device, frame_of(coarse)), Code.WRONG_LAYOUT, "this layout and codec need 456", remedy)
 
 
 async def test_a_frame_cut_anywhere_or_lengthened_is_refused_and_the_whole_one_taken(device: Peer) -> None:

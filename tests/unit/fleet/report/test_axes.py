@@ -73,3 +73,9 @@ def test_ticks_are_round_in_the_unit_that_fits(
 )
 def test_values_are_written_as_people_read_them(unit: Unit, value: float, text: str) -> None:
     assert unit.text(value) == text
+
+
+def test_a_tenfold_scale_bears_values_next_to_nothing() -> None:
+    tiny = scale([5e-324, 1.0], SECONDS, log=True)
+    assert 0.0 <= tiny.at(5e-324) <= tiny.at(1.0) <= 1.0
+    assert scale([5e-324], SECONDS, log=True).at(5e-324) == 0.0
