@@ -33,7 +33,7 @@ def measure(report: Report, directory: Path, *, depth: int | None, seed: int) ->
 
     stages: list[tuple[str, float]] = [("importing torch", started)]
     labels = read_labels(ROOT / "fleet" / "assistant" / "labels.json")
-    request = ExportRequest(model=minilm(), labels=labels, depth=depth, seed=seed)
+    request = ExportRequest(model=minilm(), labels=labels, depth=depth, depths=(), seed=seed)
     summary = export_bundle(
         request,
         directory / "bundle",

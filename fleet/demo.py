@@ -196,7 +196,7 @@ async def _bundle(options: DemoOptions, say: Callable[[str], None]) -> Path:
     made_by = options.directory / "bundle-made-by.json"
     arguments = (
         *("-m", "fedtt", "export", _model(options.model), "--task", "sequence-classification"),
-        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "40"),
+        *("--labels", str(labels), "--out", str(bundle), "--max-tokens", "40", "--depths", ""),
         *("--seed", str(options.seed), "--force", "--json"),
     )
     recipe = json.dumps({"version": version("fedtt"), "labels": assistant()[1], "arguments": arguments})
