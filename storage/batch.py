@@ -14,7 +14,7 @@ __all__ = ["Batch"]
 
 R = TypeVar("R", bound=msgspec.Struct)
 First = Callable[[Rows[R], Executable, dict[str, object]], R | None]
-_KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates)
+_KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates)  #: an update after the lease it names
 
 
 class Batch:
@@ -26,7 +26,7 @@ class Batch:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, tuple[object, ...]], Any] = {}
-        self._written: dict[int, tuple[Executable, list[dict[str, object]]]] = {}
+        self._written: dict[int, dict[int, tuple[Executable, list[dict[str, object]]]]] = {}
 
     def expect(self, rows: Rows[R], keys: Iterable[tuple[object, ...]], found: Iterable[R]) -> None:
         """All there is of these keys was found."""
@@ -51,12 +51,13 @@ class Batch:
 
     def write(self, rows: Rows[R], statement: Executable, record: R, row: dict[str, object]) -> None:
         self._known[id(rows.get), rows.key_of(record)] = record
-        self._written.setdefault(id(statement), (statement, []))[1].append(row)
+        written = self._written.setdefault(_KEPT_BACK.index(rows), {})
+        written.setdefault(id(statement), (statement, []))[1].append(row)
 
     def take_written(self) -> list[tuple[Executable, list[dict[str, object]]]]:
-        """The rows that wait, by the statement that writes them; they wait no more."""
-        written, self._written = list(self._written.values()), {}
-        return written
+        """The rows that wait, by the statement that writes them, in an order their keys allow."""
+        written, self._written = self._written, {}
+        return [statement for _, table in sorted(written.items()) for statement in table.values()]
 
     def forget(self) -> None:
         """Something else was written: what was read may be so no longer."""

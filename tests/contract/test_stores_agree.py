@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedtt.errors import StorageError
@@ -145,6 +145,8 @@ steps = st.one_of(
     _step(_expire, times),
     _step(_look, names),
 )
+#: the second lease is kept back after the first update
+_TWO_UPLOADS = Change([partial(_upload, "a", b"1"), partial(_upload, "c", b"1")], fails=False, together=True)
 transactions = st.lists(
     st.builds(Change, st.lists(steps, max_size=8), st.booleans(), st.booleans()), max_size=8
 )
@@ -220,6 +222,7 @@ def _agree(memory: MemoryStore, other: SqlStore, transactions: list[Change]) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(transactions)
+@example([_TWO_UPLOADS])
 def test_sqlite_answers_like_the_memory(transactions: list[Change]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         _agree(MemoryStore(), SqlStore.open(Path(directory) / "ledger.db"), transactions)
@@ -228,5 +231,6 @@ def test_sqlite_answers_like_the_memory(transactions: list[Change]) -> None:
 @needs_postgresql
 @settings(max_examples=40, deadline=None)
 @given(transactions)
+@example([_TWO_UPLOADS])
 def test_postgresql_answers_like_the_memory(transactions: list[Change]) -> None:
     _agree(MemoryStore(), empty_store(), transactions)

@@ -14,7 +14,7 @@ from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
 from benchmarks.faults.power import cut
 from benchmarks.faults.row import Outcome, Setting
-from benchmarks.faults.syscalls import injected
+from benchmarks.faults.syscalls import calls_in, injected
 from benchmarks.harness import Report
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,13 @@ async def test_a_server_killed_again_and_again_loses_and_doubles_nothing(setting
     assert wrong(outcome) == {}
     assert int(outcome.figures["acknowledged"]) >= 3
     assert int(outcome.figures["unreachable"]) > 0
+
+
+def test_calls_are_counted_of_threads_with_short_and_with_long_numbers() -> None:
+    log = (
+        '417   fdatasync(9) = 0\n417   fdatasync(9) = 0\n31234 fdatasync(9) = 0\n31234 write(2, "", 0) = 0\n'
+    )
+    assert calls_in(log) == {"fdatasync": 2, "write": 1}
 
 
 async def test_a_server_whose_writes_fail_or_end_it_loses_and_doubles_nothing(setting: Setting) -> None:
