@@ -36,6 +36,7 @@ CODECS = {
     "int3": CodecSpec(quantise="int3", block=64),
     "int8-coded": CodecSpec(quantise="int8", coding="range"),
     "ternary-coded": CodecSpec(quantise="ternary", coding="range"),
+    "sign-coded": CodecSpec(quantise="sign", coding="range", block=32),
     "rms-coded": CodecSpec(quantise="rms", coding="range", block=32),
 }
 LONGEST_BYTES = 4096

@@ -6,13 +6,17 @@ a bfloat16, the upper half of a float32:
     int8 … int2   q = 127, 7, 3, 1     s = max|x| / q, rounded up, so that nothing is clipped
     ternary       q = 1                s = mean of the |x| from 0.7 mean|x| on, rounded up; max|x|, rounded
                                        up, where rounding is stochastic, so that it is right in the mean
+    sign          q = 1                s = mean of the |x| that are not 0, rounded up to 3 bits of mantissa
     rms           q = 127              s = `step` times the root mean square, at most max|x|, at least
                                        max|x| / 127, rounded up to 3 bits of mantissa, which code in few bits
 
 Ternary to nearest is F. Li, B. Liu, "Ternary weight networks", 2016, arXiv 1605.04711, eq. 5-6, with its
 threshold at s / 2; stochastic W. Wen et al., "TernGrad", NeurIPS 2017, arXiv 1705.07878, eq. 1.
+Sign, which rounds away from 0 alone, is S. P. Karimireddy, Q. Rebjock, S. Stich, M. Jaggi, "Error feedback
+fixes signSGD", ICML 2019, arXiv 1901.09847, Algorithm 1.
 
-Rounding to nearest brings every number nearer or leaves it, and the largest nearer: it is contractive.
+Rounding to nearest brings every number nearer or leaves it, and the largest nearer: it is contractive. So is
+sign: ‖x - s sign(x)‖² = ‖x‖² - (1 - ε²) (Σ|x|)² / n over the n numbers that are not 0, s being 1 + ε means.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ from numpy.typing import NDArray
 
 __all__ = ["LEVELS", "SCALE_BITS", "Integers", "Quantiser", "decode", "encode"]
 
-Quantiser = Literal["int8", "int4", "int3", "int2", "ternary", "rms"]
+Quantiser = Literal["int8", "int4", "int3", "int2", "ternary", "sign", "rms"]
 Integers = NDArray[np.int8]
 Block = NDArray[np.float32]
 
-LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "int3": 3, "int2": 1, "ternary": 1, "rms": 127}
-SCALE_BITS: dict[str, int] = {"rms": 12}  #: upper bits of a float32 that a scale has; all others have 16
+LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "int3": 3, "int2": 1, "ternary": 1, "sign": 1, "rms": 127}
+SCALE_BITS: dict[str, int] = {
+    "sign": 12,
+    "rms": 12,
+}  #: upper bits of a float32 that a scale has; all others have 16
 _TERNARY_THRESHOLD = 0.7
 
 
@@ -37,6 +44,8 @@ def encode(form: Quantiser, x: Block, step: float, noise: np.random.Generator | 
     """x: (n,) -> integers (n,) and the scale's upper half; with `noise` up or down, so that the mean is x."""
     levels = LEVELS[form]
     word = _round_up(_scale(form, x, step, noise), SCALE_BITS.get(form, 16))
+    if form == "sign":
+        return np.sign(x).astype(np.int8), word
     scale = float(_numbers(np.uint16(word)))
     scaled = x.astype(np.float64) / scale if scale else np.zeros(x.shape)
     rounded = np.rint(scaled) if noise is None else np.floor(scaled + noise.random(x.shape))
@@ -53,6 +62,8 @@ def decode(integers: Integers, words: NDArray[np.uint16]) -> Block:
 def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | None) -> float:
     sizes = np.abs(x.astype(np.float64))
     largest = float(sizes.max(initial=0.0))
+    if form == "sign":
+        return float(sizes.sum()) / max(1, np.count_nonzero(sizes))
     if form == "rms":
         return min(largest, max(step * float(np.sqrt(np.mean(sizes**2))), largest / LEVELS[form]))
     if form == "ternary" and noise is None:

@@ -19,7 +19,7 @@ class CodecSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     while stochastic rounding may move a number a whole step and let the residual grow.
     """
 
-    quantise: Literal["fp32", "int8", "int4", "int3", "int2", "ternary", "rms"] = "int4"
+    quantise: Literal["fp32", "int8", "int4", "int3", "int2", "ternary", "sign", "rms"] = "int4"
     step: Annotated[float, Meta(gt=0, le=8)] = 1.0  #: root mean squares a level of "rms" is wide
     rounding: Literal["nearest", "stochastic"] = "nearest"
     error_feedback: bool = False
@@ -36,10 +36,12 @@ class CodecSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError("codec.step", self.step, "left out but with quantise = 'rms'")
         if exact and not plain:
             raise ConfigError("codec.coding", self.coding, "'plain' with quantise = 'fp32'")
-        if self.quantise == "rms" and plain:
+        if self.quantise in {"sign", "rms"} and plain:
             raise ConfigError(
-                "codec.quantise", "rms", "only with coding = 'range': its integers have no size"
+                "codec.quantise", self.quantise, "only with coding = 'range', without which it is no shorter"
             )
+        if self.quantise == "sign" and self.rounding != "nearest":
+            raise ConfigError("codec.rounding", self.rounding, "'nearest' with quantise = 'sign'")
         if exact and self.block:
             raise ConfigError("codec.block", self.block, "0 with quantise = 'fp32', which has no scale")
         if (self.keep < 1 or self.threshold) and plain:

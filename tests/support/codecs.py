@@ -20,5 +20,6 @@ CODED = [
     CodecSpec(quantise="int3", coding="range", rounding="stochastic"),
     CodecSpec(quantise="ternary", coding="range", block=4),
     CodecSpec(quantise="ternary", coding="range", rounding="stochastic", threshold=0.5),
+    CodecSpec(quantise="sign", coding="range"),
     CodecSpec(quantise="rms", coding="range", step=0.5),
 ]

@@ -143,6 +143,20 @@ def test_a_step_of_root_mean_squares_is_as_wide_as_it_says() -> None:
         assert step * rms <= width <= 1.126 * step * rms  # three bits of mantissa, rounded up
 
 
+def test_a_sign_is_one_bit_and_its_size_the_mean_of_what_is_not_zero() -> None:
+    delta = laplace(5)
+    delta[::2] = 0
+    codec = CodecSpec(quantise="sign", coding="range")
+    found = decode_delta(codec, LIVE, encode_delta(codec, LIVE, delta, np.random.default_rng(0)))
+    np.testing.assert_array_equal(np.sign(found), np.sign(delta))
+    for part, came in ((found[:2000], delta[:2000]), (found[2000:], delta[2000:])):
+        mean = np.abs(came[came != 0].astype(np.float64)).mean()
+        assert mean <= np.abs(part).max() <= 1.126 * mean  # three bits of mantissa, rounded up
+    dense = laplace(5)
+    payload = encode_delta(codec, LIVE, dense, np.random.default_rng(0))
+    assert len(payload) <= 1 + 2007 / 8 + 8  # which, 2,007 signs, two scales and what contexts learn
+
+
 def test_top_k_keeps_the_largest_of_all_factors_and_a_threshold_the_large() -> None:
     delta = np.array([3, -1, 0, 5, -4, 4], np.float32)
     np.testing.assert_array_equal(largest(delta, 0.5, 0), [0, 0, 0, 5, -4, 4])  # 3 of 6
@@ -190,7 +204,7 @@ def test_golden_coded_payloads() -> None:
     live = FactorLayout([Factor("a", (24,))]).everything
     delta = np.array([0.5, -0.25, 1, 0, 0, 0, 0.75, 0, -1, 0, 0, 0.25, *[0] * 12], np.float32)
     rng = np.random.default_rng(0)
-    for name in ("int4", "ternary", "rms"):
+    for name in ("int4", "ternary", "sign", "rms"):
         codec = CodecSpec(quantise=name, coding="range")
         shown = encode_delta(codec, live, delta, rng).hex(" ")
         assert re.search(rf"`{name}`[^\n]*`{shown}`", document), (name, shown)
