@@ -338,7 +338,7 @@ class Coordinator:
             round=round_.number,
             rank=lease.rank,
             live=round_.live,
-            training=task.spec.training,
+            training=task.spec.training_in(round_.number),
             codec=task.spec.codec,
             method=task.spec.method,
             min_examples=task.spec.min_examples,

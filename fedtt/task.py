@@ -45,6 +45,9 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_staleness: Annotated[int, Meta(ge=0, le=1000)] = 0  #: versions a base may be old; 0 = synchronous
     retry_s: Seconds = 30.0  #: after which a device without work asks again, jittered by half either way
     give_up_after: Positive = 5  #: abandoned rounds in a row after which the task pauses itself
+    final_rate: Annotated[float, Meta(gt=0, le=1)] = (
+        1.0  #: of training.learning_rate, what the last round has
+    )
 
     def __post_init__(self) -> None:
         if self.closes_at > self.cohort:
@@ -68,6 +71,16 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def lease_lasts_s(self) -> float:
         return self.deadline_s if self.lease_s is None else self.lease_s
+
+    def rate_in(self, round_number: int) -> float:
+        """What of the learning rate is left in a round: from 1 in the first it falls evenly to `final_rate`.
+
+        Where clients differ, averaging comes to rest near the optimum only as the rate falls: X. Li, K. Huang,
+        W. Yang, S. Wang, Z. Zhang. "On the convergence of FedAvg on non-IID data". ICLR 2020, arXiv
+        1907.02189, Theorem 4. Abandoned rounds have numbers too, so there may be rounds past `count`.
+        """
+        done = min(1.0, (round_number - 1) / max(1, self.count - 1))
+        return 1 + done * (self.final_rate - 1)
 
 
 class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +138,11 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """What the method trains in a round, of the blocks that `training.depth` leaves."""
         live = self.method.live(adapter, round_number, state)
         return live if self.training.depth is None else adapter.live_at(self.training.depth, live)
+
+    def training_in(self, round_number: int) -> TrainingSpec:
+        """What devices do in a round."""
+        rate = self.training.learning_rate * self.rounds.rate_in(round_number)
+        return msgspec.structs.replace(self.training, learning_rate=rate)
 
     def check(self, adapter: AdapterSpec) -> None:
         """Raise ConfigError where the task cannot train these adapters."""
