@@ -75,9 +75,9 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def rate_in(self, round_number: int) -> float:
         """What of the learning rate is left in a round: from 1 in the first it falls evenly to `final_rate`.
 
-        Where clients differ, averaging comes to rest near the optimum only as the rate falls: X. Li, K. Huang,
-        W. Yang, S. Wang, Z. Zhang. "On the convergence of FedAvg on non-IID data". ICLR 2020, arXiv
-        1907.02189, Theorem 4. Abandoned rounds have numbers too, so there may be rounds past `count`.
+        Where devices differ, averaging reaches the optimum only as the rate falls: X. Li, K. Huang, W. Yang,
+        S. Wang, Z. Zhang. "On the convergence of FedAvg on non-IID data". ICLR 2020, arXiv 1907.02189,
+        Theorem 4. Abandoned rounds have numbers too, so there may be rounds past `count`.
         """
         done = min(1.0, (round_number - 1) / max(1, self.count - 1))
         return 1 + done * (self.final_rate - 1)

@@ -254,6 +254,17 @@ def test_a_task_pauses_itself_after_abandoned_rounds_in_a_row_and_says_why() -> 
         assert [r.state for r in tx.rounds(task.id)] == [RoundState.ABANDONED] * 2
 
 
+def test_a_plan_has_the_learning_rate_of_its_round() -> None:
+    server = Server(cohort=1, give_up_after=9, final_rate=0.25)
+    device, now, rates = server.device(1), 0.0, []
+    for _ in range(2):
+        rates.append(server.work(device, now).plan.training.learning_rate)
+        now += 61.0
+        with server.store.transaction() as tx:
+            server.coordinator.lifecycle.advance(tx, now)
+    assert rates == pytest.approx([5e-3, 5e-3 * (1 - 0.75 / (server.task.spec.rounds.count - 1))])
+
+
 def test_a_task_that_is_resumed_gives_up_only_after_as_many_rounds_as_at_first() -> None:
     server = Server(cohort=1, give_up_after=2)
     device = server.device(1)

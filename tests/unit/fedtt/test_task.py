@@ -63,6 +63,14 @@ def test_the_least_a_task_file_needs() -> None:
     assert spec.rounds.lease_lasts_s == 600.0
 
 
+def test_the_learning_rate_falls_evenly_to_its_last_part() -> None:
+    spec = parse_task(LEAST + "final_rate = 0.2\n[training]\nlearning_rate = 0.5\nlocal_steps = 7\n")
+    rates = [spec.training_in(number).learning_rate for number in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.5, 0.3, 0.1, 0.1])  # 0.5 · (1, 0.6, 0.2), and a round past the count
+    assert spec.training_in(2).local_steps == 7
+    assert parse_task(LEAST).training_in(3) == TrainingSpec()
+
+
 def test_the_example_of_the_document_says_every_setting_once_and_means_it() -> None:
     spec, raw = parse_task(EXAMPLE), tomllib.loads(EXAMPLE)
     assert raw == msgspec.to_builtins(spec)
@@ -143,8 +151,8 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    # 3 of the task, 6 of rounds, 9 of training, 4 of codecs, 7 of methods, 4 of evaluation
-    assert len(_ranges()) == 33
+    # 3 of the task, 7 of rounds, 9 of training, 4 of codecs, 7 of methods, 4 of evaluation
+    assert len(_ranges()) == 34
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")
