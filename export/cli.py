@@ -131,18 +131,22 @@ def _add_task(parser: ArgumentParser) -> None:
 
 def _add_adapter(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
-    group.add_argument("--adapter", default="tt", help="tt (default), dense, lora, or none: the head alone")
+    group.add_argument(
+        "--adapter", default="tt", help="tt (default), dense, lora, lora-sb, or none: head alone"
+    )
     group.add_argument("--depth", type=_depth, help="adapt only the last blocks, or 'all' (default)")
     group.add_argument(
         "--depths",
         type=_numbers,
         help="also compile the step of only so many last blocks, as 1,2,3 (default)",
     )
-    group.add_argument("--rank", type=int, help="of tt (5) or lora (8)")
+    group.add_argument("--rank", type=int, help="of tt (5), lora (8) or lora-sb (32)")
     group.add_argument("--bottleneck", type=int, help="inner width of tt and dense (64, or the model's)")
     group.add_argument("--sites", type=_names, help="of tt and dense: attention,mlp (default)")
-    group.add_argument("--targets", type=_names, help="of lora: query,value (default), key, output")
-    group.add_argument("--alpha", type=float, help="of lora, which counts alpha / rank times (the rank)")
+    group.add_argument("--targets", type=_names, help="of lora, lora-sb: query,value (default), key, output")
+    group.add_argument(
+        "--alpha", type=float, help="of lora, lora-sb, which count alpha / rank times (the rank)"
+    )
     group.add_argument("--hidden-modes", type=_numbers, help="of TT matrices, as 8,8,6; planned if not given")
     group.add_argument("--bottleneck-modes", type=_numbers, help="of tt, as 8,8; planned if not given")
     group.add_argument("--seed", type=int, default=0, help="of the factors' first values (%(default)s)")

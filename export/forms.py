@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtt.kinds import DenseBottleneck, HeadOnly, Inserted, Lora, TTBottleneck
+from fedtt.kinds import DenseBottleneck, HeadOnly, Inserted, Lora, LoraSB, TTBottleneck
 from fedtt.tensor_train import TTMatrix
 
 from .registry import Architecture
@@ -50,7 +50,7 @@ def form_of(inserted: Inserted) -> Form:
             return TTForm(inserted)
         case DenseBottleneck():
             return DenseForm(inserted)
-        case Lora():
+        case Lora() | LoraSB():
             return LoraForm(inserted)
         case HeadOnly():
             return NoForm()
@@ -106,26 +106,28 @@ class DenseForm:
 
 
 class LoraForm:
-    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3."""
+    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3; with R between, B R A x."""
 
-    def __init__(self, inserted: Lora) -> None:
+    def __init__(self, inserted: Lora | LoraSB) -> None:
         self._inserted = inserted
 
     def paths(self, architecture: Architecture) -> list[str]:
         return [architecture.projections[target.name] for target in self._inserted.targets]
 
     def weights(self, numbers: Tensor) -> list[Weights]:
-        """A (r, d_in) and B (d_out, r)."""
+        """A (r, d_in), R (r, r) where there is one, and B (d_out, r)."""
         shapes = [factor.shape for part in self._inserted.parts for factor in part.factors]
         parts = torch.split(numbers, [math.prod(shape) for shape in shapes], dim=-1)
         lead = numbers.shape[:-1]
         factors = [part.reshape(*lead, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        pairs = [_by_module(pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
-        return list(chain.from_iterable(zip(*pairs, strict=True)))  # from by target to by block
+        each = len(factors) // len(self._inserted.targets)
+        found = [_by_module(factors[i : i + each]) for i in range(0, len(factors), each)]
+        return list(chain.from_iterable(zip(*found, strict=True)))  # from by target to by block
 
     def change(self, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
-        a, b = weights
-        product = times(times(flat(x, a), a.mT), b.mT)
+        product = flat(x, weights[0])
+        for weight in weights:
+            product = times(product, weight.mT)
         return (product * self._inserted.scale).reshape(y.shape)
 
 

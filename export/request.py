@@ -10,7 +10,7 @@ from fedtt.adapter import AdapterSpec
 from fedtt.errors import ConfigError
 from fedtt.kinds import AdapterKind, HeadKind, HeadOnly, HeadSpec, Inserted, Site, Target
 from fedtt.manifest import Precision
-from fedtt.planning import plan_adapter, plan_dense, plan_head, plan_lora, plan_tt
+from fedtt.planning import plan_adapter, plan_dense, plan_head, plan_lora, plan_lora_sb, plan_tt
 
 __all__ = ["ExportRequest", "RuntimeKind", "TaskKind"]
 
@@ -21,6 +21,7 @@ _OPTIONS: dict[AdapterKind, tuple[str, ...]] = {
     "tt": ("depth", "sites", "bottleneck", "rank", "hidden_modes", "bottleneck_modes"),
     "dense": ("depth", "sites", "bottleneck"),
     "lora": ("depth", "targets", "rank", "alpha"),
+    "lora-sb": ("depth", "targets", "rank", "alpha"),
     "none": (),
 }
 _DEEPEST = 3  #: deeper ones gain less, and take longer to compile
@@ -39,13 +40,13 @@ class ExportRequest:
     labels: tuple[str, ...] = ()  #: names in order of their index; none for causal-lm
     adapter: AdapterKind = "tt"
     depth: int | None = None  #: how many of the last blocks are adapted; None for all
-    rank: int | None = None  #: 5 for tt, 8 for lora
+    rank: int | None = None  #: 5 for tt, 8 for lora, 32 for lora-sb
     bottleneck: int | None = None  #: of tt and dense; 64, or the model's width if less
     sites: tuple[Site, ...] | None = None  #: of tt and dense; after attention and MLP
     hidden_modes: tuple[int, ...] | None = None  #: of TT matrices; planned where not given
     bottleneck_modes: tuple[int, ...] | None = None
-    alpha: float | None = None  #: of lora; its rank
-    targets: tuple[Target, ...] | None = None  #: of lora; query and value
+    alpha: float | None = None  #: of lora and lora-sb; its rank
+    targets: tuple[Target, ...] | None = None  #: of lora and lora-sb; query and value
     head: HeadKind | None = None  #: of a classifier; label-names
     head_rank: int | None = None  #: of a head with a TT matrix; 10
     depths: tuple[int, ...] | None = None  #: at which the step is compiled over a cached prefix; up to 3
@@ -103,6 +104,8 @@ class ExportRequest:
                 return plan_dense(hidden=hidden, **options)
             case "lora":
                 return plan_lora(projections, **options)
+            case "lora-sb":
+                return plan_lora_sb(projections, **options)
             case "none":
                 return HeadOnly()
 

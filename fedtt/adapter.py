@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from fedtt.errors import ConfigError
-from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, Part, TTBottleneck, Width
+from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, LoraSB, Part, TTBottleneck, Width
 from fedtt.layout import Factor, FactorLayout, LiveSet, Theta
 from fedtt.rng import Purpose, rng_for
 from fedtt.tensor_train import TTMatrix
@@ -105,6 +105,13 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
             return ()
         targets = [f"block.{block}.{t.name}" for block in self.blocks for t in self.inserted.targets]
         return tuple(LoraPair(prefix, 2 * i, 2 * i + 1) for i, prefix in enumerate(targets))
+
+    @cached_property
+    def square_cores(self) -> tuple[int, ...]:
+        """The index of R (r, r) of every LoRA-SB update, in the order of the layout: A, R, B each."""
+        if not isinstance(self.inserted, LoraSB):
+            return ()
+        return tuple(3 * i + 1 for i in range(self.depth * len(self.inserted.targets)))
 
     @cached_property
     def _factors_a_block(self) -> int:

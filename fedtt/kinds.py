@@ -24,6 +24,7 @@ __all__ = [
     "HeadSpec",
     "Inserted",
     "Lora",
+    "LoraSB",
     "LoraTarget",
     "Part",
     "Rank",
@@ -33,7 +34,7 @@ __all__ = [
     "Width",
 ]
 
-AdapterKind = Literal["tt", "dense", "lora", "none"]
+AdapterKind = Literal["tt", "dense", "lora", "lora-sb", "none"]
 HeadKind = Literal["label-names", "tt", "dense"]
 Site = Literal["attention", "mlp"]  #: whose output a bottleneck adapter changes
 Target = Literal["query", "key", "value", "output"]  #: projection of the attention that LoRA changes
@@ -143,13 +144,9 @@ class LoraTarget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     d_out: Width
 
 
-class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="lora"):
-    """y + (α / r) B A x on the output y = W x of each target.
+class _LowRank(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What LoRA and its kin share."""
 
-    LoRA (Hu et al., ICLR 2022, arXiv 2106.09685, eq. 3).
-    """
-
-    kind: ClassVar[AdapterKind] = "lora"
     rank: Rank
     alpha: Annotated[float, Meta(gt=0, le=2**20)]
     targets: tuple[LoraTarget, ...]
@@ -165,6 +162,15 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_fi
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+class Lora(_LowRank, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lora"):
+    """y + (α / r) B A x on the output y = W x of each target.
+
+    LoRA (Hu et al., ICLR 2022, arXiv 2106.09685, eq. 3).
+    """
+
+    kind: ClassVar[AdapterKind] = "lora"
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -184,6 +190,33 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_fi
         return replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
 
 
+class LoraSB(_LowRank, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lora-sb"):
+    """y + (α / r) B R A x, of which R (r, r) is meant to be trained between two frames that stay.
+
+    LoRA-SB (Ponkshe et al., 2024, arXiv 2411.19557, §3) over frames that are drawn: the paper takes them
+    from an SVD of the first gradient on some of the data, and a bundle has none.
+    """
+
+    kind: ClassVar[AdapterKind] = "lora-sb"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of one block: A (r, d_in) and B (d_out, r) with rows and columns of norm 1 in the mean, R zero."""
+        r = self.rank
+        return tuple(
+            part
+            for t in self.targets
+            for part in (
+                _plain(f"{t.name}.lora_a", (r, t.d_in), 1 / t.d_in),
+                _plain(f"{t.name}.lora_r", (r, r)),
+                _plain(f"{t.name}.lora_b", (t.d_out, r), 1 / t.d_out),
+            )
+        )
+
+    def at_rank(self, rank: int) -> LoraSB:
+        raise ConfigError("rank", rank, "only for tt and lora adapters: other frames give R another meaning")
+
+
 class HeadOnly(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="none"):
     """Nothing is inserted; the head alone is trained."""
 
@@ -194,7 +227,7 @@ class HeadOnly(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"
         raise ConfigError("rank", rank, "only for tt and lora adapters; nothing is inserted here")
 
 
-Inserted = TTBottleneck | DenseBottleneck | Lora | HeadOnly
+Inserted = TTBottleneck | DenseBottleneck | Lora | LoraSB | HeadOnly
 
 
 class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

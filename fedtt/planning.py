@@ -18,6 +18,7 @@ from fedtt.kinds import (
     HeadSpec,
     Inserted,
     Lora,
+    LoraSB,
     LoraTarget,
     Site,
     Target,
@@ -25,10 +26,11 @@ from fedtt.kinds import (
 )
 from fedtt.tensor_train import TTMatrix, padded_size, plan_modes
 
-__all__ = ["plan_adapter", "plan_dense", "plan_head", "plan_lora", "plan_tt"]
+__all__ = ["plan_adapter", "plan_dense", "plan_head", "plan_lora", "plan_lora_sb", "plan_tt"]
 
 _SITES: tuple[Site, ...] = ("attention", "mlp")
 _BOTTLENECK = 64  #: of FedTT (§5) and of Houlsby et al.; a narrower model has its own width
+_LORA_SB_RANK = 32  #: r² numbers a target: those of LoRA of rank 1 at a width of 512
 _LORA_RANK = 8  #: on query and value, as Hu et al. 2022 for RoBERTa on GLUE
 
 
@@ -75,10 +77,28 @@ def plan_lora(
     alpha: float | None = None,
 ) -> Lora:
     """`projections` gives (d_in, d_out) of each target of the model; α is the rank where it is not given."""
-    if foreign := [name for name in targets if name not in projections]:
-        raise ConfigError("adapter.targets", foreign[0], f"some of {', '.join(get_args(Target))}")
-    chosen = tuple(LoraTarget(name=n, d_in=projections[n][0], d_out=projections[n][1]) for n in targets)
+    chosen = _targets(projections, targets)
     return Lora(rank=rank, alpha=float(rank if alpha is None else alpha), targets=chosen)
+
+
+def plan_lora_sb(
+    projections: Mapping[Target, tuple[int, int]],
+    *,
+    targets: tuple[Target, ...] = ("query", "value"),
+    rank: int = _LORA_SB_RANK,
+    alpha: float | None = None,
+) -> LoraSB:
+    """As `plan_lora`; between frames of norm 1 R's numbers are small, so α wants to be several ranks."""
+    chosen = _targets(projections, targets)
+    return LoraSB(rank=rank, alpha=float(rank if alpha is None else alpha), targets=chosen)
+
+
+def _targets(
+    projections: Mapping[Target, tuple[int, int]], names: tuple[Target, ...]
+) -> tuple[LoraTarget, ...]:
+    if foreign := [name for name in names if name not in projections]:
+        raise ConfigError("adapter.targets", foreign[0], f"some of {', '.join(get_args(Target))}")
+    return tuple(LoraTarget(name=n, d_in=projections[n][0], d_out=projections[n][1]) for n in names)
 
 
 def plan_head(

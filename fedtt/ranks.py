@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import LayoutError
-from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, TTBottleneck
+from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, LoraSB, TTBottleneck
 
 __all__ = ["embedding"]
 
@@ -51,6 +51,8 @@ def _inner(inserted: Inserted) -> tuple[object, ...]:
             return "dense", sites
         case Lora(targets=targets, scale=scale):
             return "lora", targets, f"{scale:.9g}"  # α r' / r is not exact
+        case LoraSB():
+            return ("lora-sb", inserted)
         case HeadOnly():
             return ("none",)
 

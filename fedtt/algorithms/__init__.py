@@ -7,6 +7,7 @@ union of all of them, told apart by `name`.
 from fedtt.algorithms.base import Folded, Gradient, LocalResult, Steps, drive
 from fedtt.algorithms.dense_adapter import DenseAdapter
 from fedtt.algorithms.exact_fedtt import ExactFedTT
+from fedtt.algorithms.fed_sb import FedSB
 from fedtt.algorithms.fedavg import FedAvg
 from fedtt.algorithms.fedlora import FedLoRA
 from fedtt.algorithms.fedtt import FedTT
@@ -25,6 +26,7 @@ __all__ = [
     "FFALoRA",
     "FedAvg",
     "FedLoRA",
+    "FedSB",
     "FedTT",
     "FedTTPlus",
     "FlexLoRA",
@@ -52,6 +54,7 @@ Method = (
     | FFALoRA
     | RoLoRA
     | FlexLoRA
+    | FedSB
     | HierFedLoRA
     | HierFedTT
     | DenseAdapter

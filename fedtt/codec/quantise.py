@@ -63,7 +63,7 @@ def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | 
     sizes = np.abs(x.astype(np.float64))
     largest = float(sizes.max(initial=0.0))
     if form == "sign":
-        return float(sizes.sum()) / max(1, np.count_nonzero(sizes))
+        return float(sizes.sum()) / max(1, int(np.count_nonzero(sizes)))
     if form == "rms":
         return min(largest, max(step * float(np.sqrt(np.mean(sizes**2))), largest / LEVELS[form]))
     if form == "ternary" and noise is None:

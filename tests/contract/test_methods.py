@@ -16,6 +16,7 @@ from fedtt.algorithms import (
     ExactFedTT,
     FedAvg,
     FedLoRA,
+    FedSB,
     FedTT,
     FedTTPlus,
     FFALoRA,
@@ -40,6 +41,7 @@ from tests.support.adapters import small_adapter
 from tests.support.trains import long_adapter
 
 TT, LORA = long_adapter(), small_adapter("lora", hidden=16, layers=2, head="label-names")
+SB = small_adapter("lora-sb", hidden=16, layers=2, head="label-names")
 DENSE, HEAD = (
     small_adapter("dense", hidden=16, layers=2, head="tt"),
     small_adapter("none", hidden=16, layers=2, head="dense"),
@@ -58,6 +60,7 @@ CASES: dict[str, tuple[Method, AdapterSpec]] = {
     "fedlora": (FedLoRA(), LORA),
     "ffa-lora": (FFALoRA(), LORA),
     "rolora": (RoLoRA(), LORA),
+    "fed-sb": (FedSB(), SB),
     "flexlora": (FlexLoRA(), LORA),
     "flexlora, two ranks": (FlexLoRA(tiers=(Tier(rank=1, below_mb=100),)), LORA),
     "hier-fedlora": (HierFedLoRA(warmup_rounds=1), LORA),
@@ -112,7 +115,7 @@ def test_every_method_stands_here() -> None:
 def test_it_trains_its_adapter_and_refuses_or_trains_any_other_without_a_bug(case: str) -> None:
     method, adapter = CASES[case]
     method.check(adapter)
-    for other in (TT, LORA, DENSE, HEAD):
+    for other in (TT, LORA, SB, DENSE, HEAD):
         with contextlib.suppress(ConfigError):
             method.check(other)
             assert method.live(other, 1).size

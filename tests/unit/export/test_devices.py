@@ -69,7 +69,7 @@ def _check(model: AdaptedModel, cut: int) -> None:
         assert float((gradient[i] - expected).norm() / expected.norm()) < 2e-6
 
 
-@pytest.mark.parametrize("kind", ["tt", "dense", "lora"])
+@pytest.mark.parametrize("kind", ["tt", "dense", "lora", "lora-sb"])
 @pytest.mark.parametrize("cut", [0, 1])
 def test_every_device_gets_the_gradient_of_its_own_step(kind: AdapterKind, cut: int, tmp_path: Path) -> None:
     _check(_model(tmp_path, kind), cut)

@@ -5,7 +5,7 @@ import torch
 
 from export.forms import form_of, tt_halves
 from export.registry import ARCHITECTURES
-from fedtt.kinds import HeadOnly
+from fedtt.kinds import HeadOnly, LoraSB
 from fedtt.tensor_train import TTMatrix, tt_dense
 from tests.support.adapters import small_adapter
 
@@ -37,3 +37,16 @@ def test_nothing_inserted_hooks_no_module() -> None:
     form = form_of(HeadOnly())
     assert form.paths(ARCHITECTURES["bert"]) == []
     assert form.weights(torch.zeros(0)) == []
+
+
+def test_a_square_core_stands_between_the_two_frames() -> None:
+    spec = small_adapter("lora-sb", hidden=8, layers=1, rank=3)
+    assert isinstance(spec.inserted, LoraSB)
+    theta = torch.from_numpy(np.random.default_rng(0).normal(size=spec.layout.size))
+    form = form_of(spec.inserted)
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 5, 8)))
+    named = [torch.from_numpy(part) for part in spec.layout.unflatten(theta.numpy()).values()]
+    for core, weights in zip(spec.square_cores, form.weights(theta.reshape(1, -1)), strict=True):
+        a, r, b = named[core - 1 : core + 2]
+        expected = spec.inserted.scale * torch.einsum("nsi,qi,rq,or->nso", x, a, r, b)
+        np.testing.assert_allclose(form.change(x, torch.zeros(2, 5, 8), *weights), expected, rtol=1e-10)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from export.base import Base, load_base
 from export.insert import Adapters
 from fedtt.adapter import AdapterSpec, initial_theta
-from fedtt.kinds import AdapterKind, Lora, TTBottleneck
+from fedtt.kinds import AdapterKind, Lora, LoraSB, TTBottleneck
 from fedtt.layout import Theta
 from fedtt.ranks import embedding
 from fedtt.tensor_train import tt_dense
@@ -20,7 +20,7 @@ from tests.support.models import save_tiny_model
 
 IDS = torch.tensor([[1, 9, 10, 2], [1, 12, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-INSERTED: tuple[AdapterKind, ...] = ("tt", "dense", "lora")
+INSERTED: tuple[AdapterKind, ...] = ("tt", "dense", "lora", "lora-sb")
 
 
 def _base(directory: Path, family: str = "bert") -> Base:
@@ -71,9 +71,11 @@ def test_adapters_compute_what_their_papers_say_with_dense_matrices(
 def _insert_slowly(base: Base, spec: AdapterSpec, theta: Theta) -> None:
     """The slow way: dense matrices for each name in the layout, found by name, in the last block."""
     block, paths = base.blocks[1], {"attention": base.architecture.attention, "mlp": base.architecture.mlp}
-    if isinstance(spec.inserted, Lora):
+    if isinstance(spec.inserted, Lora | LoraSB):
         for name, path in (("query", base.architecture.query), ("value", base.architecture.value)):
             a, b = (_matrix(spec, theta, f"{name}.lora_{letter}") for letter in "ab")
+            if isinstance(spec.inserted, LoraSB):
+                b = b @ _matrix(spec, theta, f"{name}.lora_r")
             module = block.get_submodule(path)
             assert isinstance(module, nn.Linear)
             module.weight.add_(spec.inserted.alpha / spec.inserted.rank * b @ a)

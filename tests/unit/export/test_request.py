@@ -30,7 +30,7 @@ def plan(**options: Any) -> AdapterSpec:
         ({"sites": ("attention", "ffn")}, "sites = 'ffn'"),
         ({"adapter": "lora", "targets": ("query", "gate")}, "targets = 'gate' .*query, key, value, output"),
         ({"base": "int4"}, "base = 'int4' .*fp32, fp16, int8"),
-        ({"adapter": "prefix"}, "adapter = 'prefix' .*tt, dense, lora, none"),
+        ({"adapter": "prefix"}, "adapter = 'prefix' .*tt, dense, lora, lora-sb, none"),
     ],
 )
 def test_nonsense_is_refused_when_the_request_is_made(change: dict[str, Any], complaint: str) -> None:
