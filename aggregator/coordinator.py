@@ -239,6 +239,9 @@ class Coordinator:
         if device.examples < spec.min_examples:
             few = f"the task needs {spec.min_examples} examples, you have {device.examples}"
             return self._idle(now, device.id, few)
+        if 0 < device.memory_mb < (needed := spec.budget.memory_mb or 0):
+            little = f"the task may use {needed} MiB of memory, you have {device.memory_mb}"
+            return self._idle(now, device.id, little)
         branch = self.lifecycle.branch_of(tx, task, device.id)
         round_ = self.lifecycle.ensure_round(tx, now, task, branch)
         if round_ is None:
@@ -343,6 +346,7 @@ class Coordinator:
             method=task.spec.method,
             min_examples=task.spec.min_examples,
             label_epsilon=_label_epsilon(tx, task, lease.device_id),
+            budget=task.spec.budget,
         )
         return Work(lease=lease.id, expires_in_s=max(0.0, lease.expires_at - now), plan=plan)
 

@@ -18,7 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from fedtt.messages import CheckInAnswer, Code, Judge, Retired, UpdateState, Wait, Work
+from fedtt.messages import CheckInAnswer, Code, FailureCode, Judge, Retired, UpdateState, Wait, Work
 
 __all__ = ["Metrics", "totals"]
 
@@ -81,6 +81,12 @@ class Metrics:
             ("state",),
             registry=registry,
         )
+        self.given_back = Counter(
+            "fedtt_failures_total",
+            "Leases that devices gave back, by why they could not or would not.",
+            ("code",),
+            registry=registry,
+        )
         self.queue_length = Gauge(
             "fedtt_writer_queue_length", "Changes that wait for a commit.", registry=registry
         )
@@ -113,6 +119,8 @@ class Metrics:
         }
         for state in UpdateState:
             self.updates.labels(state.value)
+        for why in FailureCode:
+            self.given_back.labels(why.value)
         for limit in ("total", "addresses"):
             self.connections_refused.labels(limit)
 
@@ -127,6 +135,9 @@ class Metrics:
 
     def checked_in(self, answer: CheckInAnswer) -> None:
         self._answers[type(answer)].inc()
+
+    def gave_back(self, why: FailureCode) -> None:
+        self.given_back.labels(why.value).inc()
 
     def committed(self, changes: int, seconds: float, moved: Mapping[UpdateState, int]) -> None:
         """One transaction is durable; `moved` says how many updates it has brought into which states."""

@@ -125,11 +125,13 @@ class Rounds:
         """The cohort, of the devices of the branch seen lately that can do the work."""
         spec, seen_since, runtimes = task.spec, now - SEEN_WITHIN_S, self.runtimes(tx, task)
         few, seats, group = spec.min_examples, self.seats(task, branch).cohort, group_on(task, branch)
+        needed_mb = spec.budget.memory_mb or 0
         if spec.sampling.is_plain:
             devices = tx.active_devices(
                 seen_since=seen_since,
                 min_examples=few,
                 runtimes=runtimes,
+                memory_mb=needed_mb,
                 member_of=(task.id, group.number) if group else None,
             )
             return uniformly(spec.seed, round_number, devices, seats)
@@ -138,6 +140,7 @@ class Rounds:
             seen_since=seen_since,
             min_examples=few,
             runtimes=runtimes,
+            memory_mb=needed_mb,
             group=group.number if group else None,
         )
         return invite(spec.sampling, spec.seed, round_number, candidates, seats)

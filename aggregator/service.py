@@ -193,7 +193,10 @@ class Service:
         _log.info(
             "device %s gave lease %s back: %s %r", device_name, lease, failure.code.value, failure.detail
         )
-        return await self.write(lambda tx: self.coordinator.fail(tx, device_name, lease))
+        refused = await self.write(lambda tx: self.coordinator.fail(tx, device_name, lease))
+        if refused is None:
+            self.metrics.gave_back(failure.code)
+        return refused
 
     async def leave(self, device_name: str, *, erase: bool, nonce: int | None = None) -> Problem | None:
         return await self.write(lambda tx: self.coordinator.leave(tx, device_name, erase=erase, nonce=nonce))

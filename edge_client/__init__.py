@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_client.conditions import Conditions, Limits, Readings
-    from edge_client.device import Device, DeviceConfig
+    from edge_client.device import Device
+    from edge_client.device_config import DeviceConfig
     from edge_client.example_files import read_examples
     from edge_client.examples import Example, ExampleLimits, ExampleStore
     from edge_client.http_transport import HttpTransport
@@ -48,7 +49,7 @@ __all__ = [
 _HOMES = {
     "Conditions": "conditions",
     "Device": "device",
-    "DeviceConfig": "device",
+    "DeviceConfig": "device_config",
     "Evaluation": "inference",
     "Example": "examples",
     "ExampleLimits": "examples",

@@ -11,6 +11,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from edge_client.allowance import check_download
 from edge_client.aside import beside
 from edge_client.bundle import Bundle, RuntimeName, file_fault, needed_files
 from edge_client.events import Downloaded, Downloading, Observer, Redownloading, ignore
@@ -29,11 +30,19 @@ _LOCK_POLL_S = 0.2
 class Bundles(Protocol):
     """Where a device has its bundles from."""
 
-    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
+    async def ensure(
+        self,
+        transport: Transport,
+        digest: str,
+        release_key: bytes | None = None,
+        limit_bytes: int | None = None,
+    ) -> Bundle:
         """The bundle of this name, every needed file checked.
 
         release_key: that must have signed it; None asks for no signature.
-        Raises BundleError for what another attempt would not mend, Unreachable where it may.
+        limit_bytes: of what is missing of it, and of a version with it; None for any number.
+        Raises Declined beyond the limit, BundleError for what another attempt would not mend, Unreachable
+        where it may.
         """
         ...
 
@@ -61,15 +70,18 @@ class BundleCache:
         self._checked: dict[str, Bundle] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
-        """The bundle of this name, downloading what is missing or damaged.
-
-        Raises BundleError for what another attempt would not mend, Unreachable where it broke off.
-        """
+    async def ensure(
+        self,
+        transport: Transport,
+        digest: str,
+        release_key: bytes | None = None,
+        limit_bytes: int | None = None,
+    ) -> Bundle:
+        """The bundle of this name, downloading what is missing or damaged; raises what `Bundles` says."""
         async with self._locks[digest], self._lock(digest):
             known = self._checked.pop(digest, None)
             if known is None or not self._is_there(known):
-                known = await self._complete(transport, digest, release_key)
+                known = await self._complete(transport, digest, release_key, limit_bytes)
             elif release_key is not None:
                 with storage_errors(known.directory):
                     data = known.path(MANIFEST).read_bytes()
@@ -83,7 +95,9 @@ class BundleCache:
         names = (MANIFEST, *needed_files(bundle.manifest, self._runtime))
         return all(bundle.path(name).is_file() for name in names)
 
-    async def _complete(self, transport: Transport, digest: str, release_key: bytes | None) -> Bundle:
+    async def _complete(
+        self, transport: Transport, digest: str, release_key: bytes | None, limit_bytes: int | None
+    ) -> Bundle:
         directory = self.directory / digest
         with storage_errors(directory):
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -92,6 +106,8 @@ class BundleCache:
             check_manifest(data, f"bundle {digest[:12]}…", release_key)
         manifest = decode_manifest(data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
+        here = await beside(_bytes_here, directory, files)
+        check_download(limit_bytes, manifest, sum(entry.bytes for entry in files.values()) - here)
         total_bytes = sum(entry.bytes for entry in files.values())
         await beside(self._make_room, digest, total_bytes)
         for name, entry in files.items():
@@ -216,6 +232,17 @@ def _use(directory: Path) -> tuple[float, int]:
             with suppress(FileNotFoundError):
                 size += file.stat().st_size
     return used_at, size
+
+
+def _bytes_here(directory: Path, files: dict[str, FileEntry]) -> int:
+    """Of these files, whole or in part; what is damaged counts until it is looked at."""
+    sizes = 0
+    for name, entry in files.items():
+        for path in (directory / name, directory / f"{name}.part"):
+            with suppress(FileNotFoundError):
+                sizes += min(path.stat().st_size, entry.bytes)
+                break
+    return sizes
 
 
 def _mib(size: int) -> int:

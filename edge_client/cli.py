@@ -113,7 +113,20 @@ def _add_run(commands: Commands) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="MiB that training may use: the server is told, and may give this device a smaller rank",
+        help="MiB that training may use: the server is told, and may give this device a smaller rank; a task "
+        "that may need more is declined",
+    )
+    run.add_argument(
+        "--max-training-s",
+        type=float,
+        metavar="S",
+        help="decline work that takes longer than so many seconds to train (no limit)",
+    )
+    run.add_argument(
+        "--max-download-mb",
+        type=int,
+        metavar="N",
+        help="decline work that needs a larger download, in MiB (no limit)",
     )
     run.add_argument(
         "--share-label-counts",

@@ -15,7 +15,7 @@ from edge_client import events
 from edge_client.conditions import Limits
 from edge_client.consent import ask, consent_text
 from edge_client.describe import describe
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
@@ -68,6 +68,8 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         token=args.token or os.environ.get("FEDTT_TOKEN", ""),
         client=f"fedtt-edge {version('fedtt')}",
         memory_mb=args.memory_mb,
+        max_training_s=args.max_training_s,
+        max_download_mb=args.max_download_mb,
         activation_limit_mb=args.activation_limit_mb,
         label_epsilon=args.share_label_counts,
         judges=not args.no_judging,

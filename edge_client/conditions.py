@@ -13,9 +13,10 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
+from edge_client.aside import Aside
 from fedtt.errors import ConfigError, Declined
 
-__all__ = ["Conditions", "Limits", "Readings", "while_holding"]
+__all__ = ["Conditions", "Limits", "Readings", "Watch", "while_holding"]
 
 T = TypeVar("T")
 
@@ -81,6 +82,42 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def _missing(value: bool | None, wanted: str, otherwise: str) -> str:
     return f"nothing says whether {wanted}" if value is None else otherwise
+
+
+class Watch:
+    """The conditions of one device, held against what its owner asks for; None of them lets all pass."""
+
+    def __init__(self, conditions: Conditions | None, limits: Limits, every_s: float, aside: Aside) -> None:
+        self._conditions, self._limits = conditions, limits
+        self._every_s, self._aside = every_s, aside
+
+    async def against_work(self) -> str:
+        """Why the device may not work now; "" where it may."""
+        readings = await self._now()
+        return self._limits.against_work(readings) if readings else ""
+
+    async def against_traffic(self) -> str:
+        """Why it may not send now; "" where it may."""
+        readings = await self._now()
+        return self._limits.against_traffic(readings) if readings else ""
+
+    async def free_mb(self) -> int | None:
+        """MiB of memory that training may use now; None where nobody knows."""
+        readings = await self._now()
+        return readings.memory_mb if readings else None
+
+    async def holding(self, work: Callable[[], Coroutine[object, object, T]]) -> T:
+        """Do work while the conditions hold; raises Declined as soon as they do not.
+
+        What is under way is given back, not kept for later: a training begins anew in any case, and the
+        round need not wait for this device.
+        """
+        if self._conditions is None:
+            return await work()
+        return await while_holding(work, self.against_work, self._every_s)
+
+    async def _now(self) -> Readings | None:
+        return await self._aside(self._conditions.now) if self._conditions else None
 
 
 async def while_holding(

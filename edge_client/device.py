@@ -8,26 +8,23 @@ step and never more: a lease is not trained again once its frame is stored, and 
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar, assert_never
-
-from msgspec.structs import replace
+from collections.abc import Awaitable, Callable
+from typing import assert_never
 
 from edge_client import events
 from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
 from edge_client.bundle_cache import Bundles
-from edge_client.conditions import Conditions, Limits, Readings, while_holding
+from edge_client.conditions import Conditions, Watch
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Observer, Step
 from edge_client.examples import Examples
-from edge_client.journal import Idle, Journal, Leased, Residual, Trained, residual_key
-from edge_client.label_counts import secure_uniform, told_labels
+from edge_client.journal import Idle, Journal, Leased, Trained
+from edge_client.label_counts import secure_uniform
+from edge_client.leased_work import LeasedWork
 from edge_client.local_training import LocalTraining
-from edge_client.trainer import Trainer, address, trained_adapter
+from edge_client.trainer import Trainer, address
 from edge_client.version_cache import MemoryVersions, VersionCache
 from fedtt.errors import (
     BundleError,
@@ -48,18 +45,15 @@ from fedtt.messages import (
     Failure,
     FailureCode,
     Judge,
-    Plan,
     Retired,
     Wait,
     Work,
     device_id,
 )
 from fedtt.seams import Clock, SystemClock, Transport
-from fedtt.wire import update_digest, with_label_counts
+from fedtt.wire import update_digest
 
-__all__ = ["Device", "DeviceConfig"]
-
-T = TypeVar("T")
+__all__ = ["Device"]
 
 #: Refusals that may pass; any other answer to an upload is final.
 _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
@@ -68,47 +62,10 @@ _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_S
 _FAILURES: dict[type[FedttError], FailureCode] = {
     BundleError: FailureCode.BUNDLE,
     DataError: FailureCode.NO_EXAMPLES,
-    Declined: FailureCode.CONDITIONS,
     LayoutError: FailureCode.BUNDLE,
     RuntimeFailure: FailureCode.RUNTIME,
     WireError: FailureCode.NOT_FINITE,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceConfig:
-    """What the owner or the app decides."""
-
-    token: str = ""  #: for enrolment; not needed once enrolled
-    client: str = "fedtt-edge"  #: program and version, shown to whoever runs the server
-    memory_mb: int = 0  #: training may use; 0 leaves the choice of a rank to the task
-    judges: bool = True  #: whether versions may be judged on this device's examples
-    activation_limit_mb: int = 256  #: of disk, for what frozen blocks give of each example; 0 keeps nothing
-    limits: Limits = field(default_factory=Limits)  #: battery, network and the like while it may work
-    rest_s: float = 60.0  #: before it looks again whether they hold
-    watch_s: float = 5.0  #: how often it looks while it works
-    label_epsilon: float = 0.0  #: largest ε with which counts of labels may be told; 0 tells none
-    seed: int = 0  #: of the jitter of retries
-    retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
-    retry_limit_s: float = 600.0  #: and never exceeds this
-    max_attempts: int = 3  #: trainings of one lease that may end in a crash before it is given back
-
-    def __post_init__(self) -> None:
-        if not 0 < self.retry_first_s <= self.retry_limit_s:
-            raise ConfigError("retry_first_s", self.retry_first_s, f"above 0, at most {self.retry_limit_s:g}")
-        for name in ("rest_s", "watch_s"):
-            if not 0 < (value := getattr(self, name)) <= 86400:
-                raise ConfigError(name, value, "a number of seconds above 0, at most 86400")
-        if not 0 <= self.memory_mb <= 10**9:
-            raise ConfigError("memory_mb", self.memory_mb, "a whole number from 0 to 1000000000")
-        if not 0 <= self.activation_limit_mb <= 10**9:
-            raise ConfigError(
-                "activation_limit_mb", self.activation_limit_mb, "a whole number from 0 to 1000000000"
-            )
-        if not 0 <= self.label_epsilon <= 100:
-            raise ConfigError("label_epsilon", self.label_epsilon, "a number from 0 to 100")
-        if self.max_attempts < 1:
-            raise ConfigError("max_attempts", self.max_attempts, "1 or more")
 
 
 class Device:
@@ -145,6 +102,8 @@ class Device:
         self._public_key, self._name = public_key, device_id(public_key)
         self._transport, self._examples = transport, examples
         self._runtime_names = (trainer.runtime,)
+        self._clock, self._observe, self._aside = clock or SystemClock(), observe, aside
+        self._watch = Watch(conditions, config.limits, config.watch_s, aside)
         self._training = LocalTraining(
             self._name,
             transport,
@@ -155,8 +114,9 @@ class Device:
             activations,
             aside,
         )
-        self._clock, self._observe = clock or SystemClock(), observe
-        self._uniform, self._aside, self._conditions = uniform, aside, conditions
+        self._work = LeasedWork(
+            config, journal, self._training, examples, self._watch, self._clock, uniform, aside
+        )
         self._backoff = Backoff(
             device=address(self._name),
             seed=config.seed,
@@ -205,32 +165,17 @@ class Device:
             return await self._enroll()
         match state.phase:
             case Idle():
-                return await self._resting(self.config.limits.against_work) or await self._check_in()
+                return await self._resting(self._watch.against_work) or await self._check_in()
             case Leased() as leased:
                 return await self._fulfil(leased)
             case Trained() as trained:
-                return await self._resting(self.config.limits.against_traffic) or await self._send(trained)
+                return await self._resting(self._watch.against_traffic) or await self._send(trained)
             case _ as unreachable:
                 assert_never(unreachable)
 
-    async def _resting(self, against: Callable[[Readings], str]) -> Step | None:
-        why = await self._hindrance(against)
+    async def _resting(self, hindrance: Callable[[], Awaitable[str]]) -> Step | None:
+        why = await hindrance()
         return events.Resting(reason=why, pause_s=self.config.rest_s) if why else None
-
-    async def _hindrance(self, against: Callable[[Readings], str]) -> str:
-        """What the conditions say against something; "" where they are left out of account."""
-        return against(await self._aside(self._conditions.now)) if self._conditions else ""
-
-    async def _within_limits(self, work: Callable[[], Coroutine[object, object, T]]) -> T:
-        """Do it while the owner's conditions hold; raises Declined as soon as they do not.
-
-        What is under way is given back, not kept for later: a training begins anew in any case, and the
-        round need not wait for this device.
-        """
-        if self._conditions is None:
-            return await work()
-        against = self.config.limits.against_work
-        return await while_holding(work, lambda: self._hindrance(against), self.config.watch_s)
 
     async def _retry_refused(self, error: Refused) -> Step:
         code = error.problem.code
@@ -310,9 +255,12 @@ class Device:
         """Answer at once: a question that a crash cuts short is asked again, so nothing of it is kept."""
         try:
             release_key = self.journal.state.release_key or None
-            verdict = await self._within_limits(lambda: self._training.judge(question, release_key))
+            limit_bytes = self.config.budget.download_bytes
+            verdict = await self._watch.holding(
+                lambda: self._training.judge(question, release_key, limit_bytes)
+            )
         except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
-            return await self._give_up(question.lease, _FAILURES[type(error)], str(error))
+            return await self._give_up(question.lease, _failure(error), str(error))
         try:
             await self._transport.judge(question.lease, verdict)
         except Refused as error:
@@ -338,58 +286,11 @@ class Device:
             why = f"training was cut short {leased.attempts} times"
             return await self._give_up(lease, FailureCode.OTHER, why)
         try:
-            return await self._within_limits(lambda: self._train(leased))
+            return await self._watch.holding(lambda: self._work.train(leased))
         except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
             if isinstance(self.journal.state.phase, Trained):  # the conditions broke just behind its end
                 return events.Resting(reason=str(error))
-            return await self._give_up(lease, _FAILURES[type(error)], str(error))
-
-    async def _train(self, leased: Leased) -> Step:
-        lease, plan = leased.work.lease, leased.work.plan
-        bundle, version = await self._training.fetch(plan, self.journal.state.release_key or None)
-        layout = trained_adapter(plan, bundle.manifest).layout
-        key = residual_key(plan.task, layout.digest) if plan.codec.error_feedback else ""
-        residual = await self._aside(self.journal.residual, key, plan.version_number)
-        counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
-        started = time.perf_counter()
-        try:
-            await self._aside(self.journal.update, phase=replace(leased, attempts=leased.attempts + 1))
-            update = await self._training.run(plan, bundle, version, residual)
-        except asyncio.CancelledError:
-            await self._aside(self.journal.update, phase=leased)  # a clean stop is no crash
-            raise
-        frame = with_label_counts(update.frame, counts) if counts else update.frame
-        await self._aside(
-            self.journal.update,
-            phase=Trained(
-                lease=lease,
-                frame=frame,
-                residual_key=key,
-                residual=Residual(version_number=plan.version_number, data=update.residual),
-            ),
-        )
-        header = update.header
-        return events.Trained(
-            lease=lease,
-            examples=header.examples,
-            steps=header.steps,
-            loss_first=header.loss_first,
-            loss_last=header.loss_last,
-            cut_texts=update.cut_texts,
-            frame_bytes=len(frame),
-            wall_s=time.perf_counter() - started,
-            depth=update.depth,
-            prefixes_computed=update.prefixes_computed,
-            prefixes_reused=update.prefixes_reused,
-        )
-
-    def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:
-        """What is told of this device's labels: nothing, unless the plan asks and the owner allows it."""
-        allowed = self.config.label_epsilon
-        if plan.label_epsilon is None or not allowed:
-            return b""
-        epsilon = min(plan.label_epsilon, allowed)
-        return told_labels(self.journal, self._examples, labels, epsilon, self._uniform)
+            return await self._give_up(lease, _failure(error), str(error))
 
     async def _give_up(self, lease: str, code: FailureCode, detail: str) -> Step:
         """Give a lease back, if the server can be told; it expires by itself where not."""
@@ -414,6 +315,10 @@ class Device:
             raise WireError("the receipt is for another update than the one sent")
         await self._aside(self.journal.commit, receipt)
         return events.Acknowledged(receipt=receipt)
+
+
+def _failure(error: FedttError) -> FailureCode:
+    return FailureCode(error.of) if isinstance(error, Declined) else _FAILURES[type(error)]
 
 
 def _no_token() -> ConfigError:

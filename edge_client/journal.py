@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from edge_client.allowance import Pace
 from edge_client.files import storage_errors, write_atomically
 from edge_client.home import Home
 from fedtt.errors import StorageError
@@ -91,6 +92,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     release_key: bytes = b""  #: trusted to sign bundles and to vouch for servers; b"" where none is
     newest_rounds: dict[str, int] = {}  #: by task: the latest that was begun, so that none goes back
     label_counts: dict[str, bytes] = {}  #: by sha256 of the labels: what was told of them, noise and all
+    paces: dict[str, Pace] = {}  #: by `pace_key`, the longest unused first
 
 
 def residual_key(task: str, layout_digest: str) -> str:

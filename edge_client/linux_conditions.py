@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from msgspec import Struct
@@ -40,6 +41,11 @@ _ASK_METERED = [
 _METERED_LASTS_S = 30.0  #: asking starts a process
 _POWERED = {"Charging", "Full", "Not charging"}  #: states of a battery beside power from outside
 _BUSY = 0.25  #: share of all processors that others may use of a machine that is idle
+#: Controllers in /proc/self/cgroup -> where their groups lie, and the names of limit, use and unused pages.
+_GROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 _READ_BYTES = 64 * 1024  #: of any file here
 
 
@@ -130,12 +136,27 @@ class LinuxConditions:
         return max((value for value in found if -40 <= value <= 150), default=None)
 
     def _memory(self) -> int | None:
-        """MemAvailable, MiB."""
-        for line in _text(self._proc / "meminfo").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable" and value.split()[0:1] and value.split()[0].isdecimal():
-                return int(value.split()[0]) >> 10
-        return None
+        """MemAvailable, or what this process's control groups leave of it, MiB."""
+        available = _named(_text(self._proc / "meminfo"), "MemAvailable:")
+        machine = [] if available is None else [available << 10]
+        return min((*machine, *self._memory_in_groups()), default=-1) >> 20 if machine else None
+
+    def _memory_in_groups(self) -> Iterator[int]:
+        """Bytes that each group with a limit leaves; pages of files give way and do not count.
+
+        Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+        """
+        for line in _text(self._proc / "self" / "cgroup").splitlines():
+            _, kinds, path = (*line.split(":", 2), "", "")[:3]
+            if kinds not in _GROUPS or not path.startswith("/"):
+                continue
+            below, most_name, used_name, files_name = _GROUPS[kinds]
+            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+                directory = self._sys / "fs" / "cgroup" / below / group.relative_to("/")
+                most, used = _number(directory / most_name), _number(directory / used_name)
+                if most is not None and used is not None:
+                    files = _named(_text(directory / "memory.stat"), files_name) or 0
+                    yield max(0, int(most) - max(0, int(used) - files))
 
     def _left_alone(self) -> bool | None:
         """Whether others have used little of the processors since the last look."""
@@ -177,6 +198,15 @@ def _text(path: Path) -> str:
             return file.read(_READ_BYTES).decode("ascii", "replace").strip()
     except OSError:
         return ""
+
+
+def _named(text: str, name: str) -> int | None:
+    """The whole number behind a name at the beginning of a line."""
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == [name] and len(words) > 1 and words[1].isdecimal():
+            return int(words[1])
+    return None
 
 
 def _number(path: Path) -> float | None:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from edge_client.bundle import RuntimeName
 from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
 from edge_client.tokens import Tokens
 from edge_client.trainer import LocalUpdate, TrainingRequest, train
+from fedtt.errors import Declined
 from fedtt.messages import Verdict
 
-__all__ = ["LocalTrainer"]
+__all__ = ["Interrupted", "LocalTrainer"]
 
 T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop between two batches; nothing was kept of it."""
 
 
 class LocalTrainer:
@@ -32,7 +40,9 @@ class LocalTrainer:
         return self._runtimes.name
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:
-        """Train on the executor; raises what `train` does. Cancelling waits for the batch in progress."""
+        """Train on the executor; raises what `train` does, and Declined at the first batch that begins after
+        the request's limit of time. Cancelling waits for the batch in progress.
+        """
         stop = threading.Event()
         return await self._aside(partial(self._train, request, stop), stop)
 
@@ -53,5 +63,14 @@ class LocalTrainer:
             raise
 
     def _train(self, request: TrainingRequest, stop: threading.Event) -> LocalUpdate:
+        began, limit_s = time.monotonic(), request.time_limit_s
+
+        def go_on() -> None:
+            if stop.is_set():
+                raise Interrupted
+            if limit_s is not None and time.monotonic() - began > limit_s:
+                raise Declined(f"training has taken the {limit_s:g} s that it may", "time")
+
         tokens = Tokens(request.bundle, request.plan.training.max_tokens)
-        return train(request, tokens, self._runtimes.open(request.bundle), stop)
+        update = train(request, tokens, self._runtimes.open(request.bundle), go_on)
+        return replace(update, training_s=time.monotonic() - began)

@@ -14,7 +14,7 @@ from edge_client.journal import residual_key
 from edge_client.judging import JudgingRequest
 from edge_client.trainer import LocalUpdate, Trainer, TrainingRequest, trained_adapter
 from edge_client.version_cache import Held, VersionCache, zeros
-from fedtt.errors import BundleError, Refused, Unreachable, WireError
+from fedtt.errors import BundleError, Declined, Refused, Unreachable, WireError
 from fedtt.layout import FactorLayout
 from fedtt.messages import Code, Judge, Plan, Verdict
 from fedtt.seams import Transport
@@ -40,24 +40,30 @@ class LocalTraining:
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
         self._activations, self._aside = activations, aside
 
-    async def fetch(self, plan: Plan, release_key: bytes | None = None) -> tuple[Bundle, bytes]:
+    async def fetch(
+        self, plan: Plan, release_key: bytes | None = None, limit_bytes: int | None = None
+    ) -> tuple[Bundle, bytes]:
         """The plan's bundle and the bytes of its version, both checked.
 
         release_key: that must have signed the bundle; None asks for no signature.
-        Raises Unreachable where another attempt may help, BundleError where not, Refused for the rest.
+        limit_bytes: of both, as far as they are not here; None for any number.
+        Raises Declined beyond the limit, Unreachable where another attempt may help, BundleError where not,
+        Refused for the rest.
         """
         with _downloading():
-            bundle = await self._bundles.ensure(self._transport, plan.bundle, release_key)
+            bundle = await self._bundles.ensure(self._transport, plan.bundle, release_key, limit_bytes)
             layout = trained_adapter(plan, bundle.manifest).layout
-            return bundle, await self._version(plan.task, plan.version, layout)
+            return bundle, await self._version(plan.task, plan.version, layout, limit_bytes)
 
-    async def judge(self, question: Judge, release_key: bytes | None = None) -> Verdict:
+    async def judge(
+        self, question: Judge, release_key: bytes | None = None, limit_bytes: int | None = None
+    ) -> Verdict:
         """Answer a question; raises what `fetch` and `Trainer.judge` do."""
         with _downloading():
-            bundle = await self._bundles.ensure(self._transport, question.bundle, release_key)
+            bundle = await self._bundles.ensure(self._transport, question.bundle, release_key, limit_bytes)
             layout = bundle.manifest.adapter.layout
             before, after = [
-                await self._version(question.task, sha256, layout)
+                await self._version(question.task, sha256, layout, limit_bytes)
                 for sha256 in (question.before, question.version)
             ]
         return await self._trainer.judge(
@@ -71,12 +77,14 @@ class LocalTraining:
             )
         )
 
-    async def _version(self, task: str, sha256: str, layout: FactorLayout) -> bytes:
+    async def _version(self, task: str, sha256: str, layout: FactorLayout, limit_bytes: int | None) -> bytes:
         """The version held if it is the wanted one, else what comes, from a difference where that serves."""
         key, size_bytes = residual_key(task, layout.digest), 4 * layout.size
         held = await self._aside(self._versions.get, key, size_bytes)
         if held is not None and held.sha256 == sha256:
             return held.data
+        if limit_bytes is not None and size_bytes > limit_bytes:
+            raise Declined(f"a version has {size_bytes} bytes, {limit_bytes} may be downloaded", "traffic")
         held = held or zeros(size_bytes)
         body = await self._transport.version(sha256, size_bytes, held.sha256)
         version = await self._aside(self._versions.unpack, body, held, sha256)
@@ -88,7 +96,14 @@ class LocalTraining:
         await self._aside(self._versions.put, key, Held(sha256, version))
         return version
 
-    async def run(self, plan: Plan, bundle: Bundle, version: bytes, residual: bytes) -> LocalUpdate:
+    async def run(
+        self,
+        plan: Plan,
+        bundle: Bundle,
+        version: bytes,
+        residual: bytes,
+        time_limit_s: float | None = None,
+    ) -> LocalUpdate:
         """Train by a plan; raises what `Trainer.train` does."""
         return await self._trainer.train(
             TrainingRequest(
@@ -99,6 +114,7 @@ class LocalTraining:
                 examples=self._examples,
                 residual=residual,
                 activations=self._activations,
+                time_limit_s=time_limit_s,
             )
         )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from edge_client.activations import FileActivations
 from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
 from edge_client.conditions import Conditions
-from edge_client.device import Device, DeviceConfig
+from edge_client.device import Device
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
 from edge_client.examples import Examples
 from edge_client.home import Home

@@ -6,8 +6,7 @@ gives the same frame when it is done again.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from edge_client.judging import JudgingRequest
 
 __all__ = [
-    "Interrupted",
     "LocalUpdate",
     "Trainer",
     "Training",
@@ -47,10 +45,6 @@ __all__ = [
     "train",
     "trained_adapter",
 ]
-
-
-class Interrupted(Exception):
-    """Training was asked to stop between two batches; nothing was kept of it."""
 
 
 class LocalUpdate(Struct, frozen=True, kw_only=True):
@@ -63,6 +57,7 @@ class LocalUpdate(Struct, frozen=True, kw_only=True):
     depth: int | None = None  #: blocks that the step ran over a kept prefix; None for the whole step
     prefixes_computed: int = 0  #: rows whose prefix was computed
     prefixes_reused: int = 0  #: rows whose prefix was read from what was kept
+    training_s: float = 0.0  #: it took, loading the graphs with it
 
 
 def address(device: str) -> int:
@@ -94,6 +89,7 @@ class TrainingRequest:
     examples: Examples  #: read when training begins
     residual: bytes = b""  #: of error feedback
     activations: Activations | None = None  #: where what is frozen is kept between steps and rounds
+    time_limit_s: float | None = None  #: after which it ends without a result; None for as long as it takes
 
 
 class Trainer(Protocol):
@@ -105,7 +101,9 @@ class Trainer(Protocol):
         ...
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:
-        """Raises BundleError, DataError, LayoutError, RuntimeFailure, WireError; cancelling keeps nothing."""
+        """Raises BundleError, DataError, LayoutError, RuntimeFailure, WireError, and Declined at the limit of
+        time; cancelling keeps nothing.
+        """
         ...
 
     async def judge(self, request: JudgingRequest) -> Verdict:
@@ -188,17 +186,21 @@ class Training:
 
 
 def train(
-    request: TrainingRequest, tokens: Tokens, runtime: Runtime, stop: threading.Event | None = None
+    request: TrainingRequest,
+    tokens: Tokens,
+    runtime: Runtime,
+    go_on: Callable[[], None] = lambda: None,
 ) -> LocalUpdate:
-    """Train here and now; raises what `Training` does, RuntimeFailure (graph) or Interrupted (`stop`)."""
+    """Train here and now; raises what `Training` does, RuntimeFailure (graph) and what `go_on` does, which
+    is called before each batch.
+    """
     training = Training(request, tokens)
     depth, prefix = training.depth(runtime.depths), None
     if depth is not None:
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations)
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        if stop is not None and stop.is_set():
-            raise Interrupted
+        go_on()
         return (prefix or runtime).gradient(theta, batch)
 
     with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused when it is packed

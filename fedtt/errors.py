@@ -19,7 +19,7 @@ status 2, and never show a traceback for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fedtt.messages import Problem
@@ -86,7 +86,13 @@ class Unreachable(FedttError):
 
 
 class Declined(FedttError):
-    """A device that could do the work does not: its owner's conditions or the task's budget forbid it."""
+    """A device does not do the work: its owner's conditions forbid it, or a budget does, `of` which thing."""
+
+    def __init__(
+        self, why: str, of: Literal["conditions", "memory", "time", "traffic"] = "conditions"
+    ) -> None:
+        self.of = of
+        super().__init__(why)
 
 
 class RuntimeFailure(FedttError):

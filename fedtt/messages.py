@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fedtt.algorithms import Method
+from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, WireError
 from fedtt.optimiser import TrainingSpec
@@ -108,6 +109,7 @@ class Plan(Message, frozen=True):
     label_epsilon: Annotated[float, Meta(gt=0, le=100)] | None = (
         None  #: of the label counts asked for, if any
     )
+    budget: Budget = Budget()  #: the most it may take of the device
 
 
 class Work(Message, frozen=True):
@@ -176,6 +178,9 @@ class FailureCode(Enum):
     RUNTIME = "runtime"  #: the graph did not load or run
     NOT_FINITE = "not_finite"  #: training diverged
     CONDITIONS = "conditions"  #: battery, network or owner said no
+    MEMORY = "memory"  #: it has less than the plan may use
+    TIME = "time"  #: training takes longer than the plan or the owner allows
+    TRAFFIC = "traffic"  #: so does what would be downloaded or sent
     OTHER = "other"
 
 

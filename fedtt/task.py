@@ -12,7 +12,8 @@ from msgspec import Meta, Struct
 
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import FedTT, Method, Tier
-from fedtt.codec import CodecSpec
+from fedtt.budget import Budget
+from fedtt.codec import CodecSpec, payload_bytes
 from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
 from fedtt.folds import Fold, Mean
@@ -20,6 +21,7 @@ from fedtt.layout import LiveSet
 from fedtt.optimiser import TrainingSpec
 from fedtt.sampling import PowerOfChoice, Sampling, Uniform
 from fedtt.server_optimiser import ServerSpec, ServerState
+from fedtt.wire import update_limit_bytes
 
 __all__ = ["EvaluationSpec", "RoundSpec", "ServerSpec", "TaskSpec", "TrainingSpec", "parse_task", "read_task"]
 
@@ -95,6 +97,7 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: ServerSpec = ServerSpec()
     sampling: Sampling = Uniform()
     codec: CodecSpec = CodecSpec()
+    budget: Budget = Budget()  #: the most a training may take of a device
     evaluation: EvaluationSpec | None = None  #: None where every version is released as it is folded
     min_examples: Positive = 1  #: a device with fewer usable examples is not invited
     priority: Annotated[int, Meta(ge=0, le=1000)] = 0  #: tasks with more are offered to devices first
@@ -152,6 +155,11 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(
                 "training.depth", depth, f"at most {adapter.depth}, the bundle's adapted blocks"
             )
+        limit, live = self.budget.upload_bytes, self.live(adapter, 1)
+        if limit is not None and (least := update_limit_bytes(payload_bytes(self.codec, live))) > limit:
+            raise ConfigError(
+                "budget.upload_bytes", limit, f"at least {least}, for a frame of the first round"
+            )
 
 
 def _tag(value: Struct) -> str:
@@ -187,6 +195,7 @@ _SECTIONS: dict[str, type[Struct]] = {
     "training": TrainingSpec,
     "server": ServerSpec,
     "codec": CodecSpec,
+    "budget": Budget,
     "evaluation": EvaluationSpec,
     "method.tiers[]": Tier,
 }

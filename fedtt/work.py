@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedtt.adapter import AdapterSpec
 
-__all__ = ["depth_share", "work_share"]
+__all__ = ["depth_share", "trained_depth", "work_share"]
 
 
 def depth_share(depth: int, deepest: int) -> float:
@@ -19,7 +19,12 @@ def depth_share(depth: int, deepest: int) -> float:
     return (1 + 2 * depth / deepest) / 3 if deepest else 1.0
 
 
+def trained_depth(adapter: AdapterSpec, live: Sequence[int]) -> int:
+    """The last blocks that a gradient for these factors passes; 0 where they are the head's."""
+    blocks = (adapter.block_of(index) for index in live)
+    return adapter.layers - min((block for block in blocks if block is not None), default=adapter.layers)
+
+
 def work_share(adapter: AdapterSpec, live: Sequence[int]) -> float:
     """The work of a step that trains these factors alone, over that of one that trains all of them."""
-    lowest = adapter.block_of(min(live))
-    return depth_share(0 if lowest is None else adapter.layers - lowest, adapter.depth)
+    return depth_share(trained_depth(adapter, live), adapter.depth)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from aggregator.inline import Aside, at_once
+from edge_client.allowance import check_download
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.journal import Journal, Leased
 from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
 from edge_client.trainer import LocalUpdate, TrainingRequest, trained_adapter
 from edge_client.version_cache import Held, unpacked
-from fedtt.errors import BundleError, RuntimeFailure
+from fedtt.errors import BundleError, Declined, RuntimeFailure
 from fedtt.messages import Plan, Verdict
 from fedtt.rng import Purpose, rng_for
 from fedtt.seams import Clock, Transport, VersionBody
@@ -45,9 +48,16 @@ class _DeviceBundle:
         self._bundle, self._missing_bytes = bundle, missing_bytes
         self._link, self._on_download = link, on_download
 
-    async def ensure(self, transport: Transport, digest: str, release_key: bytes | None = None) -> Bundle:
+    async def ensure(
+        self,
+        transport: Transport,
+        digest: str,
+        release_key: bytes | None = None,
+        limit_bytes: int | None = None,
+    ) -> Bundle:
         if digest != self._bundle.digest:
             raise BundleError(f"this fleet was given another bundle than {digest[:12]}…, which a task uses")
+        check_download(limit_bytes, self._bundle.manifest, self._missing_bytes)
         if self._missing_bytes:
             self._link.download_bundle(self._missing_bytes)
             self._missing_bytes = 0
@@ -147,12 +157,15 @@ class EmulatedTrainer:
             )
         share = work_share(trained_adapter(plan, request.bundle.manifest), plan.live)
         lasts_s = self._speed * training_s(profile, plan, share)
+        if (limit_s := request.time_limit_s) is not None and lasts_s > limit_s:
+            await self._clock.sleep(limit_s)
+            raise Declined(f"training has taken the {limit_s:g} s that it may", "time")
         if profile.dropout:
             await self._perhaps_vanish(plan, lasts_s)
         handle = self._pool.submit(request)
         try:
             await self._clock.sleep(lasts_s)
-            return await self._aside(handle.result)
+            return replace(await self._aside(handle.result), training_s=lasts_s)
         finally:
             handle.cancel()
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from aggregator.inline import Aside, at_once
 from edge_client import events
-from edge_client.device import Device, DeviceConfig
+from edge_client.device import Device
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased
 from edge_client.runtime import Runtimes

@@ -20,7 +20,7 @@ import msgspec
 
 from aggregator.admin_client import AdminClient
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import Shard
 from edge_client.http_transport import Traffic
 from edge_client.local_trainer import LocalTrainer

@@ -222,9 +222,10 @@ class _MemoryTransaction:
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         member_of: tuple[int, int] | None = None,
     ) -> list[str]:
-        return sorted(d.id for d in self._able(seen_since, min_examples, set(runtimes), member_of))
+        return sorted(d.id for d in self._able(seen_since, min_examples, set(runtimes), memory_mb, member_of))
 
     def candidates(
         self,
@@ -233,19 +234,26 @@ class _MemoryTransaction:
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         group: int | None = None,
     ) -> list[Candidate]:
         member_of = None if group is None else (task_id, group)
-        able = self._able(seen_since, min_examples, set(runtimes), member_of)
+        able = self._able(seen_since, min_examples, set(runtimes), memory_mb, member_of)
         return [_candidate(d, self.participation(task_id, d.id)) for d in sorted(able, key=lambda d: d.id)]
 
     def _able(
-        self, seen_since: float, min_examples: int, runtimes: set[str], member_of: tuple[int, int] | None
+        self,
+        seen_since: float,
+        min_examples: int,
+        runtimes: set[str],
+        memory_mb: int,
+        member_of: tuple[int, int] | None,
     ) -> Iterator[Device]:
         for d in self._t.devices.values():
             ready = d.state is DeviceState.ACTIVE and d.seen_at >= seen_since
             meant = member_of is None or self.group_of(member_of[0], d.id) == member_of[1]
-            if ready and meant and d.examples >= min_examples and not runtimes.isdisjoint(d.runtimes):
+            enough = d.examples >= min_examples and not 0 < d.memory_mb < memory_mb
+            if ready and meant and enough and not runtimes.isdisjoint(d.runtimes):
                 yield d
 
     def count_devices(self, *, seen_since: float = 0.0) -> dict[DeviceState, int]:

@@ -176,9 +176,10 @@ class SqlTransaction:
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         member_of: tuple[int, int] | None = None,
     ) -> list[str]:
-        wanted: dict[str, Any] = _able(seen_since, min_examples, runtimes)
+        wanted: dict[str, Any] = _able(seen_since, min_examples, runtimes, memory_mb)
         if member_of is None:
             return list(self._read(sql.active_devices, wanted).scalars())
         task, group = member_of
@@ -191,9 +192,10 @@ class SqlTransaction:
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         group: int | None = None,
     ) -> list[Candidate]:
-        wanted = _able(seen_since, min_examples, runtimes) | {"task": task_id}
+        wanted = _able(seen_since, min_examples, runtimes, memory_mb) | {"task": task_id}
         if group is None:
             found = self._read(sql.candidates, wanted)
         else:
@@ -379,6 +381,11 @@ class SqlTransaction:
         return self._write(sql.forget_settled, {"device": device_id}).rowcount
 
 
-def _able(seen_since: float, min_examples: int, runtimes: Collection[str]) -> dict[str, Any]:
-    wanted = {"seen_since": seen_since, "min_examples": min_examples, "runtimes": list(runtimes)}
-    return {"state": DeviceState.ACTIVE, **wanted}
+def _able(seen_since: float, min_examples: int, runtimes: Collection[str], memory_mb: int) -> dict[str, Any]:
+    return {
+        "state": DeviceState.ACTIVE,
+        "seen_since": seen_since,
+        "min_examples": min_examples,
+        "runtimes": list(runtimes),
+        "needed_mb": memory_mb,
+    }

@@ -202,6 +202,7 @@ _is_able = (
     _device.state == bindparam("state"),
     _device.seen_at >= bindparam("seen_since"),
     _device.examples >= bindparam("min_examples"),
+    (_device.memory_mb == 0) | (_device.memory_mb >= bindparam("needed_mb")),
     exists().where(_able.c.value.in_(bindparam("runtimes", expanding=True))),
 )
 active_devices = select(_device.id).where(*_is_able).order_by(_device.id)

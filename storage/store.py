@@ -66,9 +66,12 @@ class Transaction(Protocol):
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         member_of: tuple[int, int] | None = None,
     ) -> list[str]:
         """Ids, sorted, of active devices seen since then, with examples enough and one of the runtimes.
+
+        memory_mb: that training needs; a device that said it has less is left out.
 
         member_of: (task, group) whose devices alone are meant.
         """
@@ -81,6 +84,7 @@ class Transaction(Protocol):
         seen_since: float,
         min_examples: int,
         runtimes: Collection[str],
+        memory_mb: int = 0,
         group: int | None = None,
     ) -> list[Candidate]:
         """The same devices with what their updates to a task have shown, in order of their ids.

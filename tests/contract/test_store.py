@@ -114,6 +114,15 @@ class StoreContract:
         assert nobody == []
         assert found == sorted([ledger.device("exactly").id, ledger.device("well").id])
 
+    def test_active_devices_that_said_they_have_too_little_memory_are_left_out(self, store: Store) -> None:
+        with store.transaction() as tx:
+            for name, memory_mb in {"silent": 0, "small": 255, "just": 256, "large": 512}.items():
+                tx.put_device(ledger.device(name, seen_at=900.0, memory_mb=memory_mb))
+            wanted: dict[str, Any] = {"seen_since": 900.0, "min_examples": 1, "runtimes": ("torch",)}
+            found = tx.active_devices(**wanted, memory_mb=256)
+            assert [c.device_id for c in tx.candidates(1, **wanted, memory_mb=256)] == found
+        assert found == sorted(ledger.device(name).id for name in ("silent", "just", "large"))
+
     # verdicts
 
     def test_a_version_is_judged_by_each_device_once_and_read_in_order_of_the_devices(

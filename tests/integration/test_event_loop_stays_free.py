@@ -18,7 +18,7 @@ import pytest
 from aggregator.app import device_app
 from edge_client import bundle_cache
 from edge_client.aside import beside
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Acknowledged, Step
 from edge_client.examples import Example, ExampleStore
 from edge_client.local_trainer import LocalTrainer

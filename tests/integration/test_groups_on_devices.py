@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from aggregator.service import Service
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from fedtt.algorithms import HierFedTT
 from fedtt.codec import payload_bytes
 from fedtt.label_counts import decode_label_counts

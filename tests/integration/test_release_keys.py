@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from aggregator.server_key import ServerKey
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Step
 from edge_client.examples import ExampleStore
 from edge_client.home import Home

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from aggregator.folding import sum_round
 from aggregator.lifecycle import Lifecycle
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import ExampleStore
 from edge_client.inference import Model
 from edge_client.session import open_device

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import ExampleStore
 from edge_client.http_transport import Traffic
 from edge_client.session import open_device

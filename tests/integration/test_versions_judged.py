@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from edge_client import events
 from edge_client.bundle import open_bundle
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
 from edge_client.session import open_device

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from aggregator.service import Service
 from edge_client.bundle_cache import BundleCache
 from edge_client.conditions import Conditions
-from edge_client.device import Device, DeviceConfig
+from edge_client.device import Device
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
 from edge_client.files import write_atomically

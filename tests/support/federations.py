@@ -13,7 +13,8 @@ from aggregator import admin
 from aggregator.service import Service
 from aggregator.token_files import token_sha256
 from edge_client import events
-from edge_client.device import Device, DeviceConfig
+from edge_client.device import Device
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import ExampleStore
 from edge_client.runtime import Runtime
 from fedtt.adapter import AdapterSpec, initial_theta

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from edge_client import events
 from edge_client.conditions import Limits, Readings, while_holding
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.journal import Idle, Leased, Trained
 from edge_client.tokens import Batch
 from fedtt.errors import ConfigError, Declined

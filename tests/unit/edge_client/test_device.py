@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Step
 from edge_client.examples import ExampleStore
 from edge_client.journal import Idle, Leased, Residual, Trained

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_client.consent import consent_text
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.examples import Example, Shard
 from edge_client.home import Home
 from edge_client.journal import Journal

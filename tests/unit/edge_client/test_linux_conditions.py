@@ -110,6 +110,30 @@ def test_memory_is_what_the_kernel_says_is_available(machine: Machine) -> None:
     assert machine.now().memory_mb == 2048
 
 
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("line", "directory", "most", "used", "files"),
+    [
+        ("0::/a/b", f"{V2}/a", "memory.max", "memory.current", "inactive_file"),  # set on the group above
+        ("4:memory:/c", f"{V1}/c", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_is_no_more_than_what_a_control_group_leaves(
+    machine: Machine, line: str, directory: str, most: str, used: str, files: str
+) -> None:
+    machine.write("proc/meminfo", "MemAvailable:  2097152 kB")
+    machine.write("proc/self/cgroup", f"9:name=systemd:/\n{line}")
+    machine.write(f"{directory}/{most}", 512 << 20)
+    machine.write(f"{directory}/{used}", 300 << 20)
+    assert machine.now().memory_mb == 212
+    machine.write(f"{directory}/memory.stat", f"anon 1\n{files} {100 << 20}")
+    assert machine.now().memory_mb == 312
+    machine.write(f"{directory}/{most}", "max")
+    assert machine.now().memory_mb == 2048
+
+
 @pytest.mark.parametrize("text", ["MemAvailable:", "MemAvailable: much kB", ""])
 def test_memory_in_no_number_is_unknown(machine: Machine, text: str) -> None:
     machine.write("proc/meminfo", text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_client import events
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Step
 from edge_client.journal import Idle
 from fedtt.errors import Unreachable

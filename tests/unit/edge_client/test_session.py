@@ -12,7 +12,7 @@ from aggregator.app import device_app
 from aggregator.service import Service
 from edge_client import events
 from edge_client.bundle_cache import LIMIT_BYTES
-from edge_client.device import DeviceConfig
+from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
 from edge_client.home import Home

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from edge_client.examples import Example, Shard
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
-from edge_client.trainer import Interrupted, LocalUpdate, TrainingRequest, batch_rows, train
+from edge_client.trainer import LocalUpdate, TrainingRequest, batch_rows, train
 from fedtt.algorithms import FedTT
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.errors import DataError, LayoutError, RuntimeFailure, WireError
@@ -49,7 +49,7 @@ def run(
     runtime: Runtime | None = None,
     examples: list[Example] = EXAMPLES,
     residual: bytes = b"",
-    stop: threading.Event | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> LocalUpdate:
     bundle = small_bundle(tmp_path)
     request = TrainingRequest(
@@ -60,7 +60,7 @@ def run(
         examples=Shard(examples),
         residual=residual,
     )
-    return train(request, Tokens(bundle), runtime or MeanTarget(), stop)
+    return train(request, Tokens(bundle), runtime or MeanTarget(), go_on)
 
 
 def delta_of(update: LocalUpdate, plan: Plan = PLAN) -> Theta:
@@ -178,14 +178,15 @@ def test_a_graph_that_fails_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_training_stops_between_batches_when_asked(tmp_path: Path) -> None:
-    stop = threading.Event()
+    class Enough(Exception):
+        pass
 
-    class Stopping(MeanTarget):
-        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-            stop.set()
-            return super().gradient(theta, batch)
+    runtime = MeanTarget()
 
-    runtime = Stopping()
-    with pytest.raises(Interrupted):
-        run(tmp_path, runtime=runtime, stop=stop)
+    def go_on() -> None:
+        if runtime.batches:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(tmp_path, runtime=runtime, go_on=go_on)
     assert len(runtime.batches) == 1

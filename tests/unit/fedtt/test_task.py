@@ -13,6 +13,7 @@ import pytest
 from msgspec import NODEFAULT, Struct
 
 from fedtt.algorithms import FedAvg, FedTT, Method
+from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
@@ -27,6 +28,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "`[rounds]`": RoundSpec,
     "`[training]`": TrainingSpec,
     "`[codec]`": CodecSpec,
+    "`[budget]`": Budget,
     "`[evaluation]`": EvaluationSpec,
 }
 METHODS: dict[str, type[Struct]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Method)}
@@ -151,8 +153,8 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    # 3 of the task, 7 of rounds, 9 of training, 4 of codecs, 7 of methods, 4 of evaluation
-    assert len(_ranges()) == 34
+    # 3 of the task, 7 of rounds, 9 of training, 4 of codecs, 4 of budgets, 7 of methods, 4 of evaluation
+    assert len(_ranges()) == 38
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from safetensors.numpy import load_file
 
 from edge_client.runtime import Runtimes
+from fedtt.budget import Budget
 from fedtt.codec.difference import encode_difference
 from fedtt.wire import encode_theta
 from fleet.availability import Trace
@@ -122,6 +124,18 @@ def test_a_device_that_cannot_train_is_left_out_and_the_others_go_on(tmp_path: P
     assert small.server.task.state is TaskState.FINISHED
     assert small.population.left_out.sum() == 5
     assert list(small.fleet.left_out) == ["training needs 100 MB, 'tiny' has 10"]
+
+
+def test_a_device_too_slow_for_the_budget_declines_and_loses_no_more_than_its_time(tmp_path: Path) -> None:
+    profiles = (Profile(name="quick", step_s=1.0), Profile(name="slow", step_s=100.0))
+    task = replace(small_task(cohort=10, buffer=5, quorum=5), budget=Budget(time_s=20.0))  # of 0.5 s and 50 s
+    small = SmallFleet(tmp_path, devices=10, task=task, profiles=profiles)
+    small.run()
+    assert small.server.task.state is TaskState.FINISHED
+    assert [version.updates for version in small.versions] == [5] * len(small.versions)
+    quick = small.population.profile == 0
+    assert (small.population.participations[~quick] == 0).all()
+    assert (small.population.participations[quick] > 0).all()
 
 
 def test_every_acknowledged_update_ends_in_one_state_and_is_a_row(tmp_path: Path) -> None:

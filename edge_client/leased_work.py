@@ -1,0 +1,127 @@
+"""From a lease to a frame on disk: within the budget, in one training, noted in the journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
+
+from edge_client import events
+from edge_client.allowance import Pace, check_memory, check_time, check_upload, pace_key, rows, with_pace
+from edge_client.aside import Aside
+from edge_client.bundle import Bundle
+from edge_client.conditions import Watch
+from edge_client.device_config import DeviceConfig
+from edge_client.examples import Examples
+from edge_client.journal import Journal, Leased, Residual, Trained, residual_key
+from edge_client.label_counts import told_labels
+from edge_client.local_training import LocalTraining
+from edge_client.trainer import trained_adapter
+from fedtt.budget import Budget
+from fedtt.errors import Declined
+from fedtt.messages import Plan
+from fedtt.seams import Clock
+from fedtt.wire import with_label_counts
+from fedtt.work import trained_depth
+
+__all__ = ["LeasedWork"]
+
+
+class LeasedWork:
+    """Trains what a lease asks for; holds nothing that the journal does not."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        journal: Journal,
+        training: LocalTraining,
+        examples: Examples,
+        watch: Watch,
+        clock: Clock,
+        uniform: Callable[[], float],
+        aside: Aside,
+    ) -> None:
+        self._config, self._journal, self._training = config, journal, training
+        self._examples, self._watch, self._clock = examples, watch, clock
+        self._uniform, self._aside = uniform, aside
+
+    async def train(self, leased: Leased) -> events.Trained:
+        """Fetch, train and store the frame. Raises Declined before anything is loaded or run that is beyond
+        a budget, and what `LocalTraining` does.
+        """
+        plan = leased.work.plan
+        budget = plan.budget.within(self._config.budget)
+        check_memory(plan, self._config.budget, await self._watch.free_mb())
+        bundle, version = await self._training.fetch(
+            plan, self._journal.state.release_key or None, budget.download_bytes
+        )
+        adapter = trained_adapter(plan, bundle.manifest)
+        pace = pace_key(plan, trained_depth(adapter, plan.live))
+        await self._check(plan, bundle, budget, pace)
+        key = residual_key(plan.task, adapter.layout.digest) if plan.codec.error_feedback else ""
+        residual = await self._aside(self._journal.residual, key, plan.version_number)
+        counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
+        try:
+            await self._aside(self._journal.update, phase=replace(leased, attempts=leased.attempts + 1))
+            update = await self._training.run(plan, bundle, version, residual, budget.time_s)
+        except asyncio.CancelledError:
+            await self._aside(self._journal.update, phase=leased)  # a clean stop is no crash
+            raise
+        except Declined:  # it ran out of time: it is as slow as that at least
+            await self._keep(pace, plan, budget, 1.01 * (budget.time_s or 0.0))
+            raise
+        frame = with_label_counts(update.frame, counts) if counts else update.frame
+        await self._keep(
+            pace,
+            plan,
+            budget,
+            update.training_s,
+            phase=Trained(
+                lease=leased.work.lease,
+                frame=frame,
+                residual_key=key,
+                residual=Residual(version_number=plan.version_number, data=update.residual),
+            ),
+        )
+        header = update.header
+        return events.Trained(
+            lease=leased.work.lease,
+            examples=header.examples,
+            steps=header.steps,
+            loss_first=header.loss_first,
+            loss_last=header.loss_last,
+            cut_texts=update.cut_texts,
+            frame_bytes=len(frame),
+            wall_s=update.training_s,
+            depth=update.depth,
+            prefixes_computed=update.prefixes_computed,
+            prefixes_reused=update.prefixes_reused,
+        )
+
+    async def _check(self, plan: Plan, bundle: Bundle, budget: Budget, pace: str) -> None:
+        """Raise Declined where the training would be too long, or its frame."""
+        layout = trained_adapter(plan, bundle.manifest).layout
+        labels = len(bundle.manifest.labels) if plan.label_epsilon and self._config.label_epsilon else 0
+        check_upload(budget.upload_bytes, plan, layout.live_set(plan.live), labels)
+        known, examples = self._journal.state.paces.get(pace), await self._aside(self._examples.count)
+        expected_s = known.expected_s(rows(plan, examples), self._clock.now()) if known else None
+        check_time(budget.time_s, expected_s)
+
+    async def _keep(
+        self, pace: str, plan: Plan, budget: Budget, training_s: float, **changes: object
+    ) -> None:
+        """Change the journal; where time is limited the same write notes how long the training took."""
+        if budget.time_s is not None:
+            count = rows(plan, await self._aside(self._examples.count))
+            measured = Pace(row_s=training_s / count, at=self._clock.now())
+            changes["paces"] = with_pace(self._journal.state.paces, pace, measured)
+        await self._aside(self._journal.update, **changes)
+
+    def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:
+        """What is told of this device's labels: nothing, unless the plan asks and the owner allows it."""
+        allowed = self._config.label_epsilon
+        if plan.label_epsilon is None or not allowed:
+            return b""
+        epsilon = min(plan.label_epsilon, allowed)
+        return told_labels(self._journal, self._examples, labels, epsilon, self._uniform)
