@@ -13,7 +13,16 @@ from aggregator.metrics import Metrics, totals
 from fedtt.messages import Code, UpdateState, Wait
 
 UNITS = ("_seconds", "_bytes")
-COUNTED = ("_requests", "_refusals", "_check_ins", "_updates", "_changes", "_length", "_connections", "_failures")
+COUNTED = (
+    "_requests",
+    "_refusals",
+    "_check_ins",
+    "_updates",
+    "_changes",
+    "_length",
+    "_connections",
+    "_failures",
+)
 
 
 def families(metrics: Metrics) -> dict[str, Any]:
