@@ -19,10 +19,9 @@ from .step import AdaptedModel
 from .to_onnx import convert
 from .trace import AXES, trace
 
-__all__ = ["PrefixStep", "StepAbove", "cut_inputs", "step_above"]
+__all__ = ["CUT_AXES", "PrefixStep", "StepAbove", "cut_inputs", "step_above"]
 
-
-_AXES: dict[str, tuple[str, ...]] = {**AXES, "hidden": ("batch", "tokens")}
+CUT_AXES: dict[str, tuple[str, ...]] = {**AXES, "hidden": ("batch", "tokens")}
 
 
 def step_above(model: AdaptedModel, depth: int, weights: Mapping[str, Tensor]) -> ir.Model:
@@ -30,7 +29,7 @@ def step_above(model: AdaptedModel, depth: int, weights: Mapping[str, Tensor]) -
     above = StepAbove(model, depth)
     inputs = cut_inputs(PrefixStep(model, depth), above, *TRACED)
     outputs: dict[str, tuple[str, ...]] = {"loss": (), "grad": ()}
-    return convert(trace(above, inputs, _AXES), list(inputs), weights, outputs, _AXES)
+    return convert(trace(above, inputs, CUT_AXES), list(inputs), weights, outputs, CUT_AXES)
 
 
 def cut_inputs(prefix: PrefixStep, above: StepAbove, batch: int, tokens: int) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fedtt.errors import ConfigError
-from fedtt.manifest import Graphs
+from fedtt.manifest import DepthGraphs, Graphs
 
+from .depths import CUT_AXES, PrefixStep, StepAbove, cut_inputs
 from .inputs import TRACED, random_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import trace
@@ -33,17 +36,38 @@ class _Step(nn.Module):
         return loss, gradient
 
 
-def executorch_graphs(model: AdaptedModel, max_tokens: int, directory: Path) -> Graphs:
-    """Write step, evaluation and their weights; raises ConfigError where executorch is not installed."""
+def executorch_graphs(
+    model: AdaptedModel, depths: tuple[int, ...], max_tokens: int, directory: Path
+) -> Graphs:
+    """Write the whole step, those of `depths`, evaluation and weights.
+
+    Raises ConfigError where executorch is not installed.
+    """
     try:
         from .to_executorch import write_programs
     except ImportError as error:
         raise ConfigError(
             "runtimes", "executorch", f"only where it is installed ({error}): pip install 'fedtt[executorch]'"
         ) from None
+    found = Graphs(
+        step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=tuple(map(_cut_names, depths)), rows=_ROWS
+    )
+    write_programs(_programs(model, found, max_tokens), _WEIGHTS, directory)
+    return found
+
+
+def _programs(model: AdaptedModel, names: Graphs, max_tokens: int) -> Iterator[tuple[str, ExportedProgram]]:
+    """Each traced when it is asked for, so that one at a time holds memory."""
     most = {"batch": _ROWS, "tokens": max_tokens}
     inputs = random_inputs(model, *TRACED)
-    forward = {name: inputs[name] for name in ("theta", "ids", "mask")}
-    programs = {_STEP: trace(_Step(model), inputs, most=most), _EVAL: trace(model, forward, most=most)}
-    write_programs(programs, _WEIGHTS, directory)
-    return Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), rows=_ROWS)
+    forward = {name: inputs[name] for name in PrefixStep.inputs}
+    yield names.step, trace(_Step(model), inputs, most=most)
+    yield names.eval, trace(model, forward, most=most)
+    for cut in names.depths:
+        prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
+        yield cut.prefix, trace(prefix, forward, most=most)
+        yield cut.step, trace(above, cut_inputs(prefix, above, *TRACED), CUT_AXES, most)
+
+
+def _cut_names(depth: int) -> DepthGraphs:
+    return DepthGraphs(depth=depth, prefix=f"prefix-{depth}.pte", step=f"step-{depth}.pte")

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ _FROZEN = (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
 _TAG = "weights"
 
 
-def write_programs(programs: Mapping[str, ExportedProgram], weights: str, directory: Path) -> None:
+def write_programs(programs: Iterable[tuple[str, ExportedProgram]], weights: str, directory: Path) -> None:
     """Lower each program to the file of its name, and write once, to `weights`, every tensor of all."""
     store, serializer = NamedDataStore(), FlatTensorSerializer()
     with _quiet():
-        for name, program in programs.items():
+        for name, program in programs:
             code, data = _lower(program)
             (directory / name).write_bytes(code)
             store.merge_named_data_store(serializer.deserialize_to_named_data_store_output(data, _TAG))

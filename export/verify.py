@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime
 import torch
 from msgspec import Struct
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtt.errors import BundleError
-from fedtt.manifest import Manifest
+from fedtt.manifest import Graphs, Manifest
 
 from .base import load_base
 from .bundle import read_bundle
-from .depths import PrefixStep, StepAbove
+from .depths import PrefixStep, StepAbove, cut_inputs
 from .inputs import TRACED, random_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import MIN_TOKENS
@@ -31,7 +34,7 @@ TOLERANCE = 1e-5  #: largest allowed ‖graph - torch‖ / ‖torch‖
 class Difference(Struct, frozen=True, kw_only=True):
     """How far the graphs are from torch on one shape, ‖graph - torch‖ / ‖torch‖ of each output."""
 
-    runtime: str = "onnxruntime"
+    runtime: str
     batch: int
     tokens: int
     loss: float
@@ -68,112 +71,108 @@ def verify_bundle(directory: Path, model: str) -> tuple[Difference, ...]:
 
 def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> tuple[Difference, ...]:
     """The difference on each shape, from the shortest rows to the longest; raises past TOLERANCE."""
-    comparison = _Comparison(directory, manifest, model)
     longest = manifest.tokenization.max_tokens
-    shapes = [TRACED, (1, MIN_TOKENS), (5, 17), (2, 64), (4, longest)]
-    differences = tuple(comparison.on(batch, min(tokens, longest)) for batch, tokens in shapes)
-    if "executorch" in manifest.graphs:
-        run = _executorch(directory, manifest)
-        differences += tuple(
-            _on_executorch(run, model, batch, min(tokens, longest)) for batch, tokens in shapes
-        )
+    shapes = [(b, min(s, longest)) for b, s in (TRACED, (1, MIN_TOKENS), (5, 17), (2, 64), (4, longest))]
+    differences: tuple[Difference, ...] = ()
+    for runtime, graphs in manifest.graphs.items():
+        load = _onnxruntime if runtime == "onnxruntime" else _executorch(directory / graphs.weights[0])
+        parts = _parts(graphs, model)
+        differences += _compared(runtime, ((load(directory / part.file), part) for part in parts), shapes)
     for difference in differences:
         if not difference.largest <= TOLERANCE:
             raise BundleError(
                 f"{directory}: graph and torch differ by {difference.largest:.1e} on a batch of "
-                f"{difference.batch} x {difference.tokens} tokens, at most {TOLERANCE:.0e} is allowed; "
-                "do not use this bundle, and report the model"
+                f"{difference.batch} x {difference.tokens} tokens in {difference.runtime}, "
+                f"at most {TOLERANCE:.0e} is allowed; do not use this bundle, and report the model"
             )
     return differences
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+# what is compared
 
 
-def _executorch(directory: Path, manifest: Manifest) -> Callable[[str, Iterable[Tensor]], list[Tensor]]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One graph of a bundle beside the function that it was compiled from."""
+
+    file: str
+    function: nn.Module
+    inputs: Callable[[int, int], dict[str, Tensor]]  #: of a batch and a number of tokens, in their order
+    outputs: dict[str, str]  #: in their order, each with the figure of Difference that it counts to
+
+
+def _parts(graphs: Graphs, model: AdaptedModel) -> Iterator[_Part]:
+    every = partial(random_inputs, model)
+
+    def forward(batch: int, tokens: int) -> dict[str, Tensor]:
+        inputs = every(batch, tokens)
+        return {name: inputs[name] for name in PrefixStep.inputs}
+
+    outputs = {"loss": "loss", "grad": "grad"}
+    yield _Part(file=graphs.step, function=TrainingStep(model), inputs=every, outputs=outputs)
+    yield _Part(file=graphs.eval, function=model, inputs=forward, outputs={"logits": "logits"})
+    for cut in graphs.depths:
+        prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
+        yield _Part(file=cut.prefix, function=prefix, inputs=forward, outputs={"hidden": "hidden"})
+        upper = partial(cut_inputs, prefix, above)
+        outputs = {"loss": "above", "grad": "above"}
+        yield _Part(file=cut.step, function=above, inputs=upper, outputs=outputs)
+
+
+def _compared(
+    runtime: str, parts: Iterable[tuple[_Run, _Part]], shapes: Sequence[tuple[int, int]]
+) -> tuple[Difference, ...]:
+    """Of each shape; one graph is loaded at a time, since each may hold the base and buffers of its own."""
+    found: list[dict[str, float]] = [{} for _ in shapes]
+    for run, part in parts:
+        for figures, (batch, tokens) in zip(found, shapes, strict=True):
+            inputs = part.inputs(batch, tokens)
+            with torch.no_grad():
+                results = part.function(*inputs.values())
+            expected = (results if isinstance(results, tuple) else (results,))[: len(part.outputs)]
+            given = run(inputs, part.outputs)
+            for figure, got, want in zip(part.outputs.values(), given, expected, strict=True):
+                figures[figure] = max(figures.get(figure, 0.0), _relative(got, want.numpy()))
+    return tuple(
+        Difference(runtime=runtime, batch=batch, tokens=tokens, **figures)
+        for figures, (batch, tokens) in zip(found, shapes, strict=True)
+    )
+
+
+def _relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+    """‖got - want‖ / ‖want‖."""
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+# runtimes
+
+
+class _Run(Protocol):
+    """One loaded graph."""
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], outputs: Iterable[str], /
+    ) -> Sequence[NDArray[np.float32]]: ...
+
+
+def _onnxruntime(path: Path) -> _Run:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs, outputs: session.run(
+        list(outputs), {name: value.numpy() for name, value in inputs.items()}
+    )
+
+
+def _executorch(weights: Path) -> Callable[[Path], _Run]:
     """ExecuTorch's own bindings, which need torch: devices reach the same kernels without it."""
     try:
         with warnings.catch_warnings():  # it calls itself experimental
             warnings.simplefilter("ignore")
             from executorch.extension.pybindings.portable_lib import _load_for_executorch
     except ImportError as error:
-        raise BundleError(f"{directory} cannot be verified ({error}): docs/executorch.md says how") from None
-    graphs = manifest.graphs["executorch"]
-    weights = str(directory / graphs.weights[0])
-    step, evaluation = (_load_for_executorch(str(directory / f), weights) for f in (graphs.step, graphs.eval))
-    programs = {"step": step, "eval": evaluation}
-    return lambda name, inputs: list(programs[name].forward(list(inputs)))
+        raise BundleError(f"{weights} cannot be verified ({error}): docs/executorch.md says how") from None
 
+    def load(path: Path) -> _Run:
+        program = _load_for_executorch(str(path), str(weights))
+        return lambda inputs, _: [found.numpy() for found in program.forward(list(inputs.values()))]
 
-def _on_executorch(
-    run: Callable[[str, Iterable[Tensor]], list[Tensor]], model: AdaptedModel, batch: int, tokens: int
-) -> Difference:
-    inputs = random_inputs(model, batch, tokens)
-    with torch.no_grad():
-        expected = TrainingStep(model)(*inputs.values())
-    found = run("step", inputs.values()) + run("eval", [inputs[name] for name in ("theta", "ids", "mask")])
-    pairs = zip(found, expected, strict=True)
-    loss, grad, logits = (_relative(got.numpy(), want.numpy()) for got, want in pairs)
-    return Difference(
-        runtime="executorch",
-        batch=batch,
-        tokens=tokens,
-        loss=loss,
-        grad=grad,
-        logits=logits,
-        hidden=0.0,
-        above=0.0,
-    )
-
-
-class _Comparison:
-    """The graphs of a bundle for ONNX Runtime beside the functions they were compiled from."""
-
-    def __init__(self, directory: Path, manifest: Manifest, model: AdaptedModel) -> None:
-        files = manifest.graphs["onnxruntime"]
-        self._model = model
-        self._step, self._eval = (_session(directory / name) for name in (files.step, files.eval))
-        self._cuts = [
-            (
-                PrefixStep(model, cut.depth),
-                _session(directory / cut.prefix),
-                StepAbove(model, cut.depth),
-                _session(directory / cut.step),
-            )
-            for cut in files.depths
-        ]
-
-    def on(self, batch: int, tokens: int) -> Difference:
-        inputs = random_inputs(self._model, batch, tokens)
-        with torch.no_grad():
-            loss, gradient, logits = TrainingStep(self._model)(*inputs.values())
-        whole = _differences(self._step, inputs, {"loss": loss, "grad": gradient})
-        names = ("theta", "ids", "mask")
-        (evaluated,) = _differences(self._eval, {name: inputs[name] for name in names}, {"logits": logits})
-        hidden = above = 0.0
-        for prefix, prefix_graph, step, step_graph in self._cuts:
-            lower = {name: inputs[name] for name in prefix.inputs}
-            with torch.no_grad():
-                entering = prefix(*lower.values())
-                upper = {name: (inputs | {"hidden": entering})[name] for name in step.inputs}
-                loss, gradient = step(*upper.values())
-            hidden = max(hidden, *_differences(prefix_graph, lower, {"hidden": entering}))
-            above = max(above, *_differences(step_graph, upper, {"loss": loss, "grad": gradient}))
-        loss_d, grad_d = whole
-        return Difference(
-            batch=batch, tokens=tokens, loss=loss_d, grad=grad_d, logits=evaluated, hidden=hidden, above=above
-        )
-
-
-def _differences(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> list[float]:
-    """‖graph - torch‖ / ‖torch‖ of each output."""
-    found = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
-    pairs = zip(found, expected.values(), strict=True)
-    return [_relative(np.asarray(got), want.numpy()) for got, want in pairs]
-
-
-def _relative(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    return load

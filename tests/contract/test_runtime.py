@@ -237,11 +237,6 @@ class TestOnnxRuntime(RuntimeContract):
 
 @pytest.mark.slow
 class TestExecutorchRuntime(RuntimeContract):
-    # its bundles have no graphs by depth yet, so what is promised of those does not apply
-    test_a_step_over_its_prefix_gives_what_the_whole_step_does_above_the_cut = None  # type: ignore[assignment]
-    test_a_prefix_reads_the_factors_below_the_cut_alone = None  # type: ignore[assignment]
-    test_what_stands_for_padding_in_a_prefix_does_not_matter = None  # type: ignore[assignment]
-
     @pytest.fixture(scope="class")
     @classmethod
     def runtime(cls, executorch_bundle: Path, executorch_library: Path) -> Runtime:

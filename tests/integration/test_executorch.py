@@ -43,17 +43,18 @@ def some_batch(bundle: Bundle, rows: int = 3) -> Batch:
 def test_verify_compares_both_runtimes_with_torch(executorch_bundle: Path, tiny_model: Path) -> None:
     differences = verify_bundle(executorch_bundle, str(tiny_model))
     assert {d.runtime for d in differences} == {"onnxruntime", "executorch"}
+    assert all(d.hidden and d.above for d in differences), "a step over its prefix was not compared"
     assert max(d.largest for d in differences) <= 1e-5
 
 
 def test_a_device_downloads_the_files_of_its_own_runtime_alone(bundle: Bundle) -> None:
     theirs = set(needed_files(bundle.manifest, "executorch"))
-    assert {"step.pte", "eval.pte", "base.ptd"} <= theirs
+    assert {"step.pte", "eval.pte", "prefix-1.pte", "step-1.pte", "base.ptd"} <= theirs
     assert not theirs & {"step.onnx", "eval.onnx", "base.bin"}
 
 
 def test_one_file_holds_each_weight_once(executorch_bundle: Path) -> None:
-    """Both programs, forward and backward, read one copy of the base."""
+    """All programs, forward and backward, read one copy of the base."""
     ours, onnx = ((executorch_bundle / name).stat().st_size for name in ("base.ptd", "base.bin"))
     assert ours < 1.4 * onnx  # alignment and names weigh something beside so small a base
 
