@@ -14,7 +14,7 @@ from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import Example, Text, label_index
 from edge_client.files import storage_errors
 from edge_client.onnx_runtime import OnnxRuntime
-from edge_client.runtime import Runtime
+from edge_client.runtime import Scorer
 from edge_client.tokens import Batch, Tokens
 from fedtt.errors import BundleError, DataError, LayoutError
 from fedtt.layout import Theta
@@ -49,7 +49,7 @@ class Evaluation(Struct, frozen=True):
 class Model:
     """A version's factors on the frozen base of its bundle."""
 
-    def __init__(self, bundle: Bundle, theta: Theta, runtime: Runtime) -> None:
+    def __init__(self, bundle: Bundle, theta: Theta, runtime: Scorer) -> None:
         self.manifest = bundle.manifest
         self._theta, self._runtime, self._tokens = theta, runtime, Tokens(bundle)
 

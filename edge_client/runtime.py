@@ -13,12 +13,20 @@ from edge_client.bundle import Bundle, RuntimeName
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
 
-__all__ = ["Hidden", "Runtime", "Runtimes"]
+__all__ = ["Hidden", "Runtime", "Runtimes", "Scorer"]
 
 Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, H)
 
 
-class Runtime(Protocol):
+class Scorer(Protocol):
+    """What judging needs of a runtime; raises RuntimeFailure where the graph cannot be loaded or run."""
+
+    def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
+        """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
+        ...
+
+
+class Runtime(Scorer, Protocol):
     """The graphs of one bundle, loaded when first used; may be called from several threads at once.
 
     All raise RuntimeFailure where the graph cannot be loaded or run.
@@ -36,10 +44,6 @@ class Runtime(Protocol):
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         """theta (P,) -> loss and its gradient (P,)."""
-        ...
-
-    def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
-        """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
         ...
 
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:

@@ -11,16 +11,16 @@ from msgspec.structs import replace
 from safetensors.numpy import load_file
 
 from edge_client.bundle import Bundle
-from edge_client.examples import Example, Shard
+from edge_client.examples import Example, Examples
 from edge_client.inference import Evaluation, Model
-from edge_client.runtime import Runtime
-from edge_client.tokens import Tokens
-from edge_client.trainer import TrainingRequest, train
+from edge_client.runtime import Scorer
+from edge_client.trainer import TrainingRequest
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.layout import Theta
 from fedtt.messages import Plan
 from fedtt.task import TaskSpec
 from fedtt.wire import decode_update, encode_theta, version_digest
+from fleet.pool import Pool
 
 __all__ = ["Alone", "local_only", "trained_alone"]
 
@@ -34,16 +34,15 @@ class Alone:
 
 
 def trained_alone(
-    bundle: Bundle, spec: TaskSpec, examples: Sequence[Example], runtime: Runtime, *, steps: int, name: str
-) -> Theta:
-    """The factors after `steps` optimiser steps by the task's settings on these examples alone, (P,).
+    bundle: Bundle, spec: TaskSpec, shards: Sequence[Examples], pool: Pool, *, steps: int
+) -> Iterator[Theta]:
+    """The factors (P,) after `steps` optimiser steps by the task's settings on each shard by itself.
 
-    All rows in one place make it the centralised bound, with as many steps as all devices take together.
-    `name` addresses the order of the batches.
+    All rows as one shard make it the centralised bound, with as many steps as all devices take together.
     """
     layout = bundle.manifest.adapter.layout
     start, everything = layout.flatten(load_file(bundle.path(bundle.manifest.initial))), layout.everything
-    theta = encode_theta(start)
+    theta, codec = encode_theta(start), CodecSpec(quantise="fp32")
     plan = Plan(
         task=spec.name,
         seed=spec.seed,
@@ -53,32 +52,38 @@ def trained_alone(
         round=1,
         live=everything.indices,
         training=replace(spec.training, local_steps=steps),
-        codec=CodecSpec(quantise="fp32"),
+        codec=codec,
         method=spec.method,
         min_examples=1,
     )
-    request = TrainingRequest(
-        plan=plan,
-        device=hashlib.sha256(name.encode()).hexdigest()[:32],
-        bundle=bundle,
-        version=theta,
-        examples=Shard(examples),
-    )
-    update = train(request, Tokens(bundle, spec.training.max_tokens), runtime)
-    delta = decode_delta(plan.codec, everything, decode_update(update.frame)[1])
-    return np.asarray(start + delta, np.float32)
+    handles = [
+        pool.submit(
+            TrainingRequest(
+                plan=plan,
+                device=hashlib.sha256(f"shard {number}".encode()).hexdigest()[:32],
+                bundle=bundle,
+                version=theta,
+                examples=shard,
+            )
+        )
+        for number, shard in enumerate(shards)
+    ]
+    for handle in handles:
+        payload = decode_update(handle.result().frame)[1]
+        yield np.asarray(start + decode_delta(codec, everything, payload), np.float32)
 
 
 def local_only(
     bundle: Bundle,
     spec: TaskSpec,
-    shards: Sequence[Sequence[Example]],
+    shards: Sequence[Examples],
     test: Sequence[Example],
-    runtime: Runtime,
+    pool: Pool,
+    scorer: Scorer,
     *,
     steps: int,
 ) -> Iterator[Alone]:
     """Each device by itself for `steps` steps, judged on the same rows as everyone: one result a device."""
-    for number, shard in enumerate(shards):
-        theta = trained_alone(bundle, spec, shard, runtime, steps=steps, name=f"device {number}")
-        yield Alone(examples=len(shard), evaluation=Model(bundle, theta, runtime).evaluate(test))
+    thetas = trained_alone(bundle, spec, shards, pool, steps=steps)
+    for shard, theta in zip(shards, thetas, strict=True):
+        yield Alone(examples=shard.count(), evaluation=Model(bundle, theta, scorer).evaluate(test))

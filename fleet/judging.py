@@ -8,7 +8,7 @@ from functools import partial
 from edge_client.examples import Example
 from edge_client.inference import Evaluation, Model
 from edge_client.onnx_runtime import OnnxRuntime
-from edge_client.runtime import Runtime
+from edge_client.runtime import Scorer
 from fedtt.rng import Purpose, rng_for
 from fedtt.wire import decode_theta
 from fleet.computed import Computed
@@ -29,7 +29,7 @@ class VersionJudge:
         experiment: Experiment,
         computed: Computed,
         blobs: MemoryBlobs,
-        runtime: Runtime | None = None,
+        runtime: Scorer | None = None,
     ) -> None:
         self._experiment, self._computed, self._blobs = experiment, computed, blobs
         self._runtime = runtime

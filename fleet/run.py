@@ -12,7 +12,7 @@ from pathlib import Path
 from aggregator.admin import version_files
 from aggregator.promised import promised
 from edge_client.files import try_lock
-from edge_client.runtime import Runtime
+from edge_client.runtime import Scorer
 from fedtt.errors import ConfigError, FedttError, StorageError
 from fedtt.messages import Problem, device_id
 from fleet.computed import Computed, KeepingPool
@@ -43,7 +43,7 @@ def run_fleet(
     on_version: Callable[[VersionLine], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
     pool: Pool | None = None,
-    judge: Runtime | None = None,
+    judge: Scorer | None = None,
 ) -> Outcome:
     """Live an experiment to its end, or go on with one that was cut short in this directory.
 
@@ -94,7 +94,7 @@ class _Run:
         pool: Pool,
         computed: Computed,
         on_version: Callable[[VersionLine], None],
-        judge: Runtime | None,
+        judge: Scorer | None,
     ) -> None:
         self._experiment, self._files = experiment, files
         self._tell, self._started = on_version, time.monotonic()

@@ -56,6 +56,18 @@ def run(name: str, plan: Plan, until: float, results: Path = RESULTS) -> None:
             time.sleep(_WAITED_S)
 
 
+def _with_data(name: str, plan: Plan) -> Plan:
+    """The plan without the sets of which something is not there."""
+    shared, sets = ROOT.parent / "shared", list(plan.sets)
+    for each in plan.sets:
+        needed = [f"data/{each.name}"]
+        needed += ["models/stories260k"] if plan.model.get("base") == "stories" else []
+        if absent := [path for path in needed if not (shared / path).is_dir()]:
+            print(f"SKIPPED: {name} needs {absent[0]} in a folder `shared` beside the project", flush=True)
+            sets.remove(each)
+    return msgspec.structs.replace(plan, sets=tuple(sets))
+
+
 def _rate(case: Case, searched: Iterable[Result]) -> float | None:
     """Its own, or that of its arm's best search, by accuracy, then loss; None while some are missing."""
     if case.rate is not None:
@@ -118,9 +130,9 @@ def main() -> None:
         if name not in known:
             raise SystemExit(f"there is no experiment {name!r}; known are {', '.join(known)}")
     until = time.time() + 60 * args.minutes
-    for seeds in range(1, 1 + max(len(read_plan(path).seeds) for path in known.values())):
-        for name in args.names or known:  # an early end leaves whole comparisons of every experiment
-            plan = read_plan(known[name])
+    asked = {name: _with_data(name, read_plan(known[name])) for name in args.names or known}
+    for seeds in range(1, 1 + max(len(plan.seeds) for plan in asked.values())):
+        for name, plan in asked.items():  # an early end leaves whole comparisons of every experiment
             run(name, msgspec.structs.replace(plan, seeds=plan.seeds[:seeds]), until, args.results)
 
 

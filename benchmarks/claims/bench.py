@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from benchmarks.claims.data import WORK
 from benchmarks.harness import ROOT
 from edge_client.bundle import Bundle, RuntimeName, open_bundle
-from edge_client.tokens import Batch
+from edge_client.examples import Text
+from edge_client.tokens import Batch, Tokens
 from edge_client.trainer import TrainingRequest
 from export import ExportRequest
 from export.base import Base, load_base
@@ -45,6 +46,7 @@ __all__ = ["BASES", "Bench", "open_bench"]
 
 _LIMIT_BYTES = 3 * 2**28  #: of what is kept of one cut
 _LIMITS = PassLimits(tokens=4096, overhead_tokens=300)  #: few passes: each has weights to round anew
+_REMEMBERED = 64  #: texts that are run through the frozen blocks together
 BASES = ("minilm", "stories")
 
 
@@ -99,7 +101,17 @@ class Station:
 
     def __init__(self, bundle: Bundle, torch_: Torch, activations: Activations) -> None:
         self.bundle, self.judge = bundle, torch_
+        self._tokens, self._known = Tokens(bundle), set[Text]()
         self.pool = _Lasting(BatchedPool(bundle, torch_, limits=_LIMITS, activations=activations))
+
+    def remember(self, texts: Sequence[Text]) -> None:
+        """Run new texts through the frozen blocks in large batches; those of runs are small ones."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known.update(new)
+        if self.judge.cut:
+            rows = sorted(self._tokens.rows(new)[0], key=len)
+            for start in range(0, len(rows), _REMEMBERED):
+                self.judge.below(self._tokens.padded(*rows[start : start + _REMEMBERED]))
 
 
 class _Lasting:
@@ -120,10 +132,7 @@ class _Lasting:
 
 
 class Torch:
-    """A Backend of batched training and a Runtime that judges, above the blocks that are never trained."""
-
-    name: RuntimeName = "onnxruntime"
-    depths: tuple[int, ...] = ()
+    """A Backend of batched training and a Scorer, above the blocks that are never trained."""
 
     def __init__(self, bundle: Bundle, base: Base, activations: Activations) -> None:
         manifest = bundle.manifest
@@ -146,19 +155,10 @@ class Torch:
             (gradient,) = torch.autograd.grad(total, theta)
         return losses.detach().float().numpy(), gradient.float().numpy()
 
-    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        raise NotImplementedError("the pool trains; this judges")
-
-    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Theta:
-        raise NotImplementedError("the pool trains; this judges")
-
-    def gradient_above(self, theta: Theta, hidden: Theta, batch: Batch, depth: int) -> tuple[float, Theta]:
-        raise NotImplementedError("the pool trains; this judges")
-
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         mask, run, below = torch.from_numpy(batch.mask), None, torch.from_numpy(batch.ids)
         if self.cut:
-            below, run = torch.from_numpy(self._below(batch)), self._above
+            below, run = torch.from_numpy(self.below(batch)), self._above
         with torch.no_grad(), _half():
             logits = self._model(torch.from_numpy(theta), below, mask, run=run).float().numpy()
         if logits.ndim == 2:
@@ -168,7 +168,7 @@ class Torch:
     def _above(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return run_above(self._base, self.cut, hidden, mask)
 
-    def _below(self, batch: Batch) -> NDArray[np.float32]:
+    def below(self, batch: Batch) -> NDArray[np.float32]:
         """What enters the first block that trains, (B, S, H), remembered by row."""
         rows = [ids[: int(mask.sum())] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
         found = [self._activations.get(row) for row in rows]

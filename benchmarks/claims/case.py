@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import statistics
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,14 @@ from msgspec import Struct
 from benchmarks.claims.bench import Station, open_bench
 from benchmarks.claims.data import WORK, DataSet, prepared
 from benchmarks.claims.plan import Case
+from edge_client.examples import Examples, Shard
+from edge_client.inference import Evaluation, Model
 from fedtt.errors import ConfigError
+from fedtt.layout import Theta
 from fedtt.task import read_task
-from fleet.experiment import prepare
+from fedtt.wire import encode_theta
+from fleet.bounds import trained_alone
+from fleet.experiment import Experiment, prepare
 from fleet.run import run_fleet
 from fleet.run_files import VersionLine
 from fleet.spec import FleetFile, FleetSpec
@@ -55,12 +63,12 @@ class Result(Struct, frozen=True, kw_only=True):
     digest: str  #: of all that the run follows from but its rate
     trained_numbers: int
     rounds: int
-    participations: int
+    participations: int  #: none of what is no federation
     curve: list[Point]
     wall_s: float
     sha256: str  #: of the last version
     searched: bool = False
-    #: with two labels: test rows by (right label, label found), 00, 01, 10, 11
+    #: with two labels: what was judged, by (right label, label found), 00, 01, 10, 11
     confusion: tuple[int, int, int, int] | None = None
     report: dict[str, float] = {}  #: what the method measured at its last fold
 
@@ -80,15 +88,71 @@ def run_case(case: Case, rate: float) -> Result:
     labels = tuple(options.pop("labels", data.labels))
     station = bench.station(options, labels)
     spec = fleet_of(case, data, station, rate)
+    experiment = prepare(spec)
+    station.remember([example.words for shard in experiment.shards for example in shard.read()])
+    if case.arm.bound:
+        return _bound(case, rate, data, station, experiment)
     directory = WORK / "runs" / f"{case.digest}-{rate:g}"
     lines: list[VersionLine] = []
     outcome = run_fleet(
-        prepare(spec), directory, fresh=True, on_version=lines.append, pool=station.pool, judge=station.judge
+        experiment, directory, fresh=True, on_version=lines.append, pool=station.pool, judge=station.judge
     )
     if outcome.state != "finished" and not (outcome.state == "ended early" and case.plan.by_time):
         raise RuntimeError(f"{case.key}: the run ended {outcome.state}: {outcome.reason}")
     shutil.rmtree(directory)
-    curve = [Point.of(line) for line in lines if line.loss is not None]
+    return _result(
+        case,
+        rate,
+        data,
+        station,
+        rounds=lines[-1].version,
+        participations=sum(outcome.outcomes.values()),
+        curve=[Point.of(line) for line in lines if line.loss is not None],
+        wall_s=outcome.wall_s,
+        sha256=outcome.sha256 or "",
+        report={name: float(value) for name, value in (lines[-1].report or {}).items()},
+    )
+
+
+def _bound(case: Case, rate: float, data: DataSet, station: Station, experiment: Experiment) -> Result:
+    """Each device by itself, with as many steps as it takes on average, or all rows in one place, with the
+    steps of all devices together; of devices what is reported is their mean."""
+    spec, rounds, began = experiment.spec.task, experiment.spec.task.rounds, time.monotonic()
+    shards: list[Examples] = list(experiment.shards)
+    steps = rounds.count * rounds.cohort * spec.training.local_steps
+    if case.arm.bound == "centralised":
+        shards = [Shard([example for shard in shards for example in shard.read()])]
+    thetas = list(
+        trained_alone(station.bundle, spec, shards, station.pool, steps=max(1, steps // len(shards)))
+    )
+    judged = [_judged(station, experiment, theta) for theta in thetas]
+    accuracies = [found.accuracy for found in judged if found.accuracy is not None]
+    mean = statistics.fmean(accuracies) if accuracies else None
+    loss = statistics.fmean(found.loss for found in judged)
+    report = {"worst_device": min(accuracies), "best_device": max(accuracies)} if accuracies else {}
+    return _result(
+        case,
+        rate,
+        data,
+        station,
+        rounds=rounds.count,
+        participations=0,
+        curve=[Point(rounds.count, mean, loss, 0, 0, 0, 0.0)],
+        wall_s=time.monotonic() - began,
+        sha256=hashlib.sha256(b"".join(map(encode_theta, thetas))).hexdigest(),
+        report=report,
+        judgings=len(thetas),
+    )
+
+
+def _judged(station: Station, experiment: Experiment, theta: Theta) -> Evaluation:
+    return Model(station.bundle, theta, station.judge).evaluate(experiment.evaluation or ())
+
+
+def _result(
+    case: Case, rate: float, data: DataSet, station: Station, judgings: int = 1, **found: Any
+) -> Result:
+    labels = station.bundle.manifest.labels
     return Result(
         set=case.set.shown,
         partition=case.partition,
@@ -97,21 +161,16 @@ def run_case(case: Case, rate: float) -> Result:
         rate=rate,
         digest=case.digest,
         trained_numbers=station.bundle.manifest.adapter.layout.size,
-        rounds=lines[-1].version,
-        participations=sum(outcome.outcomes.values()),
-        curve=curve,
-        wall_s=outcome.wall_s,
-        sha256=outcome.sha256 or "",
         searched=case.is_search,
-        confusion=None if case.is_search or len(labels) != 2 else _confusion(data, station),
-        report={name: float(value) for name, value in (lines[-1].report or {}).items()},
+        confusion=None if case.is_search or len(labels) != 2 else _confusion(data, station, judgings),
+        **found,
     )
 
 
-def _confusion(data: DataSet, station: Station) -> tuple[int, int, int, int]:
-    """Of the last version, which was judged last."""
-    found = station.judge.predicted[-len(data.answers) :]
-    pairs = Counter(zip(data.answers, found, strict=True))
+def _confusion(data: DataSet, station: Station, judgings: int) -> tuple[int, int, int, int]:
+    """Of so many that were judged last: the last version, or all devices where each trained by itself."""
+    answers = data.answers * judgings
+    pairs = Counter(zip(answers, station.judge.predicted[-len(answers) :], strict=True))
     return pairs[0, 0], pairs[0, 1], pairs[1, 0], pairs[1, 1]
 
 

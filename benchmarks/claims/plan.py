@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -47,6 +47,7 @@ class Arm(_Part, frozen=True, kw_only=True):
     name: str
     partitions: tuple[str, ...] = ()  #: on which it is run; none for all
     rate_of: str = ""  #: the arm of `rates_from` whose chosen rate it takes; none for its own name
+    bound: Literal["", "local only", "centralised"] = ""  #: no federation, but what it is measured against
     model: Settings = {}
     task: Settings = {}
 
@@ -117,6 +118,7 @@ class Case(_Part, frozen=True, kw_only=True):
             plan.profiles,
             self.seed,
             plan.search_rounds if is_search else plan.judge_every,
+            *filter(None, [self.arm.bound]),
         ]
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]
 

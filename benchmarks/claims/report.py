@@ -30,7 +30,9 @@ deals out the data, draws the devices and orders their batches, and all start fr
 the mean difference to the first arm over the same seeds, in points, with its standard deviation. Bytes an
 update are of frames up and of all bodies but bundles down. Those to a target count what all devices sent
 (and received) until a judged version had reached it: three points above the start, which slow methods reach
-too, and the first arm's final accuracy less one point.
+too, and the first arm's final accuracy less one point. *Local only* is the mean over devices that each train
+by themselves, for as many steps as they take on average in the federation; *centralised* is all rows in one
+place, with as many steps as all devices take together. Neither sends anything; both are dotted in the plots.
 """
 
 _EARLY = 0.03  #: of accuracy above the start, or of nats below it: what slow methods reach too
@@ -78,7 +80,8 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
     start = statistics.mean(_value(run.curve[0]) for run in first)
     early = start + _EARLY if measure == "accuracy" else start - _EARLY
     goals = [(early, _shown(early, measure)), (goal, _shown(goal, measure))]
-    best = better(statistics.mean(_value(r.last) for r in runs) for runs in by_arm.values())
+    federated = [runs for runs in by_arm.values() if not _is_bound(runs[0])] or list(by_arm.values())
+    best = better(statistics.mean(_value(r.last) for r in runs) for runs in federated)
     scores = _scores(results)
     heads = [
         "arm",
@@ -106,6 +109,11 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
             f"{bold}{_spread(values, measure)}{bold}",
             _gap(runs, first, measure),
             *(_spread([_score(name, r) for r in runs], "accuracy") for name in scores),
+        ]
+        if _is_bound(runs[0]):
+            lines.append("| " + " | ".join(cells + ["–"] * (len(heads) - len(cells))) + " |")
+            continue
+        cells += [
             _bytes(statistics.mean(r.last.frame_bytes / r.participations for r in runs)),
             _bytes(statistics.mean(r.last.received_bytes / r.participations for r in runs)),
         ]
@@ -117,6 +125,11 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
         cells += [_to_goal(runs, aim, cost, _bytes) for aim, _ in goals for cost in (_up, _both_ways)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _is_bound(result: Result) -> bool:
+    """Whether it is no federation, but what it is measured against: nothing was sent."""
+    return not result.participations
 
 
 def _value(point: Point) -> float:
@@ -209,6 +222,15 @@ def _plot(plan: Plan, results: list[Result], path: Path) -> None:
         for number, arm in enumerate(plan.arms):
             runs = [r for r in results if (r.set, r.partition) == group and r.arm == arm.name]
             for run in runs:
+                if _is_bound(run):
+                    axis.axhline(
+                        _value(run.last),
+                        color=f"C{number % 10}",
+                        linewidth=1,
+                        linestyle=":",
+                        label=arm.name if run is runs[0] else None,
+                    )
+                    continue
                 points = run.curve[0 if plan.by_time else 1 :]
                 axis.plot(
                     [p.virtual_s / 60 if plan.by_time else p.frame_bytes for p in points],

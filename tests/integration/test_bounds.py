@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from edge_client.bundle import open_bundle
-from edge_client.examples import Example
+from edge_client.examples import Example, Shard
 from edge_client.inference import Model
-from edge_client.onnx_runtime import OnnxRuntime
+from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
 from fedtt.algorithms import FedAvg
 from fedtt.task import RoundSpec, TaskSpec, TrainingSpec
 from fleet.bounds import local_only, trained_alone
+from fleet.pool import OneByOnePool
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +30,10 @@ SPEC = TaskSpec(
 
 def test_training_in_one_place_learns_all_and_repeats_to_the_bit(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    runtime = OnnxRuntime(bundle)
-    first, second = (trained_alone(bundle, SPEC, EXAMPLES, runtime, steps=60, name="all") for _ in range(2))
+    runtime, pool = OnnxRuntime(bundle), OneByOnePool(onnx_runtimes(1))
+    first, second = (
+        theta for _ in range(2) for theta in trained_alone(bundle, SPEC, [Shard(EXAMPLES)], pool, steps=60)
+    )
     assert first.tobytes() == second.tobytes()
     before = Model(bundle, np.zeros_like(first), runtime).evaluate(EXAMPLES)
     after = Model(bundle, first, runtime).evaluate(EXAMPLES)
@@ -40,7 +43,7 @@ def test_training_in_one_place_learns_all_and_repeats_to_the_bit(tiny_bundle: Pa
 
 def test_a_device_by_itself_learns_what_it_has_seen_and_no_more(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    shards = [EXAMPLES[:2], EXAMPLES[2:]]
-    found = list(local_only(bundle, SPEC, shards, EXAMPLES, OnnxRuntime(bundle), steps=60))
+    shards, pool = [Shard(EXAMPLES[:2]), Shard(EXAMPLES[2:])], OneByOnePool(onnx_runtimes(1))
+    found = list(local_only(bundle, SPEC, shards, EXAMPLES, pool, OnnxRuntime(bundle), steps=60))
     assert [alone.examples for alone in found] == [2, 2]
     assert [alone.evaluation.accuracy for alone in found] == [0.5, 0.5]
