@@ -156,3 +156,24 @@ def test_two_labels_are_scored_by_f1_and_matthews(tmp_path: Path) -> None:
     write_report({"toy": (PLAN, results)}, tmp_path)
     # F1 = 40 / 70; Matthews = (50·20 - 10·20) / sqrt(30 · 40 · 60 · 70) = 800 / 2244.99
     assert "| 57.1 ± 0.0 % | 35.6 ± 0.0 % |" in (tmp_path / "results.md").read_text()
+
+
+def test_what_is_no_federation_is_a_run_of_its_own_and_shows_no_bytes(tmp_path: Path) -> None:
+    bound = msgspec.structs.replace(PLAN.arms[0], name="alone", bound="local only")
+    plan = msgspec.structs.replace(PLAN, arms=(PLAN.arms[0], bound))
+    cases = [case for case in plan.cases() if case.partition == "iid"]
+    assert len({case.digest for case in cases}) == len(cases)
+    results = [_result(case, 0.9 if case.arm.bound else 0.8) for case in cases]
+    results = [
+        msgspec.structs.replace(r, participations=0, curve=r.curve[-1:]) if r.arm == "alone" else r
+        for r in results
+    ]
+    write_report({"toy": (plan, results)}, tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert set(_row(page, "alone")[-6:]) == {"–"}
+    assert _row(page, "one")[4] == "**80.0 ± 0.0 %**"  # the best of what is a federation
+
+
+def test_a_set_that_is_not_there_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert claims._with_data("toy", PLAN).sets == ()
+    assert "SKIPPED: toy needs data/toy" in capsys.readouterr().out
