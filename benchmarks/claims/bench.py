@@ -35,7 +35,7 @@ from export.request import TaskKind
 from export.step import AdaptedModel
 from fedtt.adapter import initial_theta
 from fedtt.layout import Theta
-from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
+from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Precision, Tokenization, encode_manifest
 from fleet.activations import Activations
 from fleet.backends import Inputs, Losses
 from fleet.batched import BatchedPool
@@ -51,17 +51,17 @@ BASES = ("minilm", "stories")
 
 
 @cache
-def open_bench(base: str) -> Bench:
-    """The one of this process for a base."""
+def open_bench(base: str, precision: Precision = "fp32") -> Bench:
+    """The one of this process for a base, in a precision."""
     torch.set_num_threads(1)
-    return Bench(base)
+    return Bench(base, precision)
 
 
 class Bench:
     """One base, and what is shared by all runs on it."""
 
-    def __init__(self, name: str) -> None:
-        self.path = _path(name)
+    def __init__(self, name: str, precision: Precision) -> None:
+        self.path, self._precision = _path(name), precision
         self._bases: dict[TaskKind, Base] = {}
         self._activations: dict[int, Activations] = {}
         self._stations: dict[str, Station] = {}
@@ -71,7 +71,8 @@ class Bench:
         task: TaskKind = "sequence-classification" if labels else "causal-lm"
         if options["adapter"] == "none":
             options = {name: value for name, value in options.items() if name != "depth"}
-        request = ExportRequest(model=self.path, labels=labels, **{"task": task, **options})
+        given = {"task": task, "base": self._precision, **options}
+        request = ExportRequest(model=self.path, labels=labels, **given)
         digest = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
         if digest not in self._stations:
             base = self._base(request.task)
@@ -88,7 +89,7 @@ class Bench:
     def _base(self, task: TaskKind) -> Base:
         """Its big matrices are rounded once, not in every pass."""
         if task not in self._bases:
-            self._bases[task] = base = load_base(self.path, task)
+            self._bases[task] = base = load_base(self.path, task, self._precision)
             assert base.sha256  # cached: of the weights as they came
             for linear in (m for block in base.blocks for m in block.modules()):
                 if isinstance(linear, torch.nn.Linear):
@@ -202,6 +203,7 @@ def _write_bundle(request: ExportRequest, base: Base, out: Path) -> None:
                 name=base.name,
                 architecture=base.config.model_type,
                 base_sha256=base.sha256,
+                precision=base.precision,
                 vocabulary=int(base.config.vocab_size),
             ),
             adapter=spec,

@@ -1,6 +1,7 @@
 """python -m benchmarks.uplink: the arms of uplink.toml that are not in the results yet, then what they say.
 
-One arm takes a minute or two of one core. Results are kept line by line, so a run may be cut short.
+One arm takes two or three minutes of one core. Results are kept line by line, so a run may be cut short. With
+`--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored.
 """
 
 from __future__ import annotations
@@ -15,16 +16,39 @@ import msgspec
 from benchmarks.claims.plan import Plan, read_plan
 from benchmarks.harness import ROOT, arguments, machine
 from benchmarks.uplink.arms import ArmResult, run_arm
-from benchmarks.uplink.report import AGAINST, figures_of, plot
+from benchmarks.uplink.http_bytes import HttpBytes, measured
+from benchmarks.uplink.page import write_table
+from benchmarks.uplink.report import AGAINST, figures_of, plot, target_of
 
 PLAN = Path(__file__).with_name("uplink.toml")
 RESULTS = ROOT / "benchmarks" / "results" / "uplink.jsonl"
+PAGE = ROOT / "docs" / "uplink.md"
 
 
-def stored(path: Path) -> list[ArmResult]:
-    """The arms of a results file; its summary is made anew."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [msgspec.json.decode(line, type=ArmResult) for line in lines if line.startswith(b'{"arm"')]
+class Stored:
+    """A results file: what HTTP adds, the arms, and a summary that is made anew."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_bytes().splitlines() if path and path.is_file() else []
+        self.arms = [
+            msgspec.json.decode(line, type=ArmResult) for line in lines if line.startswith(b'{"arm"')
+        ]
+        http = [msgspec.json.decode(line)["http"] for line in lines if line.startswith(b'{"http"')]
+        self.http = msgspec.convert(http[0], HttpBytes) if http else measured()
+
+    def write(self, *, summary: bool = False) -> None:
+        """Print the last line, and put all of them into the file."""
+        lines = [msgspec.json.encode(line) for line in ({"http": self.http}, *self.arms)]
+        if summary:
+            command = shlex.join(["python", "-m", "benchmarks.uplink", *sys.argv[1:]])
+            figures = figures_of(self.arms, self.http)
+            end = {"benchmark": "uplink", "figures": figures, "against": AGAINST}
+            lines.append(msgspec.json.encode(end | {"machine": machine(), "command": command}))
+        print(lines[-1].decode(), flush=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def shortened(plan: Plan) -> Plan:
@@ -39,32 +63,23 @@ def main() -> None:
     parser = arguments("uplink", "bytes up and down of methods and codecs, and what they buy")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many")
     parser.add_argument("--only", default="", help="arms whose names hold this")
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing: summary, plot and table of the stored"
+    )
     args = parser.parse_args()
     plan, until = read_plan(PLAN), time.time() + 60 * args.minutes
-    out = args.out or (None if args.quick else RESULTS)
-    done = stored(out) if out else []
-    for case in (shortened(plan) if args.quick else plan).cases():
-        known = {(result.arm, result.seed) for result in done}
+    kept = Stored(args.out or (None if args.quick else RESULTS))
+    for case in () if args.page else (shortened(plan) if args.quick else plan).cases():
+        known = {(result.arm, result.seed) for result in kept.arms}
         if (case.arm.name, case.seed) in known or args.only not in case.arm.name or time.time() > until:
             continue
-        done.append(run_arm(case))
-        write(done, out)
-    write(done, out, summary=True)
-    if out:
-        plot(done, out.with_suffix(".svg"))
-
-
-def write(results: list[ArmResult], out: Path | None, *, summary: bool = False) -> None:
-    """Print the last line, and put all of them into the file."""
-    lines = [msgspec.json.encode(result) for result in results]
-    if summary:
-        command = shlex.join(["python", "-m", "benchmarks.uplink", *sys.argv[1:]])
-        end = {"benchmark": "uplink", "figures": figures_of(results), "against": AGAINST}
-        lines.append(msgspec.json.encode(end | {"machine": machine(), "command": command}))
-    print(lines[-1].decode(), flush=True)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(b"".join(line + b"\n" for line in lines))
+        kept.arms.append(run_arm(case))
+        kept.write()
+    kept.write(summary=True)
+    if kept.path:
+        plot(kept.arms, kept.path.with_suffix(".svg"))
+    if kept.path == RESULTS and (target := target_of(kept.arms)) is not None:
+        write_table(kept.arms, kept.http, target, PAGE)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def run_arm(case: Case) -> ArmResult:
     """Live one arm to its end."""
     data = prepared(case.set.name, judged_rows=case.plan.test_rows)
     options = case.settings("model")
-    station = open_bench(options.pop("base", "minilm")).station(options, data.labels)
+    bench = open_bench(options.pop("base", "minilm"), options.pop("precision", "fp32"))
+    station = bench.station(options, data.labels)
     spec = fleet_of(case, data, station)
     directory = WORK / "runs" / f"{case.arm.name}-{case.seed}".replace(" ", "-").replace(",", "")
     lines: list[VersionLine] = []

@@ -9,8 +9,21 @@ from statistics import fmean
 
 from benchmarks.claims.case import Point
 from benchmarks.uplink.arms import ArmResult
+from benchmarks.uplink.http_bytes import HttpBytes
 
-__all__ = ["AGAINST", "Figures", "bytes_to", "figures_of", "plot"]
+__all__ = [
+    "AGAINST",
+    "Bytes",
+    "Figures",
+    "both_ways",
+    "by_arm",
+    "bytes_to",
+    "figures_of",
+    "finals",
+    "plot",
+    "sent",
+    "target_of",
+]
 
 OURS = "exact FedTT r5, ternary"
 FP32 = "FedTT r5, fp32"  #: whatever its rate: the best of these
@@ -25,7 +38,8 @@ AGAINST = {
     "participation_bytes": LORA_FP32,
     "uplink_bytes_lora_fp32, total_bytes_lora_fp32": LORA_DENSE,
     "total_bytes_lora_coded": "the LoRA variant with our head and codec that has the target for fewest bytes",
-    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; no HTTP headers",
+    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; HTTP's own, one "
+    "request of each kind a participation, are those of the line `http` and only in figures that say so",
 }
 
 Figures = dict[str, float | None]
@@ -69,16 +83,26 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return round(a / b, 1) if a is not None and b else None
 
 
-def figures_of(results: Iterable[ArmResult]) -> Figures:
-    """The summary; None for what the stored runs cannot say."""
+def by_arm(results: Iterable[ArmResult]) -> defaultdict[str, list[ArmResult]]:
     arms: defaultdict[str, list[ArmResult]] = defaultdict(list)
     for result in results:
         arms[result.arm].append(result)
+    return arms
+
+
+def target_of(results: Iterable[ArmResult]) -> float | None:
+    """The accuracy to which bytes are counted; None before our arm was run."""
+    ours = by_arm(results)[OURS]
+    return _final(ours) - BELOW_POINTS / 100 if ours else None
+
+
+def figures_of(results: Sequence[ArmResult], http: HttpBytes) -> Figures:
+    """The summary; None for what the stored runs cannot say."""
+    arms, target = by_arm(results), target_of(results)
     ours = arms[OURS]
-    if not ours:
+    if target is None:
         return {}
     final = _final(ours)
-    target = final - BELOW_POINTS / 100
     coded_lora = {
         name: bytes_to(runs, target, both_ways)
         for name, runs in arms.items()
@@ -90,6 +114,8 @@ def figures_of(results: Iterable[ArmResult]) -> Figures:
     return {
         "uplink_mean_bytes": round(frames, 1),
         "uplink_worst_bytes": max(run.frame_bytes_worst for run in ours),
+        "uplink_mean_bytes_with_http_headers": round(frames + http.update_sent, 1),
+        "participation_up_bytes_with_http_headers": round(_mean_sent(ours) + http.sent, 1),
         "downlink_mean_bytes": round(fmean(run.received_bytes_mean for run in ours), 1),
         "accuracy": round(final, 4),
         "accuracy_gap_points": _gap(arms, FP32, final),
@@ -118,8 +144,17 @@ def _least(arms: Arms, name: str, target: float, of: Bytes) -> float | None:
     return min((size for size in found if size is not None), default=None)
 
 
+def finals(runs: Sequence[ArmResult]) -> list[float]:
+    """The last accuracy of each run."""
+    return [run.curve[-1].accuracy or 0.0 for run in runs]
+
+
 def _final(runs: Sequence[ArmResult]) -> float:
-    return fmean(run.curve[-1].accuracy or 0.0 for run in runs)
+    return fmean(finals(runs))
+
+
+def _mean_sent(runs: Sequence[ArmResult]) -> float:
+    return fmean(run.sent_bytes_mean for run in runs)
 
 
 def _frame(runs: Sequence[ArmResult]) -> float | None:

@@ -40,8 +40,9 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     the report's `exact_mean` says which it was. Server optimisers see the exact mean as their
     pseudo-gradient, and keep their moments by core.
 
-    Biases and dense matrices are live in every round: a bias is added to a matrix's product and a dense
-    matrix is its own only factor, so the mean stays exact, and both are few beside the cores.
+    Biases and dense matrices are live in every round, unless `cores_only`: a bias is added to a matrix's
+    product and a dense matrix is its own only factor, so the mean stays exact, and both are few beside the
+    cores.
 
     schedule: which core of each train is live in an epoch, always beginning with the last, the only one
     with a gradient where a train starts at zero.
@@ -55,6 +56,7 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
     schedule: Literal["cyclic", "norm", "sweep", "alternate"] = "cyclic"
     epoch_rounds: Annotated[int, Meta(ge=1, le=10**6)] = 1  #: rounds that each live set lasts
+    cores_only: bool = False  #: biases and dense matrices stay as they started
     orthogonal: bool = False  #: train and send in coordinates whose norm is that of the matrix (`Gauge`)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         but its last core would learn.
         """
         epoch = 0 if state is None else self._epoch(round_number)
-        chosen = set(outside_trains(adapter))
+        chosen = set[int]() if self.cores_only else set(outside_trains(adapter))
         for side, train in sided_trains(adapter):
             if self.schedule != "alternate":
                 chosen.add(train.indices[self._core(train, epoch, state)])

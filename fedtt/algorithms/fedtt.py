@@ -10,6 +10,9 @@ from __future__ import annotations
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms.fedavg import FedAvg
 from fedtt.algorithms.kind_check import check_kind
+from fedtt.algorithms.trains import outside_trains
+from fedtt.layout import LiveSet
+from fedtt.server_optimiser import ServerState
 
 __all__ = ["FedTT"]
 
@@ -21,5 +24,12 @@ class FedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     mean of the devices' matrices by cross terms of second order in their deltas.
     """
 
+    cores_only: bool = False  #: ours: biases and dense matrices stay as they started
+
     def check(self, adapter: AdapterSpec) -> None:
         check_kind(adapter, "fedtt", "tt")
+
+    def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
+        """All cores, and all else unless `cores_only`."""
+        left_out = set(outside_trains(adapter)) if self.cores_only else set[int]()
+        return LiveSet(adapter.layout, (i for i in adapter.layout.everything.indices if i not in left_out))

@@ -48,6 +48,7 @@ DENSE, HEAD = (
 )
 CASES: dict[str, tuple[Method, AdapterSpec]] = {
     "fedtt": (FedTT(), TT),
+    "fedtt, cores alone": (FedTT(cores_only=True), TT),
     "fedtt-plus": (FedTTPlus(), TT),
     "fedtt-plus, fixed": (FedTTPlus(rotation="fixed"), TT),
     "exact-fedtt": (ExactFedTT(), TT),

@@ -197,7 +197,7 @@ def _neighbours(number: str, real: bool) -> tuple[str, str]:
         ("training.lr", "0.1", "training.lr = 0.1 is not allowed: known settings here are optimiser, "),
         ("training.local_steps", "true", "training.local_steps = True is not allowed: Expected `int`"),
         ("method.name", '"fedprox"', "method.name = 'fedprox' is not allowed: one of 'dense-adapter', "),
-        ("method.period", "3", "method.period = 3 is not allowed: known settings here are nothing"),
+        ("method.period", "3", "method.period = 3 is not allowed: known settings here are cores_only"),
         (
             "codec.quantise",
             '"int5"',

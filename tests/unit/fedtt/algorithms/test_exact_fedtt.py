@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import ExactFedTT, FedTT, Gradient, Method, drive
 from fedtt.algorithms.gauge import Gauge
+from fedtt.algorithms.trains import outside_trains
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, LayoutError
 from fedtt.folds import Contribution, Fold, Krum, Mean, Median, TrimmedMean
@@ -83,6 +84,14 @@ def test_up_and_down_take_turns_and_the_head_takes_part_in_both() -> None:
     assert [each[UP] for each in taken] == [[4], [], [3], [], [2]]
     assert [each[DOWN] for each in taken] == [[], [4], [], [3], []]
     assert [each[HEAD] for each in taken] == [[3], [2], [1], [0], [3]]
+
+
+def test_by_cores_alone_biases_and_dense_matrices_are_never_live() -> None:
+    outside = set(outside_trains(ADAPTER))
+    assert outside
+    for t in range(1, 8):
+        live = {alone: set(live_at(ExactFedTT(cores_only=alone), t).indices) for alone in (False, True)}
+        assert live[False] - live[True] == outside
 
 
 def test_an_epoch_lasts_its_rounds() -> None:

@@ -1,0 +1,71 @@
+"""docs/uplink.md's table, made from the stored lines: `python -m benchmarks.uplink --page`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from benchmarks.uplink.arms import ArmResult
+from benchmarks.uplink.http_bytes import HttpBytes
+from benchmarks.uplink.report import Bytes, both_ways, by_arm, bytes_to, finals, sent
+
+__all__ = ["write_table"]
+
+_BEGIN, _END = "<!-- table: python -m benchmarks.uplink --page -->", "<!-- end of the table -->"
+_HEADINGS = (
+    "arm",
+    "frame, mean",
+    "worst",
+    "up",
+    "down",
+    "seeds",
+    "accuracy",
+    "loss",
+    "rounds to {target}",
+    "up to {target}",
+    "both ways to {target}",
+)
+
+
+def write_table(results: Iterable[ArmResult], http: HttpBytes, target: float, page: Path) -> None:
+    """Put the table between its marks; what stands around it is written by hand."""
+    text = page.read_text()
+    before, rest = text.split(_BEGIN)
+    _, after = rest.split(_END)
+    shown = f"{100 * target:.1f} %"
+    headings = [heading.format(target=shown) for heading in _HEADINGS]
+    rows = sorted(by_arm(results).items(), key=lambda item: fmean(r.frame_bytes_mean for r in item[1]))
+    lines = [
+        f"| {' | '.join(headings)} |",
+        f"|---|{'---:|' * (len(headings) - 1)}",
+        *(f"| {' | '.join((name, *_row(runs, http, target)))} |" for name, runs in rows),
+    ]
+    page.write_text(f"{before}{_BEGIN}\n\n" + "\n".join(lines) + f"\n\n{_END}{after}")
+
+
+def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str, ...]:
+    accuracies = finals(runs)
+    spread = f" ± {100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    return (
+        f"{fmean(run.frame_bytes_mean for run in runs):,.0f}",
+        f"{max(run.frame_bytes_worst for run in runs):,}",
+        f"{fmean(run.sent_bytes_mean for run in runs) + http.sent:,.0f}",
+        f"{fmean(run.received_bytes_mean for run in runs) + http.received:,.0f}",
+        str(len(runs)),
+        f"{100 * fmean(accuracies):.1f}{spread} %",
+        f"{fmean(run.curve[-1].loss for run in runs):.3f}",
+        _rounds(runs, target),
+        _megabytes(runs, target, sent),
+        _megabytes(runs, target, both_ways),
+    )
+
+
+def _rounds(runs: Sequence[ArmResult], target: float) -> str:
+    found = bytes_to(runs, target, lambda point: point.version)
+    return "–" if found is None else f"{found:.0f}"
+
+
+def _megabytes(runs: Sequence[ArmResult], target: float, of: Bytes) -> str:
+    found = bytes_to(runs, target, of)
+    return "–" if found is None else f"{found / 1e6:.2f} MB"
