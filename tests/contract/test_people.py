@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
+import psycopg
 import pytest
 from msgspec.structs import replace
 
@@ -127,3 +128,20 @@ class TestPostgresql(PeopleContract):
     def store(self, tmp_path: Path) -> Iterator[Store]:
         with closing(empty_store()) as store:
             yield store
+
+    @pytest.mark.parametrize(
+        "statement", ["UPDATE audit SET actor = 'bob'", "DELETE FROM audit", "TRUNCATE audit"]
+    )
+    def test_the_database_itself_refuses_to_change_or_empty_the_log(
+        self, store: Store, statement: str
+    ) -> None:
+        assert isinstance(store, SqlStore)
+        with store.transaction() as tx:
+            entry = audit.append(tx, 1.0, "alice", "task.create", "t", {})
+        with (
+            psycopg.connect(store.where.replace("+psycopg", "")) as connection,
+            pytest.raises(psycopg.Error, match="the audit log is append-only"),
+        ):
+            connection.execute(statement.encode())
+        with store.reading() as tx:
+            assert tx.audits() == [entry]
