@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 from msgspec import Meta
-from msgspec.structs import asdict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from aggregator.answers import (
+    DeviceRow,
+    GroupRow,
+    NewToken,
+    RoundRow,
+    SentBundle,
+    TaskDetail,
+    TaskRow,
+    VersionRow,
+    as_row,
+)
 from aggregator.grouping import waiting_updates
 from aggregator.people import audited
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found
@@ -46,11 +56,9 @@ __all__ = [
     "version_files",
 ]
 
-Row = dict[str, Any]
 
-
-async def add_bundle(service: Service, manifest_bytes: bytes) -> str | Problem:
-    """Register a bundle whose files have all been sent; returns its sha256."""
+async def add_bundle(service: Service, manifest_bytes: bytes) -> SentBundle | Problem:
+    """Register a bundle whose files have all been sent."""
     try:
         manifest = decode_manifest(manifest_bytes)
     except BundleError as error:
@@ -69,10 +77,10 @@ async def add_bundle(service: Service, manifest_bytes: bytes) -> str | Problem:
         sha256=bundle_digest(manifest_bytes), manifest=manifest_bytes, added_at=service.clock.now()
     )
     answer = await audited(service, "bundle.add", bundle.sha256, lambda tx: tx.put_bundle(bundle))
-    return answer if isinstance(answer, Problem) else bundle.sha256
+    return answer if isinstance(answer, Problem) else SentBundle(bundle=bundle.sha256)
 
 
-async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | Problem:
+async def create_task(service: Service, text: str, bundle_sha256: str) -> TaskRow | Problem:
     """Read a task file, publish version 0 from its bundle's initial factors, and open it for devices."""
     try:
         spec = parse_task(text)
@@ -81,7 +89,7 @@ async def create_task(service: Service, text: str, bundle_sha256: str) -> Row | 
     return await open_task(service, spec, bundle_sha256)
 
 
-async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Row | Problem:
+async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> TaskRow | Problem:
     """The same for a task that has been read already."""
     bundle = await service.read(lambda tx: tx.bundle(bundle_sha256))
     if bundle is None:
@@ -93,7 +101,7 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Row
     except ConfigError as error:
         return malformed(str(error))
 
-    def create(tx: Transaction) -> Row | Problem:
+    def create(tx: Transaction) -> TaskRow | Problem:
         if tx.task(spec.name) is not None:
             return conflict_name(spec.name)
         task = service.lifecycle.create(tx, service.clock.now(), spec, bundle_sha256, *first)
@@ -120,50 +128,50 @@ def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tup
     return save_blob(service.blobs, encode_theta(theta)), stored
 
 
-def _task_row(tx: Transaction, task: Task) -> Row:
+def _task_row(tx: Transaction, task: Task) -> TaskRow:
     latest = tx.latest_version(task.id, MAIN)
     round_ = tx.latest_round(task.id, MAIN)
-    return {
-        "name": task.spec.name,
-        "state": task.state,
-        "reason": task.reason,
-        "version": latest.number if latest else None,
-        "of": task.spec.rounds.count,
-        "round": round_.number if round_ else 0,
-        "round_state": round_.state if round_ else None,
-        "updates_in_round": waiting_updates(tx, task),
-        "loss": latest.loss_last if latest else None,
-        "bundle": task.bundle,
-        "created_at": task.created_at,
-    }
+    return TaskRow(
+        name=task.spec.name,
+        state=task.state,
+        reason=task.reason,
+        version=latest.number if latest else None,
+        of=task.spec.rounds.count,
+        round=round_.number if round_ else 0,
+        round_state=round_.state if round_ else None,
+        updates_in_round=waiting_updates(tx, task),
+        loss=latest.loss_last if latest else None,
+        bundle=task.bundle,
+        created_at=task.created_at,
+    )
 
 
-async def list_tasks(service: Service) -> list[Row]:
+async def list_tasks(service: Service) -> list[TaskRow]:
     return await service.read(lambda tx: [_task_row(tx, task) for task in tx.tasks()])
 
 
-async def show_task(service: Service, name: str) -> Row | Problem:
-    def look(tx: Transaction) -> Row | Problem:
+async def show_task(service: Service, name: str) -> TaskDetail | Problem:
+    def look(tx: Transaction) -> TaskDetail | Problem:
         task = tx.task(name)
         if task is None:
             return _unknown(name)
-        return _task_row(tx, task) | {"spec": task.spec, "groups": _group_rows(tx, task)}
+        return as_row(TaskDetail, _task_row(tx, task), spec=task.spec, groups=_group_rows(tx, task))
 
     return await service.read(look)
 
 
-def _group_rows(tx: Transaction, task: Task) -> list[Row]:
+def _group_rows(tx: Transaction, task: Task) -> list[GroupRow]:
     """The groups in which a task's devices train now, with how many devices each has."""
     sizes = Counter(tx.members(task.id).values()) if task.groups else Counter[int]()
-    return [asdict(group) | {"devices": sizes[group.number]} for group in task.groups]
+    return [as_row(GroupRow, group, devices=sizes[group.number]) for group in task.groups]
 
 
 def _unknown(name: str) -> Problem:
     return not_found(f"task {name[:100]!r}")
 
 
-async def change_task(service: Service, name: str, state: TaskState) -> Row | Problem:
-    def change(tx: Transaction) -> Row | Problem:
+async def change_task(service: Service, name: str, state: TaskState) -> TaskRow | Problem:
+    def change(tx: Transaction) -> TaskRow | Problem:
         lifecycle, reason = service.lifecycle, "by an operator"
         if state is TaskState.STOPPED:
             task = lifecycle.stop(tx, service.clock.now(), name, reason)
@@ -179,10 +187,10 @@ async def change_task(service: Service, name: str, state: TaskState) -> Row | Pr
     return await audited(service, "task.change", name, change, state=state)
 
 
-async def list_rounds(service: Service, name: str, limit: int) -> list[Row] | Problem:
+async def list_rounds(service: Service, name: str, limit: int) -> list[RoundRow] | Problem:
     """The newest rounds, newest first, each with what has become of its updates."""
 
-    def look(tx: Transaction) -> list[Row] | Problem:
+    def look(tx: Transaction) -> list[RoundRow] | Problem:
         task = tx.task(name)
         if task is None:
             return _unknown(name)
@@ -191,25 +199,25 @@ async def list_rounds(service: Service, name: str, limit: int) -> list[Row] | Pr
     return await service.read(look)
 
 
-def _round_row(tx: Transaction, round_: Round) -> Row:
+def _round_row(tx: Transaction, round_: Round) -> RoundRow:
     place = (round_.task_id, round_.branch, round_.number)
-    updates = {state.value: tx.count_updates(*place, state) for state in UpdateState}
-    return asdict(round_) | {"invited": len(round_.invited), "updates": updates}
+    updates = {state: tx.count_updates(*place, state) for state in UpdateState}
+    return as_row(RoundRow, round_, invited=len(round_.invited), updates=updates)
 
 
-async def list_versions(service: Service, name: str) -> list[Row] | Problem:
+async def list_versions(service: Service, name: str) -> list[VersionRow] | Problem:
     """The versions of the model, oldest first; those of other ranks and of groups are the server's own."""
 
-    def look(tx: Transaction) -> list[Row] | Problem:
+    def look(tx: Transaction) -> list[VersionRow] | Problem:
         task = tx.task(name)
         if task is None:
             return _unknown(name)
-        return [asdict(version) for version in tx.versions(task.id) if version.branch == MAIN]
+        return [as_row(VersionRow, version) for version in tx.versions(task.id) if version.branch == MAIN]
 
     return await service.read(look)
 
 
-async def change_version(service: Service, name: str, number: int, change: str) -> Row | Problem:
+async def change_version(service: Service, name: str, number: int, change: str) -> VersionRow | Problem:
     """Release or hold a candidate, or publish an old version again; what it has become."""
     lifecycle, now = service.lifecycle, service.clock.now()
 
@@ -225,7 +233,7 @@ async def change_version(service: Service, name: str, number: int, change: str) 
     return _version_row(await audited(service, f"version.{change}", name, apply, number=number))
 
 
-async def judge_version(service: Service, name: str, number: int, body: bytes) -> Row | Problem:
+async def judge_version(service: Service, name: str, number: int, body: bytes) -> VersionRow | Problem:
     """Release or hold a candidate by a verdict that people bring."""
     try:
         verdict = msgspec.json.decode(body, type=Verdict)
@@ -244,8 +252,8 @@ async def judge_version(service: Service, name: str, number: int, body: bytes) -
     )
 
 
-def _version_row(answer: Version | Problem) -> Row | Problem:
-    return answer if isinstance(answer, Problem) else asdict(answer)
+def _version_row(answer: Version | Problem) -> VersionRow | Problem:
+    return answer if isinstance(answer, Problem) else as_row(VersionRow, answer)
 
 
 async def version_files(service: Service, name: str, number: int) -> dict[str, bytes] | Problem:
@@ -271,10 +279,8 @@ async def version_files(service: Service, name: str, number: int) -> dict[str, b
     return {CONFIG: encode_config(config), FACTORS: save(layout.unflatten(theta), metadata=metadata)}
 
 
-async def list_devices(service: Service, after: str) -> list[Row]:
-    devices = await service.read(lambda tx: tx.devices(after=after))
-    hidden = {"public_key", "last_nonce"}
-    return [{key: value for key, value in asdict(d).items() if key not in hidden} for d in devices]
+async def list_devices(service: Service, after: str) -> list[DeviceRow]:
+    return [as_row(DeviceRow, device) for device in await service.read(lambda tx: tx.devices(after=after))]
 
 
 class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -284,7 +290,7 @@ class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     expires_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None  #: from now on; None for never
 
 
-async def create_token(service: Service, body: bytes) -> Row | Problem:
+async def create_token(service: Service, body: bytes) -> NewToken | Problem:
     """Make an enrolment token; it is in this answer and nowhere else, for the ledger keeps its hash."""
     try:
         terms = msgspec.json.decode(body, type=TokenTerms)
@@ -303,4 +309,4 @@ async def create_token(service: Service, body: bytes) -> Row | Problem:
     )
     if isinstance(answer, Problem):
         return answer
-    return {"token": text, "uses": terms.uses, "expires_at": expires_at}
+    return NewToken(token=text, uses=terms.uses, expires_at=expires_at)

@@ -8,6 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from aggregator import admin, people
+from aggregator.answers import Refusal, SentBlob
 from aggregator.dashboard import dashboard
 from aggregator.device_routes import serve_bundle_file
 from aggregator.handling import SERVICE, ProblemError, body_pieces, checked, json_answer, read_body
@@ -35,7 +36,7 @@ _OPEN = frozenset({("GET", "/"), ("GET", "/openapi.json")})  #: which hold nothi
 
 
 def admin_problem(problem: Problem, status: int) -> web.Response:
-    return json_answer({"error": problem}, status)
+    return json_answer(Refusal(error=problem), status)
 
 
 def require_token(sha256: str) -> Middleware:
@@ -108,12 +109,12 @@ async def put_blob(request: web.Request) -> web.Response:
     sha256 = request.match_info["sha256"]
     pieces = body_pieces(request, _BLOB_LIMIT_BYTES)
     await request.app[SERVICE].blobs.receive(sha256, pieces, limit_bytes=_BLOB_LIMIT_BYTES)
-    return json_answer({"sha256": sha256}, 201)
+    return json_answer(SentBlob(sha256=sha256), 201)
 
 
 async def add_bundle(request: web.Request) -> web.Response:
     manifest = await read_body(request, MANIFEST_LIMIT_BYTES)
-    return json_answer({"bundle": checked(await admin.add_bundle(request.app[SERVICE], manifest))}, 201)
+    return json_answer(checked(await admin.add_bundle(request.app[SERVICE], manifest)), 201)
 
 
 async def create_task(request: web.Request) -> web.Response:

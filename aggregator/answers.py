@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct, defstruct
 from msgspec.structs import fields
@@ -34,12 +34,17 @@ __all__ = [
     "Refusal",
     "RevokedDevice",
     "RoundRow",
+    "Seen",
     "SentBlob",
     "SentBundle",
     "TaskDetail",
     "TaskRow",
     "VersionRow",
+    "as_row",
 ]
+
+
+R = TypeVar("R", bound=Struct)
 
 
 class Row(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +57,12 @@ def _row_of(name: str, record: type[Struct], about: str, *, hidden: set[str] = s
     made = defstruct(name, list((kept | more).items()), bases=(Row,), frozen=True, kw_only=True)
     made.__doc__ = about
     return made
+
+
+def as_row(kind: type[R], record: Struct, **more: object) -> R:
+    """A record as the row of `kind`, with what `more` adds or says otherwise."""
+    kept = {field.name for field in fields(kind)} - more.keys()
+    return kind(**{name: getattr(record, name) for name in kept}, **more)
 
 
 class Refusal(Row, frozen=True):

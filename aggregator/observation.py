@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from msgspec import Struct
 from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from aggregator.answers import ActivityRow, Population, Seen
 from aggregator.grouping import waiting_updates
 from aggregator.metrics import totals
 from aggregator.service import Service
@@ -80,30 +80,30 @@ def _seen(tx: Transaction, now: float) -> Iterator[tuple[int, int]]:
         yield within_s, tx.count_devices(seen_since=now - within_s).get(DeviceState.ACTIVE, 0)
 
 
-async def population(service: Service) -> dict[str, Any]:
+async def population(service: Service) -> Population:
     """How many devices are in each state, and how many of the active ones were seen lately."""
     now = service.clock.now()
 
-    def look(tx: Transaction) -> dict[str, Any]:
+    def look(tx: Transaction) -> Population:
         counts = tx.count_devices()
-        return {
-            "devices": {state.value: counts.get(state, 0) for state in DeviceState},
-            "seen": [{"within_s": within_s, "devices": count} for within_s, count in _seen(tx, now)],
-        }
+        return Population(
+            devices={state: counts.get(state, 0) for state in DeviceState},
+            seen=[Seen(within_s=within_s, devices=count) for within_s, count in _seen(tx, now)],
+        )
 
     return await service.read(look)
 
 
-def activity(service: Service) -> dict[str, Any]:
+def activity(service: Service) -> ActivityRow:
     """What this process has done since it started; the ledger outlives it, these counts do not."""
     metrics = service.metrics
-    return {
-        "now": service.clock.now(),
-        "since": service.started_at,
-        "requests": totals(metrics.requests, "listener"),
-        "received_bytes": totals(metrics.received, "listener"),
-        "sent_bytes": totals(metrics.sent, "listener"),
-        "updates": totals(metrics.updates, "state"),
-        "check_ins": totals(metrics.check_ins, "answer"),
-        "refusals": totals(metrics.refusals, "code"),
-    }
+    return ActivityRow(
+        now=service.clock.now(),
+        since=service.started_at,
+        requests=totals(metrics.requests, "listener"),
+        received_bytes=totals(metrics.received, "listener"),
+        sent_bytes=totals(metrics.sent, "listener"),
+        updates=totals(metrics.updates, "state"),
+        check_ins=totals(metrics.check_ins, "answer"),
+        refusals=totals(metrics.refusals, "code"),
+    )

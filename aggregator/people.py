@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
+from aggregator.answers import AdminTokenRow, AuditRow, NewAdminToken, RevokedDevice, as_row
 from aggregator.problems import malformed, not_found, taken_name
 from aggregator.service import Service
 from aggregator.token_files import new_token, same_token, token_sha256
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Row = dict[str, Any]
 OWNER = "owner"  #: whoever holds the token that lies beside the database
 ACTOR: ContextVar[str] = ContextVar("actor", default="program")  #: whose request is being answered
 _RANKS = tuple(Role)
@@ -83,7 +83,7 @@ class AdminTokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 _TERMS = msgspec.json.Decoder(AdminTokenTerms)
 
 
-async def create_admin_token(service: Service, body: bytes) -> Row | Problem:
+async def create_admin_token(service: Service, body: bytes) -> NewAdminToken | Problem:
     """Make a token; it is in this answer and nowhere else, for the ledger keeps its hash."""
     try:
         terms = _TERMS.decode(body)
@@ -105,42 +105,37 @@ async def create_admin_token(service: Service, body: bytes) -> Row | Problem:
         return None
 
     answer = await audited(service, "admin-token.create", token.name, create, role=token.role)
-    return answer if isinstance(answer, Problem) else {"token": text} | _row(token)
+    return answer if isinstance(answer, Problem) else as_row(NewAdminToken, token, token=text)
 
 
-def _row(token: AdminToken) -> Row:
-    return {key: value for key, value in asdict(token).items() if key != "sha256"}
+async def list_admin_tokens(service: Service) -> list[AdminTokenRow]:
+    return [as_row(AdminTokenRow, token) for token in await service.read(lambda tx: tx.admin_tokens())]
 
 
-async def list_admin_tokens(service: Service) -> list[Row]:
-    return [_row(token) for token in await service.read(lambda tx: tx.admin_tokens())]
-
-
-async def revoke_admin_token(service: Service, name: str) -> Row | Problem:
+async def revoke_admin_token(service: Service, name: str) -> AdminTokenRow | Problem:
     now = service.clock.now()
 
-    def revoke(tx: Transaction) -> Row | Problem:
+    def revoke(tx: Transaction) -> AdminTokenRow | Problem:
         for token in tx.admin_tokens():
             if token.name == name:
                 gone = token if token.revoked_at is not None else replace(token, revoked_at=now)
                 tx.put_admin_token(gone)
-                return _row(gone)
+                return as_row(AdminTokenRow, gone)
         return not_found(f"admin token {name[:63]!r}")
 
     return await audited(service, "admin-token.revoke", name, revoke)
 
 
-async def revoke_device(service: Service, device_id: str) -> Row | Problem:
+async def revoke_device(service: Service, device_id: str) -> RevokedDevice | Problem:
     """Take a device's key out for good."""
     now = service.clock.now()
     answer = await audited(
         service, "device.revoke", device_id, lambda tx: service.coordinator.revoke(tx, now, device_id)
     )
-    if isinstance(answer, Problem):
-        return answer
-    return {"id": answer.id, "state": answer.state, "revoked_at": answer.revoked_at}
+    return answer if isinstance(answer, Problem) else as_row(RevokedDevice, answer)
 
 
-async def list_audit(service: Service, after: int) -> list[Row]:
+async def list_audit(service: Service, after: int) -> list[AuditRow]:
     """Entries behind one, oldest first."""
-    return [asdict(e) for e in await service.read(lambda tx: tx.audits(after=after, limit=_AUDIT_PAGE))]
+    entries = await service.read(lambda tx: tx.audits(after=after, limit=_AUDIT_PAGE))
+    return [as_row(AuditRow, entry) for entry in entries]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aggregator.admin_commands import print_rows
-from aggregator.cli import admin_command
+from aggregator.admin_command import admin_command, print_rows
 from fedtt.errors import ConfigError, FedttError
 from fedtt.messages import Judged, Verdict
 

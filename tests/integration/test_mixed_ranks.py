@@ -179,8 +179,8 @@ def test_people_get_the_main_version(case: Case, tmp_path: Path) -> None:
             assert len(files["factors.safetensors"]) > 4 * case.adapter.layout.size
             rows = await admin.list_versions(fleet.service, "lights")
             assert isinstance(rows, list)
-            assert [(row["branch"], row["number"]) for row in rows] == [("main", 0), ("main", 1)]
-            assert rows[1]["report"]["effective_rank_least"] > 0
+            assert [(row.branch, row.number) for row in rows] == [("main", 0), ("main", 1)]
+            assert rows[1].report["effective_rank_least"] > 0
 
     asyncio.run(run())
 
@@ -246,7 +246,7 @@ def test_a_task_that_does_not_fit_its_bundle_is_refused_before_anything_is_store
             assert isinstance(answer, Problem)
             assert answer.code is Code.MALFORMED
             assert complaint in answer.detail
-            assert [task["name"] for task in await admin.list_tasks(fleet.service)] == ["other"]
+            assert [task.name for task in await admin.list_tasks(fleet.service)] == ["other"]
 
     asyncio.run(run())
 
@@ -263,7 +263,7 @@ def test_first_factors_too_large_for_a_variant_are_refused_before_anything_is_st
             answer = await admin.create_task(fleet.service, case.text, bundle)
             assert isinstance(answer, Problem)
             assert "too large for a variant" in answer.detail
-            assert [task["name"] for task in await admin.list_tasks(fleet.service)] == ["other"]
+            assert [task.name for task in await admin.list_tasks(fleet.service)] == ["other"]
 
     asyncio.run(run())
 

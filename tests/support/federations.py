@@ -20,6 +20,7 @@ from edge_client.runtime import Runtime
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.layout import Theta
 from fedtt.manifest import MANIFEST, decode_manifest
+from fedtt.messages import Problem
 from fedtt.task import TaskSpec, parse_task
 from fedtt.wire import decode_theta
 from storage.blobs import FileBlobs, load, save
@@ -96,7 +97,7 @@ async def federation(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(service.writer.stop)
         answer = await admin.create_task(service, text, digest)
-        assert isinstance(answer, dict), answer
+        assert not isinstance(answer, Problem), answer
         fleet = Federation(service, parse_task(text), adapter, [])
         for number, memory in enumerate(memory_mb):
             home = stack.enter_context(locked_home(tmp_path / f"device-{number}"))

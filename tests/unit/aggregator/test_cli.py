@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from aggregator.app import url_of
-from aggregator.cli import reachable
+from aggregator.serve_command import reachable
 
 
 @pytest.mark.parametrize("everywhere", ["0.0.0.0", "::"])  # noqa: S104  # nothing listens here

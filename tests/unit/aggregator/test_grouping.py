@@ -421,16 +421,16 @@ def test_an_operator_sees_groups_their_rounds_and_what_waits_in_all_of_them() ->
     grouped = GroupedServer(grouped_task())
     service = Service(grouped.store, grouped.blobs, VirtualClock(), inline=True)
     shown = asyncio.run(admin.show_task(service, "groups"))
-    assert isinstance(shown, dict)
-    assert shown["groups"] == []
+    assert not isinstance(shown, Problem)
+    assert shown.groups == []
     grouped.everyone()
     for device, work in list(work_of(grouped).items())[:3]:
         grouped.upload(device, work, 0.1)
     shown = asyncio.run(admin.show_task(service, "groups"))
     rounds = asyncio.run(admin.list_rounds(service, "groups", 10))
-    assert isinstance(shown, dict)
+    assert not isinstance(shown, Problem)
     assert isinstance(rounds, list)
-    assert [row["number"] for row in shown["groups"]] == [1, 2]
-    assert sum(row["devices"] for row in shown["groups"]) >= 4
-    assert shown["updates_in_round"] == 3
-    assert {row["branch"] for row in rounds} == {"main", "group-1", "group-2"}
+    assert [row.number for row in shown.groups] == [1, 2]
+    assert sum(row.devices for row in shown.groups) >= 4
+    assert shown.updates_in_round == 3
+    assert {row.branch for row in rounds} == {"main", "group-1", "group-2"}

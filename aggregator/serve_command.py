@@ -1,0 +1,185 @@
+"""`fedtt serve`: one server process, from its options to its clean end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aggregator.limit_arguments import limit_arguments
+from fedtt.cli import add_command, print_json
+
+if TYPE_CHECKING:
+    from aggregator.app import Listening, ServerConfig
+    from fedtt.cli import Commands
+
+__all__ = ["place_arguments", "reachable", "register"]
+
+_SWITCH_S = 0.0005  #: at most, that the writer waits for requests at work after each statement
+
+
+def register(commands: Commands) -> None:
+    serve = add_command(
+        commands,
+        "serve",
+        about="run the aggregator",
+        examples="""
+            fedtt serve
+            fedtt serve --data /var/lib/fedtt --host 0.0.0.0 --port 8440
+            fedtt serve --data /var/lib/fedtt --behind-proxy --address-rate 2000 --max-connections 40000
+        """,
+        run=_serve,
+    )
+    place_arguments(serve)
+    _listener_arguments(serve)
+    limit_arguments(serve)
+    serve.add_argument("--log-json", action="store_true", help="write the log as JSON, an object a line")
+    serve.add_argument(
+        "--drain-s",
+        type=float,
+        default=0.0,
+        help="seconds to go on serving after SIGTERM while /readyz says no (default %(default)s)",
+    )
+
+
+def place_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a server's data, keys and certificates lie: the same for serving and for checking."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("fedtt-server"),
+        help="directory of the database, blobs and tokens (default %(default)s)",
+    )
+    parser.add_argument(
+        "--database",
+        default=os.environ.get("FEDTT_DATABASE"),
+        help="where the ledger lies, as postgresql+psycopg://USER@HOST/NAME "
+        "(default $FEDTT_DATABASE or SQLite in the data directory)",
+    )
+    parser.add_argument(
+        "--blobs",
+        default=os.environ.get("FEDTT_BLOBS"),
+        help="where bundles and versions lie: a directory, or s3://BUCKET/PREFIX "
+        "(default $FEDTT_BLOBS or blobs in the data directory)",
+    )
+    parser.add_argument(
+        "--tls-cert",
+        type=Path,
+        help="certificate chain in PEM, for both listeners (default: no TLS, or a proxy's)",
+    )
+    parser.add_argument("--tls-key", type=Path, help="its key in PEM, without a password")
+    parser.add_argument(
+        "--server-key",
+        type=Path,
+        help="file made by `fedtt key delegate`: devices that trust its release key follow this server",
+    )
+
+
+def _listener_arguments(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--host", default="127.0.0.1", help="address devices connect to (default %(default)s)")
+    serve.add_argument("--port", type=_port, default=8440, help="0 picks a free one (default %(default)s)")
+    serve.add_argument(
+        "--admin-host", default="127.0.0.1", help="address people connect to (default %(default)s)"
+    )
+    serve.add_argument(
+        "--admin-port", type=_port, default=8441, help="0 picks a free one (default %(default)s)"
+    )
+    serve.add_argument(
+        "--reuse-port",
+        action="store_true",
+        help="share the devices' port with other servers on one PostgreSQL",
+    )
+    serve.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="believe X-Forwarded-For, so that rates are counted by the addresses that a proxy saw",
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
+    return int(text)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from aggregator.app import ServerConfig
+    from aggregator.connections import ConnectionLimits
+    from aggregator.limits import Rates, raise_file_limit
+    from aggregator.logs import set_up_log
+
+    set_up_log(as_json=args.log_json)
+    config = ServerConfig(
+        data=args.data,
+        host=args.host,
+        port=args.port,
+        admin_host=args.admin_host,
+        admin_port=args.admin_port,
+        database=args.database,
+        blobs=args.blobs,
+        server_key=args.server_key,
+        forwarded=args.behind_proxy,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        reuse_port=args.reuse_port,
+        rates=Rates(key=args.device_rate, addresses=args.address_rate),
+        connections=ConnectionLimits(total=args.max_connections, addresses=args.max_connections_per_range),
+        idle_s=args.idle_s,
+        body_s=args.body_s,
+    )
+    sys.setswitchinterval(_SWITCH_S)
+    raise_file_limit()
+    asyncio.run(_serve_until_stopped(config, drain_s=args.drain_s, as_json=args.json))
+
+
+async def _serve_until_stopped(config: ServerConfig, *, drain_s: float, as_json: bool) -> None:
+    import signal
+
+    from aggregator.app import serving
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with serving(config) as listening:
+        _announce(listening, config.data, as_json=as_json)
+        await stopped.wait()
+        listening.service.draining = True  # /readyz says so, and a balancer sends nobody any more
+        await asyncio.sleep(drain_s)
+    if not as_json:
+        print("stopped; everything acknowledged is on disk")
+
+
+def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:
+    dashboard = reachable(listening.admin_url) + "/"
+    if as_json:
+        print_json(
+            {
+                "event": "listening",
+                "url": listening.url,
+                "admin_url": listening.admin_url,
+                "dashboard_url": dashboard,
+                "enrolment_token": listening.enrolment_token,
+                "admin_token_file": str(data / "admin-token"),
+            }
+        )
+        return
+    print(f"devices   {listening.url}")
+    print(f"people    {listening.admin_url}  (token in {data / 'admin-token'})")
+    print(f"dashboard {dashboard}")
+    print(
+        f"enrol     fedtt client run --server {reachable(listening.url)} "
+        f"--token {listening.enrolment_token} --data examples.jsonl",
+        flush=True,
+    )
+
+
+def reachable(url: str) -> str:
+    """The address for other machines: this one's name where the server listens on all of its addresses."""
+    for everywhere in ("//0.0.0.0:", "//[::]:"):
+        url = url.replace(everywhere, f"//{socket.gethostname()}:")
+    return url
