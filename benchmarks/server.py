@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Report, arguments, reporting
-from benchmarks.serving import faults, uploads
+from benchmarks.serving import faults, peers, uploads
 from benchmarks.serving.part import Measure, Measured, Part
 
 PARTS: dict[str, Measure] = {
@@ -21,6 +21,8 @@ PARTS: dict[str, Measure] = {
     "postgresql-replicas": uploads.postgresql_replicas,
     "fold": faults.fold,
     "herd": faults.herd,
+    "flower": peers.flower,
+    "flare": peers.flare,
 }
 
 

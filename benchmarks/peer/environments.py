@@ -12,7 +12,8 @@ from benchmarks.federated import WORK
 
 __all__ = ["Missing", "main_pin", "python_of"]
 
-_MAIN = {"flower": "flwr==", "pfl": "pfl=="}
+_MAIN = {"flare": "nvflare==", "flower": "flwr==", "pfl": "pfl==", "superlink": "flwr=="}
+_WITHOUT_TORCH = {"flare", "superlink"}
 _TORCH = "torch==2.13.0"
 _CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
@@ -33,10 +34,22 @@ def python_of(peer: str) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     _do(peer, sys.executable, "-m", "venv", str(directory))
     pip = (str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check")
-    try:  # PyTorch's own index has the small CPU build
-        _do(peer, *pip, "--retries", "0", "--timeout", "5", "--no-deps", "--index-url", _CPU_BUILDS, _TORCH)
-    except Missing:
-        _do(peer, *pip, _TORCH)
+    if peer not in _WITHOUT_TORCH:
+        try:  # PyTorch's own index has the small CPU build
+            _do(
+                peer,
+                *pip,
+                "--retries",
+                "0",
+                "--timeout",
+                "5",
+                "--no-deps",
+                "--index-url",
+                _CPU_BUILDS,
+                _TORCH,
+            )
+        except Missing:
+            _do(peer, *pip, _TORCH)
     _do(peer, *pip, "-r", str(pins))
     stamp.write_text(wanted)
     return python

@@ -21,10 +21,10 @@ from benchmarks.serving.part import Measured, Part
 from storage.records import MAIN, Device, DeviceState, Lease, LeaseState, UpdateState
 from storage.sql import SqlStore
 
-__all__ = ["give_leases", "postgresql", "postgresql_replicas", "sqlite"]
+__all__ = ["CONNECTIONS", "give_leases", "postgresql", "postgresql_replicas", "sqlite", "taken"]
 
 _NUMBERS = 10_000  #: in an update, a byte each
-_CONNECTIONS = 200
+CONNECTIONS = 200
 _PUT_AT_ONCE = 2000
 
 
@@ -53,6 +53,32 @@ async def _on_postgresql(part: Part, name: str, *, servers: int) -> Measured:
 
 async def _measured(part: Part, database: str | Path, name: str, *, servers: int = 1) -> Measured:
     updates = 2000 if part.quick else 15_000
+    answers, server_cpu_s = await taken(part, database, name, updates=updates, servers=servers)
+    return Measured(
+        figures={
+            f"durable_signed_updates_per_s_{name}": round(updates / answers.seconds, 1),
+            f"p50_ms_{name}": round(answers.p50_ms, 1),
+            f"p99_ms_{name}": round(answers.p99_ms, 1),
+            f"server_cpu_us_per_update_{name}": round(1e6 * server_cpu_s / updates, 1),
+            f"load_cpu_us_per_update_{name}": round(1e6 * answers.cpu_s / updates, 1),
+        },
+        against={
+            f"durable_signed_updates_per_s_{name}": f"{updates} updates of {answers.update_bytes} bytes, "
+            f"each by a device of its own, over {CONNECTIONS} connections from one process on the same cores"
+        },
+    )
+
+
+async def taken(
+    part: Part,
+    database: str | Path,
+    name: str,
+    *,
+    updates: int,
+    connections: int = CONNECTIONS,
+    servers: int = 1,
+) -> tuple[Answers, float]:
+    """So many updates, all acknowledged and in the ledger; and the servers' CPU seconds meanwhile."""
     options = ("--database", database) if isinstance(database, str) else ()
     first = ServerProcess(part.directory / "data", options=options)
     async with first.running():
@@ -64,7 +90,7 @@ async def _measured(part: Part, database: str | Path, name: str, *, servers: int
         for server in running:
             await stack.enter_async_context(server.running())
         load = Load(
-            url=running[0].url, updates=updates, connections=_CONNECTIONS, numbers=_NUMBERS, seed=part.seed
+            url=running[0].url, updates=updates, connections=connections, numbers=_NUMBERS, seed=part.seed
         )
         answers, server_cpu_s = await _send(load, [server.pid for server in running])
     with closing(SqlStore.open(database)) as store, store.reading() as tx:
@@ -73,19 +99,7 @@ async def _measured(part: Part, database: str | Path, name: str, *, servers: int
     failed = updates - answers.statuses.get("200", 0)
     if failed or durable != updates:
         raise RuntimeError(f"{failed} of {updates} were not acknowledged, {durable} are in the ledger")
-    return Measured(
-        figures={
-            f"durable_signed_updates_per_s_{name}": round(updates / answers.seconds, 1),
-            f"p50_ms_{name}": round(answers.p50_ms, 1),
-            f"p99_ms_{name}": round(answers.p99_ms, 1),
-            f"server_cpu_us_per_update_{name}": round(1e6 * server_cpu_s / updates, 1),
-            f"load_cpu_us_per_update_{name}": round(1e6 * answers.cpu_s / updates, 1),
-        },
-        against={
-            f"durable_signed_updates_per_s_{name}": f"{updates} updates of {answers.update_bytes} bytes, "
-            f"each by a device of its own, over {_CONNECTIONS} connections from one process on the same cores"
-        },
-    )
+    return answers, server_cpu_s
 
 
 def _replicas(directory: Path, servers: int, options: Sequence[str]) -> list[ServerProcess]:
