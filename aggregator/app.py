@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
+from aiohttp.typedefs import Middleware
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -29,12 +30,14 @@ from aggregator.server_key import ServerKey
 from aggregator.service import Service
 from aggregator.tls import server_tls
 from aggregator.token_files import secret_file, token_sha256
+from aggregator.tracing import UNTRACED, TracedStore, Tracer, traced
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared
 from storage.blobs import open_blobs
 from storage.records import Token
 from storage.sql import SqlStore
+from storage.store import Store
 
 __all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "serving", "url_of"]
 
@@ -84,7 +87,9 @@ def device_app(
     forwarded: bool = False,
 ) -> web.Application:
     limit = limited(rates, forwarded=forwarded)
-    app = web.Application(middlewares=[problems_as(answer, candid=False), limit])
+    app = web.Application(
+        middlewares=[*_spans(service, joined=forwarded), problems_as(answer, candid=False), limit]
+    )
     app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S], app[KEYS] = service, body_s, Buckets(rates.key)
     add_device_routes(app)
@@ -93,15 +98,21 @@ def device_app(
 
 def admin_app(service: Service, admin_token: str, *, body_s: float = BODY_LIMIT_S) -> web.Application:
     secret = require_token(token_sha256(admin_token))
-    app = web.Application(middlewares=[problems_as(admin_problem, candid=True), secret])
+    app = web.Application(
+        middlewares=[*_spans(service, joined=True), problems_as(admin_problem, candid=True), secret]
+    )
     app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S] = service, body_s
     add_admin_routes(app)
     return app
 
 
+def _spans(service: Service, *, joined: bool) -> list[Middleware]:
+    return [] if service.tracer is UNTRACED else [traced(service.tracer, joined=joined)]
+
+
 @asynccontextmanager
-async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
+async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncIterator[Listening]:
     """Open the data directory, listen, keep rounds moving; on leaving, finish what is queued.
 
     Raises StorageError where the directory or database cannot be used, ConfigError where a port is taken.
@@ -110,9 +121,12 @@ async def serving(config: ServerConfig) -> AsyncIterator[Listening]:
         tls = server_tls(config.tls_cert, config.tls_key)
         database = config.database or config.data / "fedtt.db"
         stack.enter_context(server_directory(config.data, alone=not is_shared(database)))
-        store = SqlStore.open(database)
+        store: Store = SqlStore.open(database)
         stack.callback(store.close)
-        service = Service(store, open_blobs(config.blobs or config.data / "blobs"), SystemClock())
+        if tracer is not UNTRACED:
+            store = TracedStore(store, tracer)
+        blobs = open_blobs(config.blobs or config.data / "blobs")
+        service = Service(store, blobs, SystemClock(), tracer=tracer)
         if config.server_key is not None:
             service.server_key = ServerKey.read(config.server_key, service.clock.now())
         service.writer.start()

@@ -11,10 +11,11 @@ from contextvars import ContextVar
 import msgspec
 from aiohttp import web
 
-__all__ = ["REQUEST_HEADER", "REQUEST_ID", "name_request", "set_up_log", "tell_request"]
+__all__ = ["REQUEST_HEADER", "REQUEST_ID", "TRACE_ID", "name_request", "set_up_log", "tell_request"]
 
 REQUEST_HEADER = "X-Request-ID"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  #: of the request being answered
+TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")  #: of its trace, where it has one
 _NAME = web.RequestKey("request_id", str)
 _GIVEN = re.compile("[A-Za-z0-9._-]{1,64}")
 
@@ -37,8 +38,8 @@ class _Text(logging.Formatter):
     """For people: the time, the request where there is one, and what was said."""
 
     def format(self, record: logging.LogRecord) -> str:
-        name = REQUEST_ID.get()
-        return f"{self.formatTime(record)} {f'[{name}] ' if name else ''}{super().format(record)}"
+        names = " trace ".join(filter(None, (REQUEST_ID.get(), TRACE_ID.get())))
+        return f"{self.formatTime(record)} {f'[{names}] ' if names else ''}{super().format(record)}"
 
 
 class _Json(logging.Formatter):
@@ -53,6 +54,8 @@ class _Json(logging.Formatter):
         }
         if name := REQUEST_ID.get():
             fields["request"] = name
+        if trace := TRACE_ID.get():
+            fields["trace_id"] = trace
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return msgspec.json.encode(fields).decode()

@@ -15,6 +15,7 @@ from fedtt.cli import add_command, print_json
 
 if TYPE_CHECKING:
     from aggregator.app import Listening, ServerConfig
+    from aggregator.tracing import Tracer
     from fedtt.cli import Commands
 
 __all__ = ["place_arguments", "reachable", "register"]
@@ -38,6 +39,12 @@ def register(commands: Commands) -> None:
     _listener_arguments(serve)
     limit_arguments(serve)
     serve.add_argument("--log-json", action="store_true", help="write the log as JSON, an object a line")
+    serve.add_argument(
+        "--traces",
+        action="store_true",
+        help="send OpenTelemetry traces (default: where OTEL_EXPORTER_OTLP_ENDPOINT or "
+        "OTEL_TRACES_EXPORTER is set)",
+    )
     serve.add_argument(
         "--drain-s",
         type=float,
@@ -111,6 +118,7 @@ def _serve(args: argparse.Namespace) -> None:
     from aggregator.connections import ConnectionLimits
     from aggregator.limits import Rates, raise_file_limit
     from aggregator.logs import set_up_log
+    from aggregator.tracing import open_tracer
 
     set_up_log(as_json=args.log_json)
     config = ServerConfig(
@@ -133,10 +141,16 @@ def _serve(args: argparse.Namespace) -> None:
     )
     sys.setswitchinterval(_SWITCH_S)
     raise_file_limit()
-    asyncio.run(_serve_until_stopped(config, drain_s=args.drain_s, as_json=args.json))
+    tracer = open_tracer(asked_for=args.traces)
+    try:
+        asyncio.run(_serve_until_stopped(config, tracer, drain_s=args.drain_s, as_json=args.json))
+    finally:
+        tracer.close()
 
 
-async def _serve_until_stopped(config: ServerConfig, *, drain_s: float, as_json: bool) -> None:
+async def _serve_until_stopped(
+    config: ServerConfig, tracer: Tracer, *, drain_s: float, as_json: bool
+) -> None:
     import signal
 
     from aggregator.app import serving
@@ -145,7 +159,7 @@ async def _serve_until_stopped(config: ServerConfig, *, drain_s: float, as_json:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    async with serving(config) as listening:
+    async with serving(config, tracer) as listening:
         _announce(listening, config.data, as_json=as_json)
         await stopped.wait()
         listening.service.draining = True  # /readyz says so, and a balancer sends nobody any more

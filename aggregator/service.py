@@ -19,6 +19,7 @@ from aggregator.problems import busy, malformed, not_found, unknown_lease
 from aggregator.reader import Reader
 from aggregator.releases import Releases
 from aggregator.token_files import token_sha256
+from aggregator.tracing import UNTRACED, Tracer
 from aggregator.update_check import check_update
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
@@ -58,8 +59,16 @@ class Service:
     a service awaits nothing but its clock.
     """
 
-    def __init__(self, store: Store, blobs: BlobStore, clock: Clock, *, inline: bool = False) -> None:
-        self.store, self.blobs, self.clock = store, blobs, clock
+    def __init__(
+        self,
+        store: Store,
+        blobs: BlobStore,
+        clock: Clock,
+        *,
+        inline: bool = False,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
+        self.store, self.blobs, self.clock, self.tracer = store, blobs, clock, tracer
         self.lifecycle = Releases(lambda version: server_state(blobs, version))
         self.coordinator = Coordinator(self.lifecycle)
         self.metrics = Metrics()
@@ -234,7 +243,9 @@ class Service:
         )
         for round_ in folding:
             try:
-                await self._fold(round_)
+                with self.tracer.span("fold") as span:
+                    span.set({"fedtt.branch": round_.branch, "fedtt.round": round_.number})
+                    await self._fold(round_)
             except StorageError as error:  # other tasks go on
                 _log.error("round %d waits for its sum: %s", round_.number, error)
         return folding
@@ -253,7 +264,10 @@ class Service:
             why = str(error)
             await self._move_on(lambda tx: self.lifecycle.give_up_fold(tx, self.clock.now(), round_, why))
             return
-        version = await self._move_on(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
+        with self.tracer.span("release") as span:
+            version = await self._move_on(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
+            if version is not None:
+                span.set({"fedtt.version": version.number, "fedtt.state": version.state.value})
         if version is not None:
             self.metrics.folded(version.updates, time.perf_counter() - started)
             _log.info(

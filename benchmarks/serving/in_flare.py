@@ -57,6 +57,8 @@ from nvflare.lighter.impl.static_file import StaticFileBuilder
 from nvflare.lighter.impl.workspace import WorkspaceBuilder
 from nvflare.lighter.provisioner import Provisioner
 
+from benchmarks.serving.processes import cpu_s
+
 __all__ = ["main"]
 
 _JOB, _ADMIN = "results", "admin@example.org"
@@ -120,7 +122,7 @@ def _make_job(folder: Path, results: int) -> Path:
 
 
 @contextmanager
-def _started(kit: Path) -> Iterator[None]:
+def _started(kit: Path) -> Iterator[int]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with (kit / "started.log").open("w") as log:
         process = subprocess.Popen(
@@ -132,7 +134,7 @@ def _started(kit: Path) -> Iterator[None]:
             start_new_session=True,
         )
         try:
-            yield
+            yield process.pid
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -222,7 +224,7 @@ def _reports(task: dict[str, Any], results: int, result_bytes: int) -> list[Any]
     return made
 
 
-async def _report(address: str, reports: list[Any], connections: int) -> dict[str, Any]:
+async def _report(address: str, reports: list[Any], connections: int, servers: list[int]) -> dict[str, Any]:
     waiting, latencies_s = iter(reports), []
     channels = [
         grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -239,16 +241,17 @@ async def _report(address: str, reports: list[Any], connections: int) -> dict[st
                 raise RuntimeError(f"a result was not taken: {reply.status} {reply.payload[:300]!r}")
             latencies_s.append(time.perf_counter() - started)
 
-    cpu_s, started = time.process_time(), time.perf_counter()
+    own_s, servers_s, started = time.process_time(), sum(map(cpu_s, servers)), time.perf_counter()
     await asyncio.gather(*(device(number) for number in range(connections)))
     seconds = time.perf_counter() - started
-    cpu_s = time.process_time() - cpu_s
+    own_s, servers_s = time.process_time() - own_s, sum(map(cpu_s, servers)) - servers_s
     for channel in channels:
         await channel.close()
     return {
         "results": len(latencies_s),
         "seconds": seconds,
-        "cpu_s": cpu_s,
+        "cpu_s": own_s,
+        "server_cpu_s": servers_s,
         "p99_ms": 1000 * sorted(latencies_s)[int(0.99 * (len(latencies_s) - 1))],
     }
 
@@ -269,12 +272,11 @@ def main() -> None:
     kits = _provision(folder, edge_port)
     definition = _make_job(folder, job["results"])
     address = f"localhost:{edge_port}"
-    with _started(kits / "server"), _started(kits / "leaf"):
+    with _started(kits / "server") as server, _started(kits / "leaf") as leaf:
         _submit(kits, definition)
         task = _announce(address, job["results"])
-        measured = asyncio.run(
-            _report(address, _reports(task, job["results"], job["result_bytes"]), job["connections"])
-        )
+        reports = _reports(task, job["results"], job["result_bytes"])
+        measured = asyncio.run(_report(address, reports, job["connections"], [server, leaf]))
         measured["counted"] = _until("the server made no version", lambda: _counted(kits / "server"))
     answer.write_text(json.dumps(measured))
 

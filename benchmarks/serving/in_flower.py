@@ -39,6 +39,8 @@ from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 
+from benchmarks.serving.processes import cpu_s
+
 __all__ = ["main"]
 
 _START_S, _PUSH_S = 90.0, 600.0
@@ -178,7 +180,7 @@ async def _all(nodes: list[_Node], work: Callable[[_Node], Awaitable[None]]) -> 
     await asyncio.gather(*(work(node) for node in nodes))
 
 
-async def _measure(job: dict[str, Any], port: int, folder: Path) -> dict[str, Any]:
+async def _measure(job: dict[str, Any], port: int, folder: Path, server: int) -> dict[str, Any]:
     nodes = [_Node(port) for _ in range(job["connections"])]
     for node in nodes:
         await node.register()
@@ -203,21 +205,22 @@ async def _measure(job: dict[str, Any], port: int, folder: Path) -> dict[str, An
     latencies_s: list[float] = []
     await _all(nodes, pull)
     await _all(nodes, _Node.connect)
-    cpu_s, started = time.process_time(), time.perf_counter()
+    own_s, server_s, started = time.process_time(), cpu_s(server), time.perf_counter()
     await asyncio.wait_for(_all(nodes, push), _PUSH_S)
     seconds = time.perf_counter() - started
     sizes = [len(reply.objects) for found in replies.values() for reply in found]
     return {
         "results": len(latencies_s),
         "seconds": seconds,
-        "cpu_s": time.process_time() - cpu_s,
+        "cpu_s": time.process_time() - own_s,
+        "server_cpu_s": cpu_s(server) - server_s,
         "p99_ms": 1000 * sorted(latencies_s)[int(0.99 * (len(latencies_s) - 1))],
         "objects": max(sizes),
     }
 
 
 @contextmanager
-def _superlink(port: int, folder: Path) -> Iterator[None]:
+def _superlink(port: int, folder: Path) -> Iterator[int]:
     binaries = Path(sys.executable).parent
     with (folder / "superlink.log").open("w") as log:
         command = [
@@ -236,7 +239,7 @@ def _superlink(port: int, folder: Path) -> Iterator[None]:
         )
         try:
             _wait_for(port, server)
-            yield
+            yield server.pid
         finally:
             _end(server)
 
@@ -285,9 +288,9 @@ def main() -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    with _superlink(port, folder):
+    with _superlink(port, folder) as server:
         _run_app(job, port, folder)
-        measured = asyncio.run(_measure(job, port, folder))
+        measured = asyncio.run(_measure(job, port, folder, server))
         (folder / "sent").touch()
         deadline = time.monotonic() + _PUSH_S
         while not (folder / "taken").exists() and time.monotonic() < deadline:

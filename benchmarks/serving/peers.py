@@ -52,14 +52,16 @@ async def _beside_ours(part: Part, name: str, environment: str) -> Measured:
     if theirs["results"] != results or theirs["counted"] != results:
         raise RuntimeError(f"{name} took {theirs['counted']} of {results} results")
     database = part.directory / "data" / "fedtt.db"
-    ours, _ = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
+    ours, our_cpu_s = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
     rate = results / theirs["seconds"]
     return Measured(
         figures={
             f"{name}_results_ratio": round(results / ours.seconds / rate, 2),
             f"{name}_results_per_s": round(rate, 1),
             f"{name}_p99_ms": round(theirs["p99_ms"], 1),
+            f"{name}_server_cpu_us_per_result": round(1e6 * theirs["server_cpu_s"] / results, 1),
             f"ours_beside_{name}_per_s": round(results / ours.seconds, 1),
+            f"ours_beside_{name}_cpu_us_per_result": round(1e6 * our_cpu_s / results, 1),
         },
         against={
             f"{name}_results_ratio": f"ours over {main_pin(environment)}, at least 10: {results} results of "

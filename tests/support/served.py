@@ -19,6 +19,7 @@ from yarl import URL
 
 from aggregator.admin_client import AdminClient
 from aggregator.app import Listening, ServerConfig, serving
+from aggregator.tracing import UNTRACED, Tracer
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
 from fedtt.codec import encode_delta
@@ -209,13 +210,15 @@ class Attacked:
 
 
 @asynccontextmanager
-async def served(directory: Path, text: str | None = None, **config: Any) -> AsyncIterator[Served]:
+async def served(
+    directory: Path, text: str | None = None, *, tracer: Tracer = UNTRACED, **config: Any
+) -> AsyncIterator[Served]:
     """A server in this process over real sockets, with the task `text` unless it is None or exists."""
     settings: dict[str, Any] = {"data": directory / "data", "port": 0, "admin_port": 0}
     bundle = directory / "bundle"
     digest = write_small_bundle(bundle, base_bytes=1000)
     async with (
-        serving(ServerConfig(**settings | config)) as listening,
+        serving(ServerConfig(**settings | config), tracer) as listening,
         AdminClient(listening.admin_url, listening.admin_token) as admin,
     ):
         if text is not None and not await admin.rows("/tasks"):
