@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import resource
 import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cryptography import x509
-from msgspec import Struct
 
+from aggregator.doctor_database import look_at_database
+from aggregator.findings import Finding
 from aggregator.server_key import ServerKey
 from aggregator.tls import server_tls
 from fedtt.cli import print_json
 from fedtt.errors import FedttError
-from storage.backend import is_shared, open_backend
-from storage.engine import database_path
+from storage.blobs import load, open_blobs, save
 
-__all__ = ["Finding", "examine", "run"]
+__all__ = ["examine", "run"]
 
 _FREE_BYTES, _FREE_SHARE = 1 << 30, 0.05
 _FILES = 20_000  #: two for each of 10,000 connections
+_PROBE_BYTES = 1000
 _DAY_S = 86400.0
 _TIME_ERROR = 5  #: of adjtimex(2): the clock is not synchronised
-
-
-class Finding(Struct, frozen=True, kw_only=True):
-    """One thing looked at."""
-
-    name: str
-    ok: bool
-    said: str
-    fix: str = ""  #: what to do where it is not
 
 
 def _directory(data: Path) -> Finding:
@@ -62,28 +54,21 @@ def _disk(data: Path) -> Finding:
     return Finding(name="disk", ok=enough, said=said, fix="" if enough else "free at least 1 GiB and 5 %")
 
 
-def _database(database: str | Path) -> Finding:
-    if is_shared(database):
-        backend = open_backend(database, busy_timeout_s=5.0)
-        with backend.reader.connect() as connection:
-            connection.exec_driver_sql("SELECT 1")
-        return Finding(name="database", ok=True, said=f"{backend.where} answers")
-    path = database_path(database)
-    if not path.is_file():
+def _blobs(place: str | Path) -> Finding:
+    """Whether one can be written, read and removed."""
+    data = os.urandom(_PROBE_BYTES)
+    blobs = open_blobs(place)
+    sha256 = save(blobs, data)
+    try:
+        load(blobs, sha256)
+    finally:
+        gone = blobs.delete(sha256)
+    if not gone or blobs.has(sha256):
+        fix = "let this user delete there: a half-written blob is removed"
         return Finding(
-            name="database", ok=False, said=f"{path} does not exist", fix="start `fedtt serve` once"
+            name="blobs", ok=False, said=f"{place}: a blob that was deleted is still there", fix=fix
         )
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as connection:
-        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-        (sound,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if mode != "wal":
-        fix = "keep it on a local disk and start `fedtt serve`, which sets it"
-        return Finding(name="database", ok=False, said=f"{path} has journal mode {mode}, not wal", fix=fix)
-    if sound != "ok":
-        return Finding(
-            name="database", ok=False, said=f"{path} is damaged: {sound}", fix="restore it from a backup"
-        )
-    return Finding(name="database", ok=True, said=f"{path} is sound, journal mode wal")
+    return Finding(name="blobs", ok=True, said=f"{place}: a blob was written, read and deleted")
 
 
 def _clock() -> Finding:
@@ -113,6 +98,12 @@ def _tls(certificate: Path | None, key: Path | None, now: float) -> Finding:
             name="tls", ok=True, said="none here: a proxy must speak it, and keep Host and path as they came"
         )
     chain = x509.load_pem_x509_certificates(certificate.read_bytes())
+    begins = max(found.not_valid_before_utc.timestamp() for found in chain)
+    if begins > now:
+        said = f"{certificate} is not valid yet, for {(begins - now) / _DAY_S:.1f} days more"
+        return Finding(
+            name="tls", ok=False, said=said, fix="set the clock right, or use a certificate that is valid"
+        )
     days = (min(found.not_valid_after_utc.timestamp() for found in chain) - now) / _DAY_S
     said = f"{certificate} is valid for {days:.0f} days"
     return Finding(name="tls", ok=days > 14, said=said, fix="" if days > 14 else "renew it and restart")
@@ -132,24 +123,26 @@ def examine(
     data: Path,
     *,
     database: str | None = None,
+    blobs: str | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     server_key: Path | None = None,
 ) -> Iterator[Finding]:
     """Look at everything, whatever fails."""
     now = time.time()
-    checks: dict[str, Callable[[], Finding]] = {
-        "data": lambda: _directory(data),
-        "disk": lambda: _disk(data),
-        "database": lambda: _database(database or data / "fedtt.db"),
-        "clock": _clock,
-        "files": _files,
-        "tls": lambda: _tls(tls_cert, tls_key, now),
-        "server key": lambda: _server_key(server_key, now),
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "data": lambda: [_directory(data)],
+        "disk": lambda: [_disk(data)],
+        "database": lambda: look_at_database(database or data / "fedtt.db"),
+        "blobs": lambda: [_blobs(blobs or data / "blobs")] if blobs or data.is_dir() else [],
+        "clock": lambda: [_clock()],
+        "files": lambda: [_files()],
+        "tls": lambda: [_tls(tls_cert, tls_key, now)],
+        "server key": lambda: [_server_key(server_key, now)],
     }
     for name, check in checks.items():
         try:
-            yield check()
+            yield from check()
         except (FedttError, OSError, ValueError, sqlite3.Error) as error:
             yield Finding(name=name, ok=False, said=str(error), fix="see what it says")
         except Exception as error:  # a database's driver has errors of its own
@@ -164,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         examine(
             args.data,
             database=args.database,
+            blobs=args.blobs,
             tls_cert=args.tls_cert,
             tls_key=args.tls_key,
             server_key=args.server_key,
@@ -174,8 +168,8 @@ def run(args: argparse.Namespace) -> int:
             print_json(finding)
         else:
             said = " ".join(finding.said.split())
-            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:10} {said}")
+            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:11} {said}")
             if finding.fix:
-                print(f"     {'':10} → {finding.fix}")
+                print(f"     {'':11} → {finding.fix}")
     sys.stdout.flush()
     return 0 if all(finding.ok for finding in found) else 1

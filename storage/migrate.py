@@ -8,13 +8,30 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from msgspec import Struct
 from sqlalchemy import Connection, inspect
 
 from fedtt.errors import StorageError
 
-__all__ = ["downgrade", "upgrade"]
+__all__ = ["Schema", "downgrade", "schema_of", "upgrade"]
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Schema(Struct, frozen=True, kw_only=True):
+    """How far a database has been migrated."""
+
+    current: str | None  #: None where nothing was made yet
+    head: str  #: this program's
+    behind: int | None  #: migrations that are missing; None where another program made it
+
+
+def schema_of(connection: Connection) -> Schema:
+    script = ScriptDirectory.from_config(_config(connection))
+    newest_first = [known.revision for known in script.walk_revisions()]
+    current = MigrationContext.configure(connection).get_current_revision()
+    behind = newest_first.index(current) if current in newest_first else None
+    return Schema(current=current, head=newest_first[0], behind=behind)
 
 
 def upgrade(connection: Connection, where: Path | str) -> None:
@@ -22,18 +39,17 @@ def upgrade(connection: Connection, where: Path | str) -> None:
 
     A database of a newer schema, or one that holds another program's tables, is left untouched.
     """
-    config = _config(connection)
-    script = ScriptDirectory.from_config(config)
-    current = MigrationContext.configure(connection).get_current_revision()
-    if current == script.get_current_head():
+    found = schema_of(connection)
+    current = found.current
+    if found.behind == 0:
         return
     if current is None and set(inspect(connection).get_table_names()) - {"alembic_version"}:
         raise StorageError(f"{where}: the database belongs to another program: name another one")
-    if current is not None and current not in {known.revision for known in script.walk_revisions()}:
+    if current is not None and found.behind is None:
         raise StorageError(
             f"{where}: its schema {current!r} is newer than this program: use the newer fedtt that made it"
         )
-    command.upgrade(config, "head")
+    command.upgrade(_config(connection), "head")
 
 
 def downgrade(connection: Connection, revision: str) -> None:

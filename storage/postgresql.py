@@ -106,6 +106,7 @@ def _checked_url(database: str) -> URL:
 
 def _engine(url: URL, *, readonly: bool, busy_timeout_s: float) -> Engine:
     settings = {
+        "default_transaction_isolation": r"read\ committed",  # who waited for its turn sees what was written
         "synchronous_commit": "on",  # a commit that is acknowledged is on disk
         "idle_in_transaction_session_timeout": _STOPPED_S * 1000 if not readonly else 60_000,
         "lock_timeout": int(busy_timeout_s * 1000),

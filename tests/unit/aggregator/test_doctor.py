@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
 from aggregator import doctor
-from aggregator.doctor import Finding, examine
+from aggregator.doctor import examine
+from aggregator.findings import Finding
 from aggregator.token_files import secret_file
 from export.signing import create_key, delegate, read_key
 from fedtt.cli import main
+from storage.migrate import downgrade
 from storage.sql import SqlStore
 from tests.integration.test_tls import authority
+from tests.support.postgresql import needs_postgresql, server
 
 
 @pytest.fixture
@@ -37,10 +43,13 @@ def test_a_sound_deployment_is_found_sound(data: Path, tmp_path: Path) -> None:
     create_key(tmp_path / "release.key")
     delegate(read_key(tmp_path / "release.key"), tmp_path / "server.key", 365)
     seen = found(data, server_key=tmp_path / "server.key")
-    assert {name for name in ("data", "database", "tls", "server key") if not seen[name].ok} == set()
+    sound = ("data", "database", "schema", "audit", "blobs", "tls", "server key")
+    assert {name for name in sound if not seen[name].ok} == set()
     assert "journal mode wal" in seen["database"].said
     assert seen["server key"].said.endswith("is good for 365 days")
-    assert set(seen) == {"data", "disk", "database", "clock", "files", "tls", "server key"}
+    assert set(seen) == {*sound, "disk", "clock", "files"}
+    assert seen["blobs"].said.endswith("a blob was written, read and deleted")
+    assert not [path for path in (data / "blobs").rglob("*") if path.is_file()]
 
 
 def test_each_fault_is_named_with_its_remedy(data: Path, tmp_path: Path) -> None:
@@ -84,5 +93,94 @@ def test_the_command_ends_with_status_1_where_something_is_to_be_fixed(
 ) -> None:
     assert main(["doctor", "--data", str(tmp_path / "none")]) == 1
     said = capsys.readouterr().out
-    assert f"FAIL data       {tmp_path / 'none'} does not exist" in said
+    assert f"FAIL data        {tmp_path / 'none'} does not exist" in said
     assert "→ start `fedtt serve` once" in said
+
+
+def test_a_schema_that_is_behind_or_unknown_and_a_log_without_guard_are_found(data: Path) -> None:
+    path = data / "fedtt.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TRIGGER audit_no_update")
+    assert "audit_no_update missing" in found(data)["audit"].said
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as migrating:
+        downgrade(migrating, "0005")
+    engine.dispose()
+    seen = found(data)["schema"]
+    assert "0005 is 2 migrations behind 0007" in seen.said
+    assert seen.fix == "back it up, then start `fedtt serve`, which migrates it"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert "unknown to this program" in found(data)["schema"].said
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM alembic_version")
+    assert "no tables yet" in found(data)["schema"].said
+
+
+def test_blobs_that_cannot_be_written_are_found(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    seen = found(data, blobs=str(tmp_path / "file" / "blobs"))["blobs"]
+    assert not seen.ok
+    assert str(tmp_path / "file") in seen.said
+
+
+def test_a_certificate_that_is_not_valid_yet_is_found(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority(tmp_path, "ours")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 10 * 86400)
+    seen = found(data, tls_cert=tmp_path / "server-ours.pem", tls_key=tmp_path / "server-ours-key.pem")["tls"]
+    assert (seen.ok, "is not valid yet" in seen.said) == (False, True)
+
+
+@needs_postgresql
+def test_postgresql_is_looked_at_from_its_version_to_its_guards(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server().new_database()
+    name = url.rpartition("/")[2]
+    assert "no tables yet" in found(data, database=url)["schema"].said
+    SqlStore.open(url).close()
+
+    def look() -> dict[str, Finding]:
+        return found(data, database=url)
+
+    server().sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    seen = look()
+    assert {
+        key
+        for key in ("database", "isolation", "connections", "clocks", "schema", "audit")
+        if not seen[key].ok
+    } == set()
+    assert "PostgreSQL 1" in seen["database"].said
+    assert (
+        seen["isolation"].said == "writing transactions are read committed"
+    )  # whatever the server's default
+    assert "fsync off" in seen["durability"].said  # as it is for tests
+    assert seen["durability"].fix == "ALTER SYSTEM SET fsync = on; SELECT pg_reload_conf()"
+    server().sql("ALTER SYSTEM SET fsync = on")
+    server().sql("SELECT pg_reload_conf()")
+    try:
+        assert _until(lambda: look()["durability"].ok)
+    finally:
+        server().sql("ALTER SYSTEM RESET fsync")
+        server().sql("SELECT pg_reload_conf()")
+    server().sql(f"ALTER DATABASE {name} CONNECTION LIMIT 5")
+    server().sql("ALTER TABLE audit DISABLE TRIGGER audit_no_truncate", name)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 60)
+    seen = look()
+    assert "of 5 connections are in use" in seen["connections"].said
+    assert seen["connections"].fix == "raise max_connections and restart PostgreSQL"
+    assert "audit_no_truncate missing or off" in seen["audit"].said
+    assert "differ by 60.0 s" in seen["clocks"].said
+
+
+def _until(true: Callable[[], bool]) -> bool:
+    """PostgreSQL reads its configuration again a moment after it was told to."""
+    for _ in range(50):
+        if true():
+            return True
+        time.sleep(0.1)
+    return False
