@@ -64,12 +64,18 @@ def population(report: Report, *, quick: bool, seed: int) -> dict[str, object]:
     }
 
 
+_PARTS = {"noop": noop, "population": population, "training": real_training}
+
+
 def main() -> None:
-    args = arguments("fleet", "The fleet emulator.").parse_args()
+    parser = arguments("fleet", "The fleet emulator.")
+    parser.add_argument("--only", action="append", choices=_PARTS, help="one part; may be repeated")
+    args = parser.parse_args()
+    figures: dict[str, object] = {}
     with reporting("fleet", args.out) as report:
-        figures = noop(report, quick=args.quick, seed=args.seed)
-        figures |= population(report, quick=args.quick, seed=args.seed)
-        figures |= real_training(report, quick=args.quick, seed=args.seed)
+        for name, part in _PARTS.items():
+            if name in (args.only or _PARTS):
+                figures |= part(report, quick=args.quick, seed=args.seed)
         report.summary(
             figures,
             {

@@ -24,11 +24,13 @@ How it is kept fair
     where each becomes bytes and is read again (`ours_framed`), which is nearer to what Flower does. Here pfl
     and ours have one process each, Flower an actor on every core.
 
-Peers live in environments of their own (.bench/peers), made on the first run in a few minutes.
+Peers live in environments of their own (.bench/peers), made on the first run in a few minutes. Whoever takes
+longer than a limit, or fails, is said to and left out. What was cut short goes on with `--resume`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from statistics import fmean, median
@@ -40,6 +42,7 @@ from benchmarks.federated import WORK
 from benchmarks.harness import Report, arguments, machine, reporting
 from benchmarks.peer.environments import Missing, main_pin
 from benchmarks.peer.job import Answer, Job, PrefixKind
+from benchmarks.peer.kept import KeptAnswers
 from benchmarks.peer.preparation import LAYERS, RealJob
 from benchmarks.peer.programs import Failed, Program, start
 
@@ -53,8 +56,11 @@ Figures = dict[str, Any]
 class Bench:
     """One run of this benchmark."""
 
-    def __init__(self, report: Report, *, peers: Iterable[str], quick: bool, repeats: int, seed: int) -> None:
-        self._report, self._quick, self._repeats, self._seed = report, quick, repeats, seed
+    def __init__(
+        self, report: Report, kept: KeptAnswers, peers: Iterable[str], args: argparse.Namespace
+    ) -> None:
+        self._report, self._kept, self._limit_s = report, kept, args.limit_s
+        self._quick, self._repeats, self._seed = args.quick, args.repeats, args.seed
         self._peers = [peer for peer in peers if self._can(peer)]
         self._cores: int = machine()["cores"]
 
@@ -67,7 +73,9 @@ class Bench:
             processes = self._cores if name == "flower" else 1
             count = max(2, rounds[name] // devices // (10 if self._quick else 1))
             job = self._job(devices, devices, count, processes, 1)
-            found = [rate for _ in range(self._repeats) if (rate := self._rate("noop", program, job))]
+            found = [
+                rate for turn in range(self._repeats) if (rate := self._rate("noop", program, job, turn=turn))
+            ]
             if found:
                 rates[name] = median(found)
         return self._against_ours(f"noop_{devices}", rates)
@@ -85,7 +93,10 @@ class Bench:
             make = self._best(program, real, cohort)
             if make is None:
                 continue
-            answers = [self._run(f"depth-{depth}", program, make(rounds), real) for _ in range(self._repeats)]
+            answers = [
+                self._run(f"depth-{depth}", program, make(rounds), real, turn)
+                for turn in range(self._repeats)
+            ]
             if done := [answer for answer in answers if answer]:
                 rates[name] = median(answer.updates / answer.wall_s for answer in done)
                 late[name] = median(answer.late_updates / answer.late_wall_s for answer in done)
@@ -157,14 +168,20 @@ class Bench:
         }
         return ratios | own
 
-    def _rate(self, measure: str, program: Program, job: Job, real: RealJob | None = None) -> float | None:
-        answer = self._run(measure, program, job, real)
+    def _rate(
+        self, measure: str, program: Program, job: Job, real: RealJob | None = None, turn: int = 0
+    ) -> float | None:
+        answer = self._run(measure, program, job, real, turn)
         return answer.updates / answer.wall_s if answer else None
 
-    def _run(self, measure: str, program: Program, job: Job, real: RealJob | None) -> Answer | None:
+    def _run(
+        self, measure: str, program: Program, job: Job, real: RealJob | None, turn: int
+    ) -> Answer | None:
         """None, said loudly, where the program fails."""
+        asked = measure, program, job, real, turn
+        known = self._kept.find(*asked)
         try:
-            answer = start(program, job, real)
+            answer = known or self._kept.keep(start(program, job, real, limit_s=self._limit_s), *asked)
         except Failed as error:
             print(f"FAILED: {error}", file=sys.stderr)
             self._report.line(measure=measure, program=program.name, failed=str(error).splitlines()[0])
@@ -173,6 +190,7 @@ class Bench:
             measure=measure,
             program=program.name,
             prefix=program.prefix,
+            resumed=known is not None,
             devices=job.devices,
             processes=job.processes,
             threads=job.threads,
@@ -212,13 +230,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of every run; medians are reported")
     parser.add_argument("--rounds", type=int, help="of real training (10 at full depth, 30 at depth 2)")
     parser.add_argument("--trainer", default="batched", help="of our fleet in real training")
+    parser.add_argument("--limit-s", type=float, default=1800.0, help="of one run, which fails after it")
+    parser.add_argument("--resume", action="store_true", help="take what an earlier start has finished")
     args = parser.parse_args()
     only: list[str] = args.only or []
     peers = [name for name in PEERS if name in only] or PEERS
     measures = [name for name in MEASURES if name in only] or (QUICK if args.quick else MEASURES)
     figures: Figures = {}
     with reporting("peers", args.out) as report:
-        bench = Bench(report, peers=peers, quick=args.quick, repeats=args.repeats, seed=args.seed)
+        bench = Bench(report, KeptAnswers(WORK / "peers" / "kept", resume=args.resume), peers, args)
         if "noop" in measures:
             for devices in (100,) if args.quick else (100, 1000):
                 figures |= bench.noop(devices)

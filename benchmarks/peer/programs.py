@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -49,8 +51,14 @@ class Program:
         return [str(self.python), "-m", *launcher, "benchmarks.peer", self.name, *files]
 
 
-def start(program: Program, job: Job, real: RealJob | None = None) -> Answer:
-    """Run it in its scratch directory, which is emptied first; raises Failed with the end of its log."""
+_ENDS_S = 30.0  #: for a program that was told to end, Flower's actors with it
+
+
+def start(program: Program, job: Job, real: RealJob | None = None, *, limit_s: float) -> Answer:
+    """Run it in its scratch directory, which is emptied first.
+
+    Raises Failed with the end of its log, also where it takes longer than `limit_s`: it is ended then.
+    """
     scratch = WORK / "peers" / "runs" / program.name
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -67,10 +75,30 @@ def start(program: Program, job: Job, real: RealJob | None = None) -> Answer:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with (scratch / "log.txt").open("w") as log:
-        done = subprocess.run(
-            program.command(job), cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
+        process = subprocess.Popen(
+            program.command(job), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    if done.returncode or not (scratch / "answer.json").is_file():
+        ended = _ended(process, limit_s)
+    if process.returncode or not (scratch / "answer.json").is_file():
         tail = "\n".join((scratch / "log.txt").read_text(errors="replace").splitlines()[-15:])
-        raise Failed(f"{program.name} failed (exit {done.returncode}):\n{tail}")
+        how = f"exit {process.returncode}" if ended else f"not done after {limit_s:.0f} s"
+        raise Failed(f"{program.name} failed ({how}):\n{tail}")
     return read_answer(scratch / "answer.json")
+
+
+def _ended(process: subprocess.Popen[bytes], limit_s: float) -> bool:
+    """Whether it ends in time; what does not, or is interrupted with us, is ended with all it started."""
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return False
+    else:
+        return True
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDS_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
