@@ -325,7 +325,8 @@ class Coordinator:
             self._end_older_leases(tx, device, task)
         tx.put_lease(lease)
         if round_.deadline_at is None:
-            tx.put_round(replace(round_, deadline_at=now + task.spec.rounds.deadline_s))
+            round_ = replace(round_, deadline_at=now + task.spec.rounds.deadline_s)
+            tx.put_round(round_)
         return self._work(tx, now, task, round_, lease)
 
     @staticmethod
@@ -348,7 +349,13 @@ class Coordinator:
             label_epsilon=_label_epsilon(tx, task, lease.device_id),
             budget=task.spec.budget,
         )
-        return Work(lease=lease.id, expires_in_s=max(0.0, lease.expires_at - now), plan=plan)
+        ends_at = round_.deadline_at
+        return Work(
+            lease=lease.id,
+            expires_in_s=max(0.0, lease.expires_at - now),
+            plan=plan,
+            round_ends_in_s=None if ends_at is None else max(0.0, ends_at - now),
+        )
 
     # updates
 

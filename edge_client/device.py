@@ -239,14 +239,14 @@ class Device:
     async def _take(self, work: Work) -> Step:
         if work.lease == self.journal.state.finished_lease:
             return await self._give_up(work.lease, FailureCode.OTHER, "this lease has come to its end before")
-        expires_at = self._clock.now() + work.expires_in_s
-        plan, leased = work.plan, Leased(work=work, expires_at=expires_at)
+        now = self._clock.now()
+        plan, leased = work.plan, Leased(work=work, expires_at=now + work.expires_in_s)
         if not self.journal.state.release_key:
             await self._aside(self.journal.update, phase=leased)
-        elif not await self._aside(self.journal.begin, plan.task, plan.round, leased):
-            newest = self.journal.state.newest_rounds[plan.task]
-            why = f"task {plan.task!r} went back from round {newest} to {plan.round}: is it an old server?"
-            return await self._give_up(work.lease, FailureCode.OTHER, why)
+        else:
+            ends_at = None if work.round_ends_in_s is None else now + work.round_ends_in_s
+            if why := await self._aside(self.journal.begin, plan.task, plan.round, ends_at, leased, now):
+                return await self._give_up(work.lease, FailureCode.OTHER, why)
         return events.Granted(
             lease=work.lease, task=plan.task, round=plan.round, version_number=plan.version_number
         )

@@ -39,6 +39,7 @@ __all__ = [
 _MAGIC = b"fTTj"
 _DIGEST_BYTES = 32
 _RESIDUALS_KEPT = 8  #: each as large as the factors; a device takes part in few tasks at a time
+_STILL_S = 300.0  #: after its end a round may still be given: by a server that was down or is slow
 _TASKS_KEPT = 64  #: of which the newest round is remembered
 _RESIDUAL_VERSIONS = 1000  #: after so many versions what was lost then says nothing about what is missing now
 
@@ -91,6 +92,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ca: str = ""  #: path of the certificates trusted for the server; "" for the machine's
     release_key: bytes = b""  #: trusted to sign bundles and to vouch for servers; b"" where none is
     newest_rounds: dict[str, int] = {}  #: by task: the latest that was begun, so that none goes back
+    round_ends: dict[str, float] = {}  #: by task: when that one was to end, so that none stands still
     label_counts: dict[str, bytes] = {}  #: by sha256 of the labels: what was told of them, noise and all
     paces: dict[str, Pace] = {}  #: by `pace_key`, the longest unused first
 
@@ -132,15 +134,27 @@ class Journal:
         self._place.write(state)
         self._state = state
 
-    def begin(self, task: str, round_number: int, phase: Leased) -> bool:
-        """Take a lease in hand, if its round is not earlier than one that was begun before."""
-        rounds = dict(self._state.newest_rounds)
-        newest = rounds.pop(task, 0)
+    def begin(self, task: str, round_number: int, ends_at: float | None, phase: Leased, now: float) -> str:
+        """Take a lease in hand, unless a server that was set back or stands still gave it; why not, else "".
+
+        ends_at: after which no server that lives gives a lease of this round, where it says so.
+        """
+        rounds, ends = dict(self._state.newest_rounds), dict(self._state.round_ends)
+        newest, ended = rounds.pop(task, 0), ends.pop(task, None)
         if round_number < newest:
-            return False
-        kept = [*rounds.items(), (task, round_number)][-_TASKS_KEPT:]
-        self.update(phase=phase, newest_rounds=dict(kept))
-        return True
+            return f"task {task!r} went back from round {newest} to {round_number}: is it an old server?"
+        if round_number == newest and ended is not None:
+            if now > ended + _STILL_S:
+                still = f"stands still at round {newest}, over for {now - ended:.0f} s"
+                return f"task {task!r} {still}: is it an old server?"
+            ends_at = ended if ends_at is None else min(ended, ends_at)
+        rounds[task] = round_number
+        if ends_at is not None:
+            ends[task] = ends_at
+        kept = dict([*rounds.items()][-_TASKS_KEPT:])
+        ends = {name: at for name, at in ends.items() if name in kept}
+        self.update(phase=phase, newest_rounds=kept, round_ends=ends)
+        return ""
 
     def commit(self, receipt: Receipt) -> None:
         """Close the trained lease with its receipt and let the next residual take its place, at once.

@@ -70,7 +70,9 @@ def open_transport(
         traffic=traffic,
     )
     if known.server != server:
-        journal.update(server=server, enrolled=False, consented_at=None, release_key=b"", newest_rounds={})
+        journal.update(
+            server=server, enrolled=False, consented_at=None, release_key=b"", newest_rounds={}, round_ends={}
+        )
     return transport
 
 

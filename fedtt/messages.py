@@ -118,6 +118,7 @@ class Work(Message, frozen=True):
     lease: LeaseId
     expires_in_s: Seconds
     plan: Plan
+    round_ends_in_s: Seconds | None = None  #: no lease of this round is given after that
 
 
 class Judge(Message, frozen=True):

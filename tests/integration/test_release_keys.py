@@ -23,7 +23,7 @@ from edge_client.device_config import DeviceConfig
 from edge_client.events import Step
 from edge_client.examples import ExampleStore
 from edge_client.home import Home
-from edge_client.journal import Journal
+from edge_client.journal import Idle, Journal
 from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtimes
 from edge_client.session import open_device
@@ -31,6 +31,7 @@ from export.signing import create_key, delegate, read_key, sign_bundle
 from fedtt.errors import FedttError
 from fedtt.messages import FailureCode, Retired, encode
 from fedtt.release import DELEGATION_HEADER, Delegation
+from fedtt.seams import SystemClock
 from tests.support.edge import MeanTarget, write_small_bundle
 from tests.support.in_process import listening
 from tests.support.served import CHECK_IN, Peer, Served, served, task_text
@@ -71,8 +72,18 @@ async def released(directory: Path, trusted: Keys, *, signed: bool = True) -> As
         yield server
 
 
+class Ahead(SystemClock):
+    """A device on which more time has passed than on the server."""
+
+    def __init__(self, by_s: float) -> None:
+        self._by_s = by_s
+
+    def now(self) -> float:
+        return super().now() + self._by_s
+
+
 async def steps(
-    directory: Path, url: str, token: str, count: int, *, release_key: bytes = b""
+    directory: Path, url: str, token: str, count: int, *, release_key: bytes = b"", ahead_s: float = 0.0
 ) -> tuple[list[Step], Home]:
     """The first steps of a device over real HTTP, with a runtime that needs no graph."""
     home, seen, examples = Home(directory / "home"), list[Step](), ExampleStore(None)
@@ -85,6 +96,7 @@ async def steps(
         config=DeviceConfig(token=token),
         release_key=release_key,
         trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
+        clock=Ahead(ahead_s),
     ) as device:
         device.consent()
         for _ in range(count):
@@ -155,6 +167,24 @@ async def test_a_task_that_goes_back_is_given_back(tmp_path: Path) -> None:
     assert isinstance(gave_up, events.GaveUp)
     assert "task 'lights' went back from round 7 to 1" in gave_up.detail
     assert Journal(home).state.newest_rounds == {"lights": 7}
+
+
+async def test_a_round_that_should_be_over_is_given_back(tmp_path: Path) -> None:
+    """The server stands still: for it, the round's hour has only just begun."""
+    trusted = keys(tmp_path)
+    async with released(tmp_path, trusted) as server:
+        seen, home = await steps(tmp_path, server.url, server.token, 2)
+        assert isinstance(seen[-1], events.Granted)
+        (ends_at,) = Journal(home).state.round_ends.values()
+        assert 3590 < ends_at - time.time() <= 3600
+        for ahead_s, kind in ((3600 + 200, events.Granted), (3600 + 400, events.GaveUp)):
+            Journal(home).update(phase=Idle())  # as after a crash: the server offers the lease again
+            seen, _ = await steps(tmp_path, server.url, server.token, 2, ahead_s=ahead_s)
+            step = next(step for step in seen if not isinstance(step, events.Retrying))  # the clock is set
+            assert isinstance(step, kind)
+            assert Journal(home).state.round_ends == {"lights": ends_at}  # nothing said later moves it
+    assert isinstance(step, events.GaveUp)
+    assert "task 'lights' stands still at round 1, over for 4" in step.detail
 
 
 # on the way

@@ -97,7 +97,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         memory_mb=counts,
     ),
     Plan: plans,
-    Work: st.builds(Work, lease=hexes, expires_in_s=seconds, plan=plans),
+    Work: st.builds(Work, lease=hexes, expires_in_s=seconds, plan=plans, round_ends_in_s=st.none() | seconds),
     Judge: st.builds(
         Judge,
         lease=hexes,
