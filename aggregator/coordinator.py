@@ -348,6 +348,7 @@ class Coordinator:
             min_examples=task.spec.min_examples,
             label_epsilon=_label_epsilon(tx, task, lease.device_id),
             budget=task.spec.budget,
+            privacy=task.spec.privacy,
         )
         ends_at = round_.deadline_at
         return Work(

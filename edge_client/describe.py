@@ -23,7 +23,7 @@ def _step(event: Event) -> str:
             return f"waiting {event.pause_s:.0f} s: {event.reason or 'no work'}"
         case events.Trained():
             cut = f", {event.cut_texts} texts cut" if event.cut_texts else ""
-            how = _prefixes(event)
+            how = _prefixes(event) + _epsilon(event)
             return (
                 f"trained {event.steps} steps on {event.examples} examples in {event.wall_s:.1f} s, "
                 f"loss {event.loss_first:.3f} to {event.loss_last:.3f}, {event.frame_bytes} bytes{cut}{how}"
@@ -64,6 +64,10 @@ def _progress(event: Event) -> str:
             return f"ended: sent {event.sent_bytes} bytes, received {event.received_bytes}"
         case _:
             return type(event).__name__
+
+
+def _epsilon(event: events.Trained) -> str:
+    return "" if event.epsilon is None else f", epsilon {event.epsilon:.3g} by now"
 
 
 def _prefixes(event: events.Trained) -> str:

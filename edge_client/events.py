@@ -83,6 +83,7 @@ class Trained(Step, frozen=True, kw_only=True):
     depth: int | None = None  #: blocks that the step ran over a kept prefix; None for the whole step
     prefixes_computed: int = 0  #: rows whose prefix was computed
     prefixes_reused: int = 0  #: rows whose prefix was read from disk
+    epsilon: float | None = None  #: of all private trainings for this task, this one with them
 
 
 class Judged(Step, frozen=True, kw_only=True):

@@ -66,6 +66,11 @@ class ExecutorchRuntime:
         loss, grad = self._run(self._graphs.step, theta, batch.ids, batch.mask, *labels)
         return float(loss), grad
 
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        raise RuntimeFailure("there is no step that clips gradients for ExecuTorch: use onnxruntime")
+
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         (logits,) = self._run(self._graphs.eval, theta, batch.ids, batch.mask)
         return logits

@@ -17,10 +17,12 @@ from edge_client.examples import Examples
 from edge_client.journal import Journal, Leased, Residual, Trained, residual_key
 from edge_client.label_counts import told_labels
 from edge_client.local_training import LocalTraining
+from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
 from fedtt.errors import Declined
 from fedtt.messages import Plan
+from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
 from fedtt.wire import with_label_counts
 from fedtt.work import trained_depth
@@ -62,9 +64,12 @@ class LeasedWork:
         key = residual_key(plan.task, adapter.layout.digest) if plan.codec.error_feedback else ""
         residual = await self._aside(self._journal.residual, key, plan.version_number)
         counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
+        spent, noise = await self._aside(self._privacy, plan, leased.work.lease)
         try:
             await self._aside(self._journal.update, phase=replace(leased, attempts=leased.attempts + 1))
-            update = await self._training.run(plan, bundle, version, residual, budget.time_s)
+            update = await self._training.run(
+                plan, bundle, version, residual, noise_key=noise, time_limit_s=budget.time_s
+            )
         except asyncio.CancelledError:
             await self._aside(self._journal.update, phase=leased)  # a clean stop is no crash
             raise
@@ -83,6 +88,7 @@ class LeasedWork:
                 residual_key=key,
                 residual=Residual(version_number=plan.version_number, data=update.residual),
             ),
+            privacy_spent=spent,
         )
         header = update.header
         return events.Trained(
@@ -97,6 +103,7 @@ class LeasedWork:
             depth=update.depth,
             prefixes_computed=update.prefixes_computed,
             prefixes_reused=update.prefixes_reused,
+            epsilon=epsilon_of(spent[plan.task], plan.privacy.delta) if plan.privacy else None,
         )
 
     async def _check(self, plan: Plan, bundle: Bundle, budget: Budget, pace: str) -> None:
@@ -117,6 +124,27 @@ class LeasedWork:
             measured = Pace(row_s=training_s / count, at=self._clock.now())
             changes["paces"] = with_pace(self._journal.state.paces, pace, measured)
         await self._aside(self._journal.update, **changes)
+
+    def _privacy(self, plan: Plan, lease: str) -> tuple[dict[str, float], bytes]:
+        """What all private trainings have spent once this one is done, by task, and the key of its noise.
+
+        Raises Declined where that is more than the task allows.
+        """
+        spent, privacy = self._journal.state.privacy_spent, plan.privacy
+        if privacy is None:
+            return spent, b""
+        training, count = plan.training, max(1, self._examples.count())
+        mu_squared = spent.get(plan.task, 0.0)
+        mu_squared += privacy.spent(count, training.batch_size, training.local_steps)
+        epsilon = epsilon_of(mu_squared, privacy.delta)
+        if privacy.epsilon is not None and epsilon > privacy.epsilon:
+            raise Declined(
+                f"with this training ε would be {epsilon:.3g}, the task allows {privacy.epsilon:g}", "privacy"
+            )
+        if not self._journal.state.noise_secret:
+            self._journal.update(noise_secret=noise_secret(self._uniform))
+        key = noise_key(self._journal.state.noise_secret, lease)
+        return spent | {plan.task: mu_squared}, key
 
     def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:
         """What is told of this device's labels: nothing, unless the plan asks and the owner allows it."""

@@ -102,6 +102,8 @@ class LocalTraining:
         bundle: Bundle,
         version: bytes,
         residual: bytes,
+        *,
+        noise_key: bytes = b"",
         time_limit_s: float | None = None,
     ) -> LocalUpdate:
         """Train by a plan; raises what `Trainer.train` does."""
@@ -114,6 +116,7 @@ class LocalTraining:
                 examples=self._examples,
                 residual=residual,
                 activations=self._activations,
+                noise_key=noise_key,
                 time_limit_s=time_limit_s,
             )
         )

@@ -43,6 +43,14 @@ class OnnxRuntime:
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         return self._step(self._graphs.step, _inputs(theta, batch) | _labels(batch))
 
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        if (name := self._graphs.private) is None:
+            raise RuntimeFailure("the bundle has no step that clips gradients: export it with --dp")
+        inputs = _inputs(theta, batch) | _labels(batch)
+        return self._step(name, inputs | {"live": live, "clip": np.array(clip, np.float32)})
+
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         (logits,) = self._run(self._graphs.eval, ["logits"], _inputs(theta, batch))
         found: NDArray[np.float32] = logits

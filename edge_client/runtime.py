@@ -46,6 +46,14 @@ class Runtime(Scorer, Protocol):
         """theta (P,) -> loss and its gradient (P,)."""
         ...
 
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        """theta (P,), live (P,) of 1 and 0 -> loss and the mean of the examples' own gradients where live is
+        1, each scaled down to the norm `clip`, (P,); RuntimeFailure where the bundle has no such graph.
+        """
+        ...
+
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
         """theta (P,) -> what enters the last `depth` blocks; it reads the factors below them alone."""
         ...

@@ -19,6 +19,7 @@ from edge_client.activations import Activations
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.examples import Example, Examples, label_index
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
+from edge_client.private_steps import Noise, PrivateGradient
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import AdapterSpec
@@ -89,6 +90,7 @@ class TrainingRequest:
     examples: Examples  #: read when training begins
     residual: bytes = b""  #: of error feedback
     activations: Activations | None = None  #: where what is frozen is kept between steps and rounds
+    noise_key: bytes = b""  #: 32 bytes of a private training's noise
     time_limit_s: float | None = None  #: after which it ends without a result; None for as long as it takes
 
 
@@ -135,6 +137,15 @@ class Training:
         """The least of a runtime's depths that trains all that is live; None where the whole step must."""
         return least_depth(self._adapter, self._live, depths)
 
+    @property
+    def private_gradient(self) -> Callable[[Runtime], PrivateGradient] | None:
+        """What gives the gradients of a private training, of a runtime; None where it is none."""
+        privacy, key, live = self._request.plan.privacy, self._request.noise_key, self._live.positions
+        if privacy is None:
+            return None
+        positions = live if self._places is None else self._places[live]
+        return lambda runtime: PrivateGradient(runtime, privacy, positions, self._size, Noise(key))
+
     def steps(self) -> Steps[Batch]:
         plan = self._request.plan
         theta = decode_theta(self._request.version, self._layout, plan.version)
@@ -159,12 +170,13 @@ class Training:
         if not np.isfinite([result.loss_first, result.loss_last]).all():
             raise WireError("the training loss is not finite: lower the learning rate")
         payload, next_residual = self._encode(result.delta)
+        private = self._request.plan.privacy is not None  # losses are not noisy, so they stay here
         header = UpdateHeader(
             layout=layout_tag(self._layout),
             examples=self._examples,
             steps=result.steps,
-            loss_first=result.loss_first,
-            loss_last=result.loss_last,
+            loss_first=0.0 if private else result.loss_first,
+            loss_last=0.0 if private else result.loss_last,
         )
         return LocalUpdate(
             frame=encode_update(header, payload),
@@ -195,13 +207,15 @@ def train(
     is called before each batch.
     """
     training = Training(request, tokens)
-    depth, prefix = training.depth(runtime.depths), None
+    private = training.private_gradient
+    depth, prefix = None if private else training.depth(runtime.depths), None
     if depth is not None:
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations)
+    step = private(runtime) if private else prefix or runtime
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
         go_on()
-        return (prefix or runtime).gradient(theta, batch)
+        return step.gradient(theta, batch)
 
     with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused when it is packed
         result = drive(training.steps(), gradient)

@@ -125,6 +125,10 @@ def _add_task(parser: ArgumentParser) -> None:
         "--runtime", dest="runtimes", type=_names, default=("onnxruntime",), metavar="NAMES",
         help="onnxruntime (always), and executorch beside it: onnxruntime,executorch",
     )  # fmt: skip
+    group.add_argument(
+        "--dp", dest="private", action="store_true",
+        help="compile a step, too, that clips each example's gradient: for tasks with [privacy]",
+    )  # fmt: skip
     group.add_argument("--base", default="fp32", help="store the base as fp32 (default), fp16 or int8")
     group.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut (%(default)s)")
 
@@ -167,7 +171,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 _REQUEST = (
     "model", "task", "head", "head_rank", "max_tokens", "adapter", "depth", "depths", "rank", "bottleneck",
-    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed", "runtimes", "base",
+    "sites", "targets", "alpha", "hidden_modes", "bottleneck_modes", "seed", "runtimes", "base", "private",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .bundle import check_target, file_entries, staged
 from .depths import step_above
 from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
+from .private import private_step
 from .quantise import store
 from .request import ExportRequest, RuntimeKind
 from .step import AdaptedModel, TrainingStep
@@ -27,7 +28,7 @@ from .verify import verify_graphs
 
 __all__ = ["export_bundle"]
 
-_STEP, _EVAL, _WEIGHTS = "step.onnx", "eval.onnx", "base.bin"
+_STEP, _EVAL, _PRIVATE, _WEIGHTS = "step.onnx", "eval.onnx", "private.onnx", "base.bin"
 _REQUIRES: dict[RuntimeKind, str] = {"onnxruntime": "1.20", "executorch": EXECUTORCH}
 _TOKENIZER, _FACTORS = "tokenizer.json", "factors.safetensors"
 
@@ -54,9 +55,7 @@ def export_bundle(
     spec = request.plan(hidden=base.hidden, layers=len(base.blocks), projections=base.projections)
     model = AdaptedModel(base, spec, request.labels)
     with staged(out) as stage:
-        graphs: dict[RuntimeKind, Graphs] = {
-            "onnxruntime": _write_graphs(model, request.cut_depths(spec), stage, report)
-        }
+        graphs: dict[RuntimeKind, Graphs] = {"onnxruntime": _write_graphs(model, request, stage, report)}
         if "executorch" in request.runtimes:
             report("lowering the step to ExecuTorch (minutes)")
             depths = request.cut_depths(spec)
@@ -72,9 +71,16 @@ def export_bundle(
 
 
 def _write_graphs(
-    model: AdaptedModel, depths: tuple[int, ...], directory: Path, report: Callable[[str], None]
+    model: AdaptedModel, request: ExportRequest, directory: Path, report: Callable[[str], None]
 ) -> Graphs:
-    found = Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=tuple(map(_cut_names, depths)))
+    depths = request.cut_depths(model.spec)
+    found = Graphs(
+        step=_STEP,
+        eval=_EVAL,
+        private=_PRIVATE if request.private else None,
+        weights=(_WEIGHTS,),
+        depths=tuple(map(_cut_names, depths)),
+    )
     report("tracing the training step")
     step = TrainingStep(model, [model.spec.layers - depth for depth in depths])
     inputs = random_inputs(model, *TRACED)
@@ -89,6 +95,9 @@ def _write_graphs(
         graphs[cut.prefix] = part_of(whole, f"hidden-{cut.depth}")
         graphs[cut.prefix].graph.outputs[0].name = "hidden"
         graphs[cut.step] = step_above(model, cut.depth, weights)
+    if found.private is not None:
+        report("compiling the step that clips each example's gradient")
+        graphs[found.private] = private_step(model, weights)
     for graph in graphs.values():
         store(graph, model.stored)
     write_graphs(graphs, _WEIGHTS, directory)

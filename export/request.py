@@ -53,6 +53,7 @@ class ExportRequest:
     base: Precision = "fp32"  #: in which the base's matrices are stored
     max_tokens: int = 128  #: longer texts are cut
     seed: int = 0  #: of the factors' first values
+    private: bool = False  #: whether a step that clips each example's gradient is compiled too, for DP-SGD
     runtimes: tuple[RuntimeKind, ...] = ("onnxruntime",)  #: with onnxruntime always, which judges versions
 
     def __post_init__(self) -> None:

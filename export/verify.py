@@ -23,6 +23,7 @@ from .base import load_base
 from .bundle import read_bundle
 from .depths import PrefixStep, StepAbove, cut_inputs
 from .inputs import TRACED, random_inputs
+from .private import PrivateStep, private_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import MIN_TOKENS
 
@@ -42,10 +43,11 @@ class Difference(Struct, frozen=True, kw_only=True):
     logits: float
     hidden: float = 0.0  #: the largest of all prefixes
     above: float = 0.0  #: the largest of losses and gradients of all steps over them
+    private: float = 0.0  #: the larger of loss and gradient of the step that clips
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.grad, self.logits, self.hidden, self.above)
+        return max(self.loss, self.grad, self.logits, self.hidden, self.above, self.private)
 
     def line(self) -> str:
         """For people; says whether tracing saw this shape."""
@@ -53,7 +55,7 @@ class Difference(Struct, frozen=True, kw_only=True):
         return (
             f"{self.batch:>2} x {self.tokens:<4} {seen}  "
             f"loss {self.loss:.1e}  grad {self.grad:.1e}  logits {self.logits:.1e}  "
-            f"hidden {self.hidden:.1e}  above {self.above:.1e}  {self.runtime}"
+            f"hidden {self.hidden:.1e}  above {self.above:.1e}  private {self.private:.1e}  {self.runtime}"
         )
 
 
@@ -111,6 +113,9 @@ def _parts(graphs: Graphs, model: AdaptedModel) -> Iterator[_Part]:
     outputs = {"loss": "loss", "grad": "grad"}
     yield _Part(file=graphs.step, function=TrainingStep(model), inputs=every, outputs=outputs)
     yield _Part(file=graphs.eval, function=model, inputs=forward, outputs={"logits": "logits"})
+    if graphs.private is not None:
+        outputs, clipping = {"loss": "private", "grad": "private"}, partial(private_inputs, model)
+        yield _Part(file=graphs.private, function=PrivateStep(model), inputs=clipping, outputs=outputs)
     for cut in graphs.depths:
         prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
         yield _Part(file=cut.prefix, function=prefix, inputs=forward, outputs={"hidden": "hidden"})

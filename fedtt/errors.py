@@ -89,7 +89,7 @@ class Declined(FedttError):
     """A device does not do the work: its owner's conditions forbid it, or a budget does, `of` which thing."""
 
     def __init__(
-        self, why: str, of: Literal["conditions", "memory", "time", "traffic"] = "conditions"
+        self, why: str, of: Literal["conditions", "memory", "time", "traffic", "privacy"] = "conditions"
     ) -> None:
         self.of = of
         super().__init__(why)

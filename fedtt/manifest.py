@@ -78,6 +78,8 @@ class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     step: theta (P,) f32, ids (B, S) i64, mask (B, S) i64[, labels (B,) i64] -> loss () f32, grad (P,) f32.
     eval: the same inputs but labels -> logits (B, C) f32, or for causal-lm (B, S, V) f32.
     The loss is the mean over examples (classification) or over predicted tokens (causal-lm).
+    private: the step's inputs, live (P,) f32, clip () f32 -> loss () f32, grad (P,) f32: the mean over
+    examples of the gradients of their own losses where live is 1, each scaled down to the norm clip.
     """
 
     step: str
@@ -86,13 +88,15 @@ class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, ...
     ]  #: the files of weights that the graphs read beside their own: base.bin, base.ptd
     depths: tuple[DepthGraphs, ...] = ()  #: rising, none deeper than the adapter
+    private: str | None = None  #: the step that clips each example's gradient, where the bundle has one
     rows: Annotated[int, Meta(ge=1)] | None = None  #: most rows of a batch, where the runtime plans for them
 
     @property
     def files(self) -> tuple[str, ...]:
         """All that this runtime reads."""
         cut = (name for graphs in self.depths for name in (graphs.prefix, graphs.step))
-        return (self.step, self.eval, *cut, *self.weights)
+        private = () if self.private is None else (self.private,)
+        return (self.step, self.eval, *private, *cut, *self.weights)
 
 
 class Tokenization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, WireError
 from fedtt.optimiser import TrainingSpec
+from fedtt.privacy import PrivacySpec
 
 __all__ = [
     "DIFFERENCE_MEDIA_TYPE",
@@ -110,6 +111,7 @@ class Plan(Message, frozen=True):
         None  #: of the label counts asked for, if any
     )
     budget: Budget = Budget()  #: the most it may take of the device
+    privacy: PrivacySpec | None = None  #: noise for the device to add; None for none
 
 
 class Work(Message, frozen=True):
@@ -182,6 +184,7 @@ class FailureCode(Enum):
     MEMORY = "memory"  #: it has less than the plan may use
     TIME = "time"  #: training takes longer than the plan or the owner allows
     TRAFFIC = "traffic"  #: so does what would be downloaded or sent
+    PRIVACY = "privacy"  #: one training more would say too much of its examples
     OTHER = "other"
 
 

@@ -19,7 +19,8 @@ from fedtt.evaluation import EvaluationSpec
 from fedtt.folds import Fold, Mean
 from fedtt.layout import LiveSet
 from fedtt.optimiser import TrainingSpec
-from fedtt.sampling import PowerOfChoice, Sampling, Uniform
+from fedtt.privacy import PrivacySpec
+from fedtt.sampling import ByExamples, PowerOfChoice, Sampling, Uniform
 from fedtt.server_optimiser import ServerSpec, ServerState
 from fedtt.wire import update_limit_bytes
 
@@ -98,6 +99,7 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sampling: Sampling = Uniform()
     codec: CodecSpec = CodecSpec()
     budget: Budget = Budget()  #: the most a training may take of a device
+    privacy: PrivacySpec | None = None  #: noise that devices add; None for none
     evaluation: EvaluationSpec | None = None  #: None where every version is released as it is folded
     min_examples: Positive = 1  #: a device with fewer usable examples is not invited
     priority: Annotated[int, Meta(ge=0, le=1000)] = 0  #: tasks with more are offered to devices first
@@ -135,7 +137,19 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if self.training.depth is not None and not self.method.any_depth:
             raise ConfigError("training.depth", self.training.depth, f"none with {name}, which sets its own")
+        if self.privacy is not None:
+            self._check_privacy()
         self.method.check_task(self)
+
+    def _check_privacy(self) -> None:
+        """Nothing else that comes from single examples may be asked for."""
+        sound = "'uniform' or 'examples' with [privacy]: losses say more than the noise lets through"
+        if not isinstance(self.sampling, Uniform | ByExamples):
+            raise ConfigError("sampling.strategy", _tag(self.sampling), sound)
+        if self.evaluation is not None and self.evaluation.by == "devices":
+            raise ConfigError("evaluation.by", "devices", "'file' with [privacy], for the same reason")
+        if not self.method.any_depth:
+            raise ConfigError("method.name", _tag(self.method), "none that goes by losses with [privacy]")
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
         """What the method trains in a round, of the blocks that `training.depth` leaves."""
@@ -196,6 +210,7 @@ _SECTIONS: dict[str, type[Struct]] = {
     "server": ServerSpec,
     "codec": CodecSpec,
     "budget": Budget,
+    "privacy": PrivacySpec,
     "evaluation": EvaluationSpec,
     "method.tiers[]": Tier,
 }

@@ -69,6 +69,7 @@ class _Job(Struct, frozen=True):
     device: str
     examples: list[Example]
     residual: bytes
+    noise_key: bytes
 
 
 class _Work(Struct, frozen=True):
@@ -90,7 +91,9 @@ def encode_work(requests: Sequence[TrainingRequest]) -> bytes:
         if place == len(plans):
             plans.append(request.plan)
             versions.append(request.version)
-        jobs.append(_Job(place, request.device, list(request.examples.read()), request.residual))
+        jobs.append(
+            _Job(place, request.device, list(request.examples.read()), request.residual, request.noise_key)
+        )
     return msgspec.msgpack.encode(_Work(plans, versions, jobs))
 
 
@@ -104,6 +107,7 @@ def decode_work(data: bytes, bundle: Bundle) -> list[TrainingRequest]:
             version=work.versions[job.plan],
             examples=Shard(job.examples),
             residual=job.residual,
+            noise_key=job.noise_key,
         )
         for job in work.jobs
     ]

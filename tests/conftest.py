@@ -46,6 +46,12 @@ def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the step that clips each example's gradient, and without the steps by depth."""
+    return _export(replace(tiny_request, private=True, depths=()), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for both runtimes; it takes half a minute to lower."""
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")

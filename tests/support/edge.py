@@ -40,6 +40,11 @@ class WholeSteps:
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
         raise NotImplementedError
 
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        raise NotImplementedError
+
 
 class MeanTarget(WholeSteps):
     """A Runtime with the loss ½‖θ − t‖², t from the batch's mean label: gradients are known exactly."""

@@ -16,6 +16,7 @@ from edge_client.runtime import Hidden
 from edge_client.tokens import Batch
 from export.base import load_base
 from export.depths import PrefixStep, StepAbove
+from export.private import PrivateStep
 from export.step import AdaptedModel, TrainingStep
 from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
@@ -45,6 +46,14 @@ class TorchRuntime:
         inputs = self._inputs(theta, batch)
         labels = () if batch.labels is None else (torch.from_numpy(batch.labels),)
         loss, gradient, _ = self._run(self._step, *inputs, *labels)
+        return float(loss), gradient.numpy()
+
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        labels = () if batch.labels is None else (torch.from_numpy(batch.labels),)
+        rest = (*labels, torch.from_numpy(live), torch.tensor(clip))
+        loss, gradient = self._run(PrivateStep(self._model), *self._inputs(theta, batch), *rest)
         return float(loss), gradient.numpy()
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:

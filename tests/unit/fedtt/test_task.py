@@ -17,6 +17,7 @@ from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
+from fedtt.privacy import PrivacySpec
 from fedtt.task import RoundSpec, TaskSpec, TrainingSpec, parse_task
 from tests.support.adapters import small_adapter
 
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type[Struct]] = {
     "`[training]`": TrainingSpec,
     "`[codec]`": CodecSpec,
     "`[budget]`": Budget,
+    "`[privacy]`": PrivacySpec,
     "`[evaluation]`": EvaluationSpec,
 }
 METHODS: dict[str, type[Struct]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Method)}
@@ -49,6 +51,8 @@ def with_setting(path: str, value: str, method: str = "fedtt") -> str:
         raw["method"] = {"name": f'"{method}"'}
     if path in {"codec.step", "codec.keep", "codec.threshold"}:  # which do not stand alone
         raw["codec"] = {"quantise": '"rms"', "coding": '"range"'}
+    if section == "privacy":
+        raw["privacy"] = {"clip": "1.0", "noise_multiplier": "1.0"}
     raw.setdefault(section, {})[name] = value
     return "\n".join(
         line
@@ -153,8 +157,8 @@ def _ranges() -> list[Range]:
 
 
 def test_the_ranges_of_numbers_stand_in_the_document() -> None:
-    # 3 of the task, 7 of rounds, 9 of training, 4 of codecs, 4 of budgets, 7 of methods, 4 of evaluation
-    assert len(_ranges()) == 38
+    # task 3, rounds 7, training 9, codecs 4, budgets 4, privacy 3, methods 7, evaluation 4
+    assert len(_ranges()) == 41
 
 
 @pytest.mark.parametrize("documented_range", _ranges(), ids=lambda row: f"{row.method} {row.path}")
@@ -268,7 +272,7 @@ def test_settings_that_contradict_each_other_are_refused_with_the_file() -> None
         ('name = "t"\nrounds = 3', r"task: rounds = 3 is not allowed: Expected `object`"),
         ('name = "t"\n[rounds]\ncount = 3', r"task: rounds\.cohort = None is not allowed: it must be given"),
         (LEAST + '[method]\nweighting = "uniform"', r"task: method\.name = None .*it must be given"),
-        (LEAST + "[privacy]", r"task: privacy = \{\} is not allowed: known settings here are name, "),
+        (LEAST + "[secrecy]", r"task: secrecy = \{\} is not allowed: known settings here are name, "),
         ("name = t", r"task = '…' is not allowed: valid TOML \(.*line 1, column 8"),
         ("x = " + "[" * 60_000, r"task = '…' is not allowed: valid TOML \("),
         ("#" * 65_537, r"task = '65537 characters' is not allowed: at most 65536 bytes"),

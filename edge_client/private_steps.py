@@ -1,0 +1,69 @@
+"""Gradients of a private training: each example's clipped in the graph, noise added here.
+
+The noise is a stream of AES-CTR under a key that never leaves the device, so that nobody who knows the
+task's seed can take it off again, and a training repeated after a crash sends the same frame and not a
+second draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.runtime import Runtime
+from edge_client.tokens import Batch
+from fedtt.layout import Theta
+from fedtt.privacy import PrivacySpec
+
+__all__ = ["Noise", "PrivateGradient", "noise_key", "noise_secret"]
+
+
+def noise_secret(uniform: Callable[[], float]) -> bytes:
+    """32 bytes of numbers in [0, 1) that nobody can guess."""
+    return bytes(int(256 * uniform()) for _ in range(32))
+
+
+def noise_key(secret: bytes, lease: str) -> bytes:
+    """Of one lease's noise: another lease of the same round draws anew."""
+    return hmac.digest(secret, f"fedtt-noise-1\n{lease}".encode(), hashlib.sha256)
+
+
+class Noise:
+    """Standard normal numbers in order, of one key."""
+
+    def __init__(self, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def draw(self, count: int) -> NDArray[np.float64]:
+        """The next `count`, by pairs (Box and Muller 1958); an odd one's partner is dropped."""
+        pairs = (count + 1) // 2
+        words = np.frombuffer(self._stream.update(bytes(16 * pairs)), "<u8").reshape(2, pairs)
+        u, v = (words >> np.uint64(11)) * 2.0**-53
+        radius, angle = np.sqrt(-2 * np.log1p(-u)), 2 * np.pi * v
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+class PrivateGradient:
+    """(1/B) (Σ_b clipped g_b + σ C ξ) on the live numbers, zero elsewhere (Abadi et al., Algorithm 1)."""
+
+    def __init__(
+        self, runtime: Runtime, privacy: PrivacySpec, live: NDArray[np.intp], size: int, noise: Noise
+    ) -> None:
+        """live: positions in a theta of `size` numbers."""
+        self._runtime, self._privacy, self._positions, self._noise = runtime, privacy, live, noise
+        self._live = np.zeros(size, np.float32)
+        self._live[live] = 1
+
+    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        privacy = self._privacy
+        loss, gradient = self._runtime.private_gradient(theta, batch, self._live, privacy.clip)
+        scale = privacy.noise_multiplier * privacy.clip / len(batch.ids)
+        noisy = gradient.copy()
+        noisy[self._positions] += (scale * self._noise.draw(len(self._positions))).astype(np.float32)
+        return loss, noisy

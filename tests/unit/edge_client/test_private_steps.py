@@ -1,0 +1,164 @@
+"""A private training: its noise, what is sent of it, and what it spends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from edge_client import events
+from edge_client.private_steps import Noise, PrivateGradient, noise_key, noise_secret
+from edge_client.tokens import Batch
+from fedtt.codec import CodecSpec, decode_delta
+from fedtt.layout import Theta
+from fedtt.messages import FailureCode
+from fedtt.optimiser import TrainingSpec
+from fedtt.privacy import PrivacySpec, epsilon_of
+from fedtt.wire import decode_update
+from tests.support.device_world import SPEC, World, device_world
+from tests.support.edge import MeanTarget
+from tests.support.tiny import tiny_spec
+
+PRIVACY = PrivacySpec(clip=2.0, noise_multiplier=1.5)
+PRIVATE = replace(
+    SPEC,
+    privacy=PRIVACY,
+    codec=CodecSpec(quantise="fp32"),
+    training=TrainingSpec(optimiser="sgd", momentum=0.0, learning_rate=1.0, local_steps=1, batch_size=8),
+)
+SIZE = tiny_spec().layout.size
+
+
+class Flat(MeanTarget):
+    """No gradient at all: what comes out is noise alone."""
+
+    def private_gradient(
+        self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+    ) -> tuple[float, Theta]:
+        self.batches.append(batch)
+        return 0.5, np.zeros_like(theta)
+
+
+def in_world(
+    tmp_path: Path, test: Callable[[World], Awaitable[None]], privacy: PrivacySpec = PRIVACY
+) -> None:
+    async def run() -> None:
+        async with device_world(tmp_path, replace(PRIVATE, privacy=privacy)) as world:
+            world.runtime = Flat()
+            await test(world)
+
+    asyncio.run(run())
+
+
+def trained(step: events.Step) -> bool:
+    return isinstance(step, events.Trained)
+
+
+def sent(frame: bytes) -> NDArray[np.float32]:
+    _, payload = decode_update(frame)
+    return decode_delta(PRIVATE.codec, tiny_spec().layout.everything, payload)
+
+
+def test_the_noise_is_standard_normal_and_goes_on_where_it_stopped() -> None:
+    key = noise_key(bytes(32), "a lease")
+    drawn = Noise(key).draw(200_000)
+    assert abs(drawn.mean()) < 4 / np.sqrt(200_000)
+    assert drawn.std() == pytest.approx(1.0, abs=0.01)
+    # quantiles of the standard normal at 2.5, 50 and 97.5 %
+    np.testing.assert_allclose(np.quantile(drawn, [0.025, 0.5, 0.975]), [-1.96, 0, 1.96], atol=0.02)
+    assert abs(np.corrcoef(drawn[:100_000], drawn[100_000:])[0, 1]) < 0.02
+    noise = Noise(key)
+    first, second = noise.draw(4), noise.draw(3)
+    assert first.shape == (4,)
+    assert second.shape == (3,)
+    assert not np.intersect1d(first, second).size
+    np.testing.assert_array_equal(Noise(key).draw(4), first)
+
+
+def test_another_lease_or_device_draws_other_noise() -> None:
+    numbers = count()
+    one, other = (noise_secret(lambda: next(numbers) % 97 / 97) for _ in range(2))
+    keys = {noise_key(secret, lease) for secret in (one, other) for lease in ("a", "b")}
+    assert len(keys) == 4
+    assert {len(key) for key in keys} == {32}
+
+
+def test_noise_falls_on_live_numbers_alone_in_proportion_to_bound_and_batch() -> None:
+    live = np.arange(0, SIZE, 2)
+    step = PrivateGradient(Flat(), PRIVACY, live, SIZE, Noise(bytes(32)))
+    batch = Batch(ids=np.zeros((6, 3), np.int64), mask=np.ones((6, 3), np.int64))
+    _, gradient = step.gradient(np.zeros(SIZE, np.float32), batch)
+    expected = 1.5 * 2.0 / 6 * Noise(bytes(32)).draw(len(live))
+    np.testing.assert_allclose(gradient[live], expected, rtol=1e-6)
+    assert not np.delete(gradient, live).any()
+
+
+def test_a_private_update_is_noisy_says_nothing_of_its_losses_and_is_counted(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        step = await device.run(lambda step: isinstance(step, events.Acknowledged))
+        ((_, frame),) = transport.frames
+        header, _ = decode_update(frame)
+        assert (header.loss_first, header.loss_last) == (0.0, 0.0)
+        # 5 examples in one batch, σ C / B = 1.5 · 2 / 5 = 0.6 at a learning rate of 1
+        assert sent(frame).std() == pytest.approx(0.6, rel=0.25)
+        mu_squared = device.journal.state.privacy_spent[SPEC.name]
+        assert mu_squared == pytest.approx(1 / 1.5**2)
+        (event,) = [event for event in world.seen if isinstance(event, events.Trained)]
+        assert event.epsilon == epsilon_of(mu_squared, 1e-5)
+        assert isinstance(step, events.Acknowledged)
+
+    in_world(tmp_path, test)
+
+
+def test_a_training_repeated_after_a_crash_sends_the_same_noise_and_another_round_does_not(
+    tmp_path: Path,
+) -> None:
+    async def test(world: World) -> None:
+        class Crashing(Flat):
+            def private_gradient(
+                self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
+            ) -> tuple[float, Theta]:
+                raise SystemError("power cut")
+
+        device, _ = world.device()
+        await device.run(trained)
+        whole = device.journal.state
+        world.runtime = Crashing()
+        await device.run(lambda step: isinstance(step, events.Granted))
+        device, _ = world.device()
+        with pytest.raises(SystemError):
+            await device.run()
+        world.runtime = Flat()
+        device, transport = world.device()
+        await device.run(lambda step: isinstance(step, events.Acknowledged))
+        assert device.journal.state.noise_secret == whole.noise_secret
+        frames = [frame for transport in world.transports for _, frame in transport.frames]
+        first, second = (sent(frame) for frame in frames[:2])
+        assert not np.array_equal(first, second)
+        lease = transport.frames[0][0]
+        noise = Noise(noise_key(whole.noise_secret, lease)).draw(SIZE)
+        np.testing.assert_allclose(second, -0.6 * noise, atol=1e-5)
+
+    in_world(tmp_path, test)
+
+
+def test_a_device_declines_before_more_is_spent_than_the_task_allows(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        step = await device.run(lambda step: isinstance(step, events.GaveUp))
+        assert isinstance(step, events.GaveUp)
+        assert step.code is FailureCode.PRIVACY
+        assert step.detail.startswith("with this training ε would be ")
+        assert len(transport.frames) == 1
+        assert len(device.journal.state.privacy_spent) == 1
+        assert device.journal.state.privacy_spent[SPEC.name] == pytest.approx(1 / 1.5**2)
+
+    once = epsilon_of(1 / 1.5**2, 1e-5)
+    in_world(tmp_path, test, replace(PRIVACY, epsilon=1.01 * once))
