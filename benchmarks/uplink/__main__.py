@@ -63,6 +63,7 @@ def main() -> None:
     parser = arguments("uplink", "bytes up and down of methods and codecs, and what they buy")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many")
     parser.add_argument("--only", default="", help="arms whose names hold this")
+    parser.add_argument("--until", type=int, help="live each arm no further than this version")
     parser.add_argument(
         "--page", action="store_true", help="run nothing: summary, plot and table of the stored"
     )
@@ -73,7 +74,7 @@ def main() -> None:
         known = {(result.arm, result.seed) for result in kept.arms}
         if (case.arm.name, case.seed) in known or args.only not in case.arm.name or time.time() > until:
             continue
-        kept.arms.append(run_arm(case))
+        kept.arms.append(run_arm(case, args.until))
         kept.write()
     kept.write(summary=True)
     if kept.path:

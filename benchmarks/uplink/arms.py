@@ -32,7 +32,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     method: str
     codec: CodecSpec
     trained_numbers: int
-    rounds: int
+    rounds: int  #: that were lived
     participations: int
     frame_bytes_mean: float
     frame_bytes_worst: int
@@ -42,8 +42,8 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     wall_s: float
 
 
-def run_arm(case: Case) -> ArmResult:
-    """Live one arm to its end."""
+def run_arm(case: Case, until: int | None = None) -> ArmResult:
+    """Live one arm to its end, or as far as version `until` of the same run."""
     data = prepared(case.set.name, judged_rows=case.plan.test_rows)
     options = case.settings("model")
     bench = open_bench(options.pop("base", "minilm"), options.pop("precision", "fp32"))
@@ -52,7 +52,13 @@ def run_arm(case: Case) -> ArmResult:
     directory = WORK / "runs" / f"{case.arm.name}-{case.seed}".replace(" ", "-").replace(",", "")
     lines: list[VersionLine] = []
     outcome = run_fleet(
-        prepare(spec), directory, fresh=True, on_version=lines.append, pool=station.pool, judge=station.judge
+        prepare(spec),
+        directory,
+        fresh=True,
+        on_version=lines.append,
+        stopped=lambda: until is not None and bool(lines) and lines[-1].version >= until,
+        pool=station.pool,
+        judge=station.judge,
     )
     frames = _frames(directory / "participations.jsonl")
     shutil.rmtree(directory)
@@ -62,7 +68,7 @@ def run_arm(case: Case) -> ArmResult:
         method=str(spec.task.method.__struct_config__.tag),
         codec=spec.task.codec,
         trained_numbers=station.bundle.manifest.adapter.layout.size,
-        rounds=spec.task.rounds.count,
+        rounds=lines[-1].version,
         participations=len(frames),
         frame_bytes_mean=round(fmean(frames), 1),
         frame_bytes_worst=max(frames),
