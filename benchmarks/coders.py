@@ -222,6 +222,17 @@ def segments_error(parts: int, data: Rounds) -> float:
     return error / square
 
 
+def shared_share(data: Rounds) -> float:
+    """What of a delta's square all devices have in common: ⟨Δ_i, Δ_j⟩ of different devices over ‖Δ‖²."""
+    between = own = 0.0
+    for _, deltas in data:
+        count, stacked = len(deltas), np.stack(deltas).astype(np.float64)
+        squares = float((stacked**2).sum())
+        between += (float((stacked.sum(0) ** 2).sum()) - squares) / (count * (count - 1))
+        own += squares / count
+    return between / own
+
+
 def main() -> None:
     parser = arguments("coders", "bytes of real updates under each coder")
     parser.add_argument("--arm", default="exact FedTT r5, fp32", help="of benchmarks.uplink, in fp32")
@@ -238,11 +249,16 @@ def main() -> None:
             pairs = [rotated_errors(FORMS[name], live, delta) for live, deltas in data for delta in deltas]
             as_is, through = np.sum(pairs, axis=0)
             figures[f"{name}_rotated_over_as_is_error"] = round(float(through / as_is), 3)
+        figures["shared_share"] = round(shared_share(data), 4)
         for parts in SEGMENTS:
             figures[f"segments_{parts}_error"] = round(segments_error(parts, data), 4)
         report.summary(
             figures,
-            {"arm": args.arm, "error": "of a round's mean delta, squared, over the mean's own square"},
+            {
+                "arm": args.arm,
+                "error": "of a round's mean delta, squared, over the mean's own square",
+                "shared_share": "the inner product of two devices' deltas, over the square of one",
+            },
         )
 
 
