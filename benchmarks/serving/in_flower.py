@@ -3,13 +3,14 @@
 `python -m benchmarks.serving.in_flower JOB ANSWER` in an environment of its own,
 `benchmarks/peer/superlink.txt`.
 
-The nodes speak the Fleet API over HTTP, which is what SuperNodes of this release do, with Flower's own
-messages. A ServerApp, started by `flwr run`, addresses one message to a node for each result. Timed is a
-reply alone: PushMessages, then PushObject for each part of it that the SuperLink asks for. A result is
-bytes in a ConfigRecord, three objects; a model in an ArrayRecord would be more. What flatters the
-SuperLink: it keeps all in memory, its default; a node signs once before and pulls its messages before;
-nodes send as raw requests, at a fraction of a SuperNode's CPU time; the ServerApp sleeps meanwhile and
-takes the replies afterwards.
+The nodes speak the Fleet API with Flower's own messages: over gRPC, which this release still has behind an
+internal variable and which costs the SuperLink a quarter of the CPU time, or over HTTP, which its
+SuperNodes speak. A ServerApp, started by `flwr run`, addresses one message to a node for each result.
+Timed is a reply alone: PushMessages, then PushObject for each part of it that the SuperLink asks for. A
+result is bytes in a ConfigRecord, three objects; a model in an ArrayRecord would be more. What flatters
+the SuperLink: it keeps all in memory, its default; a node signs once before and pulls its messages before;
+nodes send at a fraction of a SuperNode's CPU time; the ServerApp sleeps meanwhile and takes the replies
+afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import socket
 import subprocess
 import sys
 import time
-from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,15 +30,15 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import (
+    FLWR_INTERNAL_GRPC_FLEET_API,
+)
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 
+from benchmarks.serving.flower_transports import Identity, Ports, transport_to
 from benchmarks.serving.processes import cpu_s
 
 __all__ = ["main"]
@@ -96,51 +96,28 @@ folder = "{folder}"
 
 
 class _Node:
-    """One node: its key, a connection kept alive, and one signature, which is good for five minutes."""
+    """One node of the federation."""
 
-    def __init__(self, port: int) -> None:
-        self._port, (private, public) = port, generate_key_pairs()
-        self.public_key, signed_at = public_key_to_bytes(public), now().isoformat()
-        signature = sign_message(private, signed_at.encode())
-        headers = {
-            "host": f"127.0.0.1:{port}",
-            "content-type": "application/protobuf",
-            "accept": "application/protobuf",
-            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public_key).decode(),
-            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
-            TIMESTAMP_HEADER: signed_at,
-        }
-        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.node = Node()
-
-    async def connect(self) -> None:
-        """Anew: the SuperLink closes what is idle for five seconds."""
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+    def __init__(self, ports: Ports, number: int) -> None:
+        identity = Identity()
+        self.public_key, self.node = identity.public_key, Node()
+        transport = transport_to(ports, identity, number)
+        self.connect, self.call = transport.connect, transport.call
 
     async def register(self) -> None:
         await self.connect()
-        await self.call("register-node", fleet_pb2.RegisterNodeFleetRequest(public_key=self.public_key), None)
+        key = fleet_pb2.RegisterNodeFleetRequest(public_key=self.public_key)
+        await self.call("RegisterNode", key, fleet_pb2.RegisterNodeFleetResponse)
         answer = await self.call(
-            "activate-node",
+            "ActivateNode",
             fleet_pb2.ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=_HEARTBEAT_S),
             fleet_pb2.ActivateNodeResponse,
         )
         self.node = Node(node_id=answer.node_id)
 
-    async def call(self, name: str, request: Any, answers: Any) -> Any:
-        body = request.SerializeToString()
-        head = f"POST /v1/fleet/{name} HTTP/1.1\r\n{self._headers}content-length: {len(body)}\r\n\r\n"
-        self._writer.write(head.encode() + body)
-        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-        length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length:"))
-        found = await self._reader.readexactly(length)
-        if " 200 " not in lines[0]:
-            raise RuntimeError(f"{name}: {lines[0]}: {found[:300]!r}")
-        return answers.FromString(found) if answers else None
-
     async def pull(self) -> Message | None:
         request = fleet_pb2.PullMessagesRequest(node=self.node)
-        found = await self.call("pull-messages", request, fleet_pb2.PullMessagesResponse)
+        found = await self.call("PullMessages", request, fleet_pb2.PullMessagesResponse)
         return message_from_proto(found.messages_list[0]) if found.messages_list else None
 
     async def push(self, reply: _Reply) -> None:
@@ -150,7 +127,7 @@ class _Node:
             message_object_trees=[reply.tree],
             clientapp_runtime_list=[1.0],
         )
-        taken = await self.call("push-messages", request, fleet_pb2.PushMessagesResponse)
+        taken = await self.call("PushMessages", request, fleet_pb2.PushMessagesResponse)
         for name in taken.objects_to_push:
             part = message_pb2.PushObjectRequest(
                 node=self.node,
@@ -159,7 +136,7 @@ class _Node:
                 object_id=name,
                 object_content=reply.objects[name],
             )
-            stored = await self.call("push-object", part, message_pb2.PushObjectResponse)
+            stored = await self.call("PushObject", part, message_pb2.PushObjectResponse)
             if not stored.stored:
                 raise RuntimeError(f"the SuperLink did not store object {name}")
 
@@ -180,8 +157,8 @@ async def _all(nodes: list[_Node], work: Callable[[_Node], Awaitable[None]]) -> 
     await asyncio.gather(*(work(node) for node in nodes))
 
 
-async def _measure(job: dict[str, Any], port: int, folder: Path, server: int) -> dict[str, Any]:
-    nodes = [_Node(port) for _ in range(job["connections"])]
+async def _measure(job: dict[str, Any], ports: Ports, folder: Path, server: int) -> dict[str, Any]:
+    nodes = [_Node(ports, number) for number in range(job["connections"])]
     for node in nodes:
         await node.register()
     deadline = time.monotonic() + _PUSH_S
@@ -204,7 +181,7 @@ async def _measure(job: dict[str, Any], port: int, folder: Path, server: int) ->
 
     latencies_s: list[float] = []
     await _all(nodes, pull)
-    await _all(nodes, _Node.connect)
+    await _all(nodes, lambda node: node.connect())
     own_s, server_s, started = time.process_time(), cpu_s(server), time.perf_counter()
     await asyncio.wait_for(_all(nodes, push), _PUSH_S)
     seconds = time.perf_counter() - started
@@ -220,8 +197,11 @@ async def _measure(job: dict[str, Any], port: int, folder: Path, server: int) ->
 
 
 @contextmanager
-def _superlink(port: int, folder: Path) -> Iterator[int]:
-    binaries = Path(sys.executable).parent
+def _superlink(ports: Ports, folder: Path) -> Iterator[int]:
+    """Its process; over gRPC nodes come where a variable of its own has it listen."""
+    binaries, port = Path(sys.executable).parent, ports.http
+    over_grpc = [] if ports.grpc is None else ["--fleet-api-address", f"127.0.0.1:{ports.grpc}"]
+    environment = os.environ | {FLWR_INTERNAL_GRPC_FLEET_API: "1" if over_grpc else "0"}
     with (folder / "superlink.log").open("w") as log:
         command = [
             str(binaries / "flower-superlink"),
@@ -232,7 +212,8 @@ def _superlink(port: int, folder: Path) -> Iterator[int]:
             str(port),
         ]
         server = subprocess.Popen(
-            [*command, "--disable-runtime-dependency-installation"],
+            [*command, "--disable-runtime-dependency-installation", *over_grpc],
+            env=environment,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -285,12 +266,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     job, answer = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     folder = Path(job["folder"])
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    with _superlink(port, folder) as server:
-        _run_app(job, port, folder)
-        measured = asyncio.run(_measure(job, port, folder, server))
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        http, over_grpc = one.getsockname()[1], other.getsockname()[1]
+    ports = Ports(http, over_grpc if job["transport"] == "grpc" else None)
+    with _superlink(ports, folder) as server:
+        _run_app(job, ports.http, folder)
+        measured = asyncio.run(_measure(job, ports, folder, server))
         (folder / "sent").touch()
         deadline = time.monotonic() + _PUSH_S
         while not (folder / "taken").exists() and time.monotonic() < deadline:

@@ -22,45 +22,53 @@ from benchmarks.serving.uploads import CONNECTIONS, taken
 
 __all__ = ["flare", "flower"]
 
-_LIMIT_S = 1200.0
+
+class PeerFailed(Exception):
+    """Another server could not be run to the end here."""
+
+
+_LIMIT_S = 1200.0  #: of one run of a peer, its start and end included
 _RESULT_BYTES = 10_000
 
 
 async def flower(part: Part) -> Measured:
-    return await _beside_ours(part, "flower", "superlink")
+    """Over gRPC, at which Flower is fastest; and a fourth of the results over HTTP, its default."""
+    results, connections = (200, 50) if part.quick else (2000, CONNECTIONS)
+    found = await _beside_ours(part, "flower", "superlink", results, connections, transport="grpc")
+    if found.skipped:
+        return found
+    over_http = await _theirs(part, "flower", "superlink", results // 4, connections, transport="http")
+    ours_per_s = found.figures["ours_beside_flower_per_s"]
+    http = {
+        "flower_http_results_ratio": round(ours_per_s * over_http["seconds"] / (results // 4), 2),
+        "flower_http_results_per_s": round(results // 4 / over_http["seconds"], 1),
+    }
+    return msgspec.structs.replace(found, figures={**found.figures, **http})
 
 
 async def flare(part: Part) -> Measured:
-    return await _beside_ours(part, "flare", "flare")
-
-
-async def _beside_ours(part: Part, name: str, environment: str) -> Measured:
-    """Theirs first, then ours, the same count over as many connections."""
     results, connections = (200, 50) if part.quick else (2000, CONNECTIONS)
+    return await _beside_ours(part, "flare", "flare", results, connections)
+
+
+async def _beside_ours(
+    part: Part, name: str, environment: str, results: int, connections: int, **more: str
+) -> Measured:
+    """Theirs first, then ours, the same count over as many connections."""
     try:
-        python = await asyncio.to_thread(python_of, environment)
-    except Missing as error:
+        theirs = await _theirs(part, name, environment, results, connections, **more)
+    except (Missing, PeerFailed) as error:
         return Measured(skipped=str(error))
-    job = {
-        "folder": str(part.directory / name),
-        "results": results,
-        "connections": connections,
-        "result_bytes": _RESULT_BYTES,
-    }
-    theirs = await _in_its_environment(name, python, job, part.directory)
-    part.report.line(part=name, **theirs)
-    if theirs["results"] != results or theirs["counted"] != results:
-        raise RuntimeError(f"{name} took {theirs['counted']} of {results} results")
     database = part.directory / "data" / "fedtt.db"
     ours, our_cpu_s = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
-    rate = results / theirs["seconds"]
+    rate, our_rate = results / theirs["seconds"], results / ours.seconds
     return Measured(
         figures={
-            f"{name}_results_ratio": round(results / ours.seconds / rate, 2),
+            f"{name}_results_ratio": round(our_rate / rate, 2),
             f"{name}_results_per_s": round(rate, 1),
             f"{name}_p99_ms": round(theirs["p99_ms"], 1),
             f"{name}_server_cpu_us_per_result": round(1e6 * theirs["server_cpu_s"] / results, 1),
-            f"ours_beside_{name}_per_s": round(results / ours.seconds, 1),
+            f"ours_beside_{name}_per_s": round(our_rate, 1),
             f"ours_beside_{name}_cpu_us_per_result": round(1e6 * our_cpu_s / results, 1),
         },
         against={
@@ -70,10 +78,29 @@ async def _beside_ours(part: Part, name: str, environment: str) -> Measured:
     )
 
 
+async def _theirs(
+    part: Part, name: str, environment: str, results: int, connections: int, **more: str
+) -> dict[str, Any]:
+    """What the other server took; raises Missing or PeerFailed."""
+    python = await asyncio.to_thread(python_of, environment)
+    folder = part.directory / "-".join((name, *more.values()))
+    job = {
+        "folder": str(folder),
+        "results": results,
+        "connections": connections,
+        "result_bytes": _RESULT_BYTES,
+    }
+    theirs = await _in_its_environment(name, python, job | more, part.directory)
+    part.report.line(part=name, **more, **theirs)
+    if theirs["results"] != results or theirs["counted"] != results:
+        raise PeerFailed(f"{name} counted {theirs['counted']} of {results} results")
+    return theirs
+
+
 async def _in_its_environment(
     name: str, python: Path, job: dict[str, Any], directory: Path
 ) -> dict[str, Any]:
-    """Run `benchmarks.serving.in_NAME`; raises RuntimeError with the end of its log where it fails."""
+    """Run `benchmarks.serving.in_NAME`; raises PeerFailed with the end of its log where it fails."""
     shutil.rmtree(job["folder"], ignore_errors=True)
     Path(job["folder"]).mkdir()
     asked, answer = directory / f"{name}.json", directory / f"{name}-answer.json"
@@ -100,6 +127,6 @@ async def _in_its_environment(
             await process.wait()
     if process.returncode or not answer.is_file():
         tail = "\n".join((directory / f"{name}.log").read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{name} failed (exit {process.returncode}):\n{tail}")
+        raise PeerFailed(f"{name} failed (exit {process.returncode}):\n{tail}")
     measured: dict[str, Any] = msgspec.json.decode(answer.read_bytes())
     return measured
