@@ -4,12 +4,13 @@
 `benchmarks/peer/flare.txt`.
 
 A server and one leaf client, which is where devices connect, run as FLARE provisions and starts them. The
-job is FLARE's own edge job that adds numbers: a device's result is a number, and the text that makes it as
-long as ours. Devices report over the leaf's gRPC service; timed are those calls, each of which ends once
-the job has taken the result into its sum. What flatters FLARE: nothing is on a disk; there is no TLS and
-no signature; the routing proxy before the leaf is left out; nobody decodes or adds up the text; reports
-are made and devices announced, all in one call, before. How many results the server's next version was
-made of is read from its log.
+job is one of two of FLARE's own edge jobs: one takes changes of a model, lists of decimals as its JSON has
+them that as float32 are as long as our results, and averages them; one adds numbers, each with text as
+long as our results that nobody reads. Devices report over the leaf's gRPC service; timed are those calls,
+each of which ends once the job has taken the result into its sum. What flatters FLARE: nothing is on a
+disk; there is no TLS and no signature; the routing proxy before the leaf is left out; reports are made and
+devices announced, all in one call, before. How many results the server's next version was made of is read
+from its log.
 """
 
 from __future__ import annotations
@@ -31,8 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from nvflare.apis.dxo import DXO
+import numpy as np
+from nvflare.apis.dxo import DXO, DataKind
+from nvflare.app_common.np.constants import NPConstants
+from nvflare.app_common.np.np_model_persistor import NPModelPersistor
+from nvflare.edge.aggregators.model_update_dxo_factory import ModelUpdateDXOAggrFactory
 from nvflare.edge.aggregators.num_dxo_factory import NumDXOAggrFactory
+from nvflare.edge.assessors.buff_device_manager import BuffDeviceManager
+from nvflare.edge.assessors.buff_model_manager import BuffModelManager
+from nvflare.edge.assessors.model_update import ModelUpdateAssessor
 from nvflare.edge.assessors.num import NumAssessor
 from nvflare.edge.constants import CookieKey, EdgeApiStatus, SpecialDeviceId
 from nvflare.edge.tools.edge_job import EdgeJob
@@ -109,14 +117,28 @@ def _provision(folder: Path, edge_port: int) -> Path:
     return kits
 
 
-def _make_job(folder: Path, results: int) -> Path:
-    """A job whose second version is made of exactly so many results, and ends it."""
-    job = EdgeJob(name=_JOB, edge_method="number", min_clients=1)
-    assessor = NumAssessor(
-        num_updates_for_model=results, max_model_version=2, max_model_history=3, device_selection_size=results
-    )
+def _make_job(folder: Path, results: int, numbers: int | None) -> Path:
+    """A job whose second version is made of exactly so many results, and ends it; numbers: of its model."""
+    job = EdgeJob(name=_JOB, edge_method="results", min_clients=1)
+    if numbers is None:
+        assessor = NumAssessor(
+            num_updates_for_model=results,
+            max_model_version=2,
+            max_model_history=3,
+            device_selection_size=results,
+        )
+        job.configure_client(aggregator_factory=NumDXOAggrFactory())
+    else:
+        model = BuffModelManager(num_updates_for_model=results, max_model_history=3)
+        devices = BuffDeviceManager(device_selection_size=results, device_reuse=False)
+        assessor = ModelUpdateAssessor(
+            persistor_id=job.to_server(NPModelPersistor(model=[0.0] * numbers), id="persistor"),
+            model_manager_id=job.to_server(model, id="model_manager"),
+            device_manager_id=job.to_server(devices, id="device_manager"),
+            max_model_version=2,
+        )
+        job.configure_client(aggregator_factory=ModelUpdateDXOAggrFactory())
     job.configure_server(assessor=assessor)
-    job.configure_client(aggregator_factory=NumDXOAggrFactory())
     job.export_job(str(folder / "jobs"))
     return folder / "jobs" / _JOB
 
@@ -184,7 +206,7 @@ def _announce(address: str, results: int) -> dict[str, Any]:
         found = _ask(
             address,
             job_request_to_grpc_request(
-                JobRequest(**_device("d#0"), capabilities=Capabilities(["number"]), job_name=_JOB)
+                JobRequest(**_device("d#0"), capabilities=Capabilities(["results"]), job_name=_JOB)
             ),
         )
         return found if found.get("job_id") else None
@@ -204,24 +226,31 @@ def _announce(address: str, results: int) -> dict[str, Any]:
     return {"job_id": job_id} | given
 
 
-def _reports(task: dict[str, Any], results: int, result_bytes: int) -> list[Any]:
+def _results(count: int, result_bytes: int, numbers: int | None) -> Iterator[DXO]:
+    """A number with text as long as a result; or changes of a model, which as float32 are as long."""
+    for seed in range(count):
+        if numbers is None:
+            yield DXO("number", data={"value": 1.0, "delta": secrets.token_hex(result_bytes // 2)})
+        else:
+            delta = np.random.default_rng(seed).normal(0, 0.01, numbers).round(4).tolist()
+            yield DXO(DataKind.WEIGHT_DIFF, data={"dict": {NPConstants.NUMPY_KEY: delta}})
+
+
+def _reports(task: dict[str, Any], results: Iterator[DXO]) -> list[Any]:
     cookie = {CookieKey.MODEL_VERSION: 1, CookieKey.DEVICE_SELECTION_ID: 1}
-    made = []
-    for number in range(results):
-        text = secrets.token_hex(result_bytes // 2)
-        made.append(
-            result_report_to_grpc_request(
-                ResultReport(
-                    **_device(f"d#{number}"),
-                    job_id=task["job_id"],
-                    task_id=task["task_id"],
-                    task_name=task["task_name"],
-                    result=DXO(data_kind="number", data={"value": 1.0, "delta": text}).to_dict(),
-                    cookie=cookie,
-                )
+    return [
+        result_report_to_grpc_request(
+            ResultReport(
+                **_device(f"d#{number}"),
+                job_id=task["job_id"],
+                task_id=task["task_id"],
+                task_name=task["task_name"],
+                result=result.to_dict(),
+                cookie=cookie,
             )
         )
-    return made
+        for number, result in enumerate(results)
+    ]
 
 
 async def _report(address: str, reports: list[Any], connections: int, servers: list[int]) -> dict[str, Any]:
@@ -257,10 +286,11 @@ async def _report(address: str, reports: list[Any], connections: int, servers: l
 
 
 def _counted(server: Path) -> int:
-    """Devices whose results the server made its next version of."""
+    """Results that the server made its next version of."""
+    said = re.compile(r"model V1 got (\d+) updates|generated new model version 2 with (\d+) updates")
     for log in server.rglob("log.txt"):
-        if found := re.findall(r"model V1 got (\d+) updates", log.read_text(errors="replace")):
-            return int(found[-1])
+        if found := said.search(log.read_text(errors="replace")):
+            return int(found[1] or found[2])
     return 0
 
 
@@ -270,12 +300,13 @@ def main() -> None:
     folder = Path(job["folder"])
     (edge_port,) = _ports(1)
     kits = _provision(folder, edge_port)
-    definition = _make_job(folder, job["results"])
+    numbers = job["result_bytes"] // 4 if job["adds"] == "models" else None
+    definition = _make_job(folder, job["results"], numbers)
     address = f"localhost:{edge_port}"
     with _started(kits / "server") as server, _started(kits / "leaf") as leaf:
         _submit(kits, definition)
         task = _announce(address, job["results"])
-        reports = _reports(task, job["results"], job["result_bytes"])
+        reports = _reports(task, _results(job["results"], job["result_bytes"], numbers))
         measured = asyncio.run(_report(address, reports, job["connections"], [server, leaf]))
         measured["counted"] = _until("the server made no version", lambda: _counted(kits / "server"))
     answer.write_text(json.dumps(measured))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +34,43 @@ _RESULT_BYTES = 10_000
 
 async def flower(part: Part) -> Measured:
     """Over gRPC, at which Flower is fastest; and a fourth of the results over HTTP, its default."""
-    results, connections = (200, 50) if part.quick else (2000, CONNECTIONS)
-    found = await _beside_ours(part, "flower", "superlink", results, connections, transport="grpc")
-    if found.skipped:
-        return found
-    over_http = await _theirs(part, "flower", "superlink", results // 4, connections, transport="http")
-    ours_per_s = found.figures["ours_beside_flower_per_s"]
-    http = {
-        "flower_http_results_ratio": round(ours_per_s * over_http["seconds"] / (results // 4), 2),
-        "flower_http_results_per_s": round(results // 4 / over_http["seconds"], 1),
-    }
-    return msgspec.structs.replace(found, figures={**found.figures, **http})
+    found = await _beside_ours(part, "flower", "superlink", transport="grpc")
+    return await _also(part, found, "flower", "superlink", "http", transport="http")
 
 
 async def flare(part: Part) -> Measured:
-    results, connections = (200, 50) if part.quick else (2000, CONNECTIONS)
-    return await _beside_ours(part, "flare", "flare", results, connections)
+    """Changes of a model, which are averaged; and a fourth of the results as numbers with unread text."""
+    found = await _beside_ours(part, "flare", "flare", adds="models")
+    return await _also(part, found, "flare", "flare", "numbers", adds="numbers")
 
 
-async def _beside_ours(
-    part: Part, name: str, environment: str, results: int, connections: int, **more: str
-) -> Measured:
+async def _also(part: Part, found: Measured, name: str, environment: str, kind: str, **more: str) -> Measured:
+    """With the rate of another way to drive it, against ours of before."""
+    if found.skipped:
+        return found
+    results, connections = _counts(part)
+    results //= 4
+    try:
+        theirs = await _theirs(part, name, environment, results, connections, **more)
+    except PeerFailed as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return found
+    rate = results / theirs["seconds"]
+    added = {
+        f"{name}_{kind}_results_ratio": round(found.figures[f"ours_beside_{name}_per_s"] / rate, 2),
+        f"{name}_{kind}_results_per_s": round(rate, 1),
+    }
+    return msgspec.structs.replace(found, figures={**found.figures, **added})
+
+
+def _counts(part: Part) -> tuple[int, int]:
+    """Results, and connections that they come over."""
+    return (200, 50) if part.quick else (2000, CONNECTIONS)
+
+
+async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> Measured:
     """Theirs first, then ours, the same count over as many connections."""
+    results, connections = _counts(part)
     try:
         theirs = await _theirs(part, name, environment, results, connections, **more)
     except (Missing, PeerFailed) as error:
