@@ -82,7 +82,7 @@ async def taken(
     options = ("--database", database) if isinstance(database, str) else ()
     first = ServerProcess(part.directory / "data", options=options)
     async with first.running():
-        await first.open_task(task_text("int8", cohort=updates, deadline_s=3600), _NUMBERS)
+        await first.open_task(task_text("int8", cohort=updates + 1, deadline_s=3600), _NUMBERS)
         await first.stop()
     give_leases(database, updates)
     async with AsyncExitStack() as stack:
