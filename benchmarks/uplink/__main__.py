@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.claims.plan import Plan, read_plan
+from benchmarks.claims.plan import Case, Plan, read_plan
 from benchmarks.harness import ROOT, arguments, machine
 from benchmarks.uplink.arms import ArmResult, run_arm
 from benchmarks.uplink.http_bytes import HttpBytes, measured
@@ -36,6 +36,17 @@ class Stored:
         ]
         http = [msgspec.json.decode(line)["http"] for line in lines if line.startswith(b'{"http"')]
         self.http = msgspec.convert(http[0], HttpBytes) if http else measured()
+
+    def rounds(self, case: Case) -> int:
+        """How far this case was lived."""
+        key = (case.arm.name, case.seed)
+        return max((arm.rounds for arm in self.arms if (arm.arm, arm.seed) == key), default=0)
+
+    def add(self, result: ArmResult) -> None:
+        """In the place of a shorter run of the same arm and seed."""
+        key = (result.arm, result.seed)
+        self.arms = [*(arm for arm in self.arms if (arm.arm, arm.seed) != key), result]
+        self.write()
 
     def write(self, *, summary: bool = False) -> None:
         """Print the last line, and put all of them into the file."""
@@ -71,11 +82,10 @@ def main() -> None:
     plan, until = read_plan(PLAN), time.time() + 60 * args.minutes
     kept = Stored(args.out or (None if args.quick else RESULTS))
     for case in () if args.page else (shortened(plan) if args.quick else plan).cases():
-        known = {(result.arm, result.seed) for result in kept.arms}
-        if (case.arm.name, case.seed) in known or args.only not in case.arm.name or time.time() > until:
+        wanted = args.until or case.settings("task")["rounds"]["count"]
+        if kept.rounds(case) >= wanted or args.only not in case.arm.name or time.time() > until:
             continue
-        kept.arms.append(run_arm(case, args.until))
-        kept.write()
+        kept.add(run_arm(case, args.until))
     kept.write(summary=True)
     if kept.path:
         plot(kept.arms, kept.path.with_suffix(".svg"))

@@ -88,5 +88,5 @@ def test_the_table_is_written_between_its_marks_cheapest_arm_first(tmp_path: Pat
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
     rows = [line for line in lines if line.startswith("| ")]
-    assert rows[1].startswith("| cheap | 100 | 105 | 2,150 | 800 | 2 | 75.0 ± 7.1 % | 1.250 | – |")
-    assert rows[2].startswith("| dear | 2,000 | 2,005 | 5,950 | 4,600 | 1 | 90.0 % |")
+    assert rows[1].startswith("| cheap | 100 | 105 | 2,150 | 800 | 2 | 1 | 75.0 ± 7.1 % | 1.250 | – |")
+    assert rows[2].startswith("| dear | 2,000 | 2,005 | 5,950 | 4,600 | 1 | 1 | 90.0 % |")
