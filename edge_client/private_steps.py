@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.passes import PASSES, in_passes
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
@@ -53,16 +54,27 @@ class PrivateGradient:
     """(1/B) (Σ_b clipped g_b + σ C ξ) on the live numbers, zero elsewhere (Abadi et al., Algorithm 1)."""
 
     def __init__(
-        self, runtime: Runtime, privacy: PrivacySpec, live: NDArray[np.intp], size: int, noise: Noise
+        self,
+        runtime: Runtime,
+        privacy: PrivacySpec,
+        live: NDArray[np.intp],
+        size: int,
+        noise: Noise,
+        least: int = 1,
     ) -> None:
-        """live: positions in a theta of `size` numbers."""
+        """live: positions in a theta of `size` numbers. least: tokens that the graph needs of a row."""
+        self._least = least
         self._runtime, self._privacy, self._positions, self._noise = runtime, privacy, live, noise
         self._live = np.zeros(size, np.float32)
         self._live[live] = 1
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         privacy = self._privacy
-        loss, gradient = self._runtime.private_gradient(theta, batch, self._live, privacy.clip)
+
+        def one(part: Batch) -> tuple[float, Theta]:
+            return self._runtime.private_gradient(theta, part, self._live, privacy.clip)
+
+        loss, gradient = in_passes(batch, PASSES, one, least=self._least, by_tokens=False)
         scale = privacy.noise_multiplier * privacy.clip / len(batch.ids)
         noisy = gradient.copy()
         noisy[self._positions] += (scale * self._noise.draw(len(self._positions))).astype(np.float32)

@@ -19,11 +19,12 @@ from edge_client.activations import Activations
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.examples import Example, Examples, label_index
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
+from edge_client.passes import PASSES, in_passes
 from edge_client.private_steps import Noise, PrivateGradient
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import AdapterSpec
-from fedtt.algorithms import LocalResult, Steps, drive
+from fedtt.algorithms import Gradient, LocalResult, Steps, drive
 from fedtt.codec import compensate, encode_delta
 from fedtt.errors import BundleError, ConfigError, DataError, WireError
 from fedtt.layout import FactorLayout, LiveSet, Theta
@@ -144,7 +145,8 @@ class Training:
         if privacy is None:
             return None
         positions = live if self._places is None else self._places[live]
-        return lambda runtime: PrivateGradient(runtime, privacy, positions, self._size, Noise(key))
+        least = self._request.bundle.manifest.tokenization.min_tokens
+        return lambda runtime: PrivateGradient(runtime, privacy, positions, self._size, Noise(key), least)
 
     def steps(self) -> Steps[Batch]:
         plan = self._request.plan
@@ -211,11 +213,11 @@ def train(
     depth, prefix = None if private else training.depth(runtime.depths), None
     if depth is not None:
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations)
-    step = private(runtime) if private else prefix or runtime
+    gradient_of = private(runtime).gradient if private else _short(prefix or runtime, request.bundle.manifest)
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
         go_on()
-        return step.gradient(theta, batch)
+        return gradient_of(theta, batch)
 
     with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused when it is packed
         result = drive(training.steps(), gradient)
@@ -223,6 +225,19 @@ def train(
     if prefix is None:
         return update
     return replace(update, depth=depth, prefixes_computed=prefix.computed, prefixes_reused=prefix.reused)
+
+
+def _short(step: FrozenPrefix | Runtime, manifest: Manifest) -> Gradient[Batch]:
+    """The gradients of a step, with hardly any padding computed."""
+    least, by_tokens = manifest.tokenization.min_tokens, not manifest.labels
+
+    def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        def one(part: Batch) -> tuple[float, Theta]:
+            return step.gradient(theta, part)
+
+        return in_passes(batch, PASSES, one, least=least, by_tokens=by_tokens)
+
+    return gradient
 
 
 class _Batches:

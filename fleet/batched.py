@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edge_client.bundle import Bundle, RuntimeName
+from edge_client.passes import PassLimits
 from edge_client.tokens import Batch
 from edge_client.trainer import Training, TrainingRequest
 from fedtt.algorithms import LocalResult
@@ -20,7 +21,6 @@ from fedtt.layout import Theta
 from fleet.activations import Activations
 from fleet.backends import Backend, OnnxBackend, TorchBackend
 from fleet.gradients import Counts, Gradients
-from fleet.passes import PassLimits
 from fleet.pool import Outstanding
 from fleet.token_cache import RememberedTokens
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.passes import Pass, PassLimits, padded_tokens, plan_passes
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
 from fedtt.manifest import Tokenization
 from fleet.activations import Activations, Hidden
 from fleet.backends import Backend
-from fleet.passes import Pass, PassLimits, padded_tokens, plan_passes
 
 __all__ = ["Counts", "Gradients"]
 

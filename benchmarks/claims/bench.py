@@ -24,6 +24,7 @@ from benchmarks.claims.data import WORK
 from benchmarks.harness import ROOT
 from edge_client.bundle import Bundle, RuntimeName, open_bundle
 from edge_client.examples import Text
+from edge_client.passes import PassLimits
 from edge_client.tokens import Batch, Tokens
 from edge_client.trainer import TrainingRequest
 from export import ExportRequest
@@ -39,7 +40,6 @@ from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Precision, Tok
 from fleet.activations import Activations
 from fleet.backends import Inputs, Losses
 from fleet.batched import BatchedPool
-from fleet.passes import PassLimits
 from fleet.pool import Outstanding
 
 __all__ = ["BASES", "Bench", "open_bench"]

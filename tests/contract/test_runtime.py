@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.executorch_runtime import ExecutorchRuntime
 from edge_client.onnx_runtime import OnnxRuntime
+from edge_client.passes import PassLimits, in_passes
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import initial_theta
@@ -125,6 +126,26 @@ class RuntimeContract:
         together = runtime.logits(theta, tokens.padded(*rows))
         alone = np.concatenate([runtime.logits(theta, tokens.padded(row)) for row in rows])
         assert difference(together, alone) <= TOLERANCE
+
+    @pytest.mark.parametrize("overhead_tokens", [0, 3])
+    def test_a_batch_in_passes_of_like_length_gives_what_it_gives_in_one_piece(
+        self, overhead_tokens: int, runtime: Runtime, bundle: Bundle
+    ) -> None:
+        theta, batch = somewhere(bundle), random_batch(bundle, 8, 32)
+        loss, gradient = runtime.gradient(theta, batch)
+        widths = []
+
+        def one(part: Batch) -> tuple[float, Theta]:
+            widths.append(part.ids.shape)
+            return runtime.gradient(theta, part)
+
+        limits = PassLimits(tokens=100, overhead_tokens=overhead_tokens)
+        found_loss, found = in_passes(batch, limits, one, least=3, by_tokens=False)
+        assert found_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert difference(found, gradient) <= TOLERANCE
+        assert len(widths) > 2
+        assert sum(rows * width for rows, width in widths) < batch.ids.size
+        assert max(rows * width for rows, width in widths) <= 100
 
     # the step over a kept prefix
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import Example, Shard
 from edge_client.onnx_runtime import onnx_runtimes
+from edge_client.passes import PassLimits
 from edge_client.trainer import LocalUpdate, TrainingRequest
 from export import ExportRequest, export_bundle
 from fedtt.codec import CodecSpec
@@ -22,7 +23,6 @@ from fleet.activations import Activations
 from fleet.backends import Inputs, Losses, OnnxBackend, TorchBackend
 from fleet.batched import BatchedPool, onnx_pool, torch_pool
 from fleet.fastest import fastest_pool
-from fleet.passes import PassLimits
 from fleet.pool import OneByOnePool, Pool
 from tests.support.models import WORDS, save_tiny_model
 from tests.support.requests import SGD, delta_of, requests_of

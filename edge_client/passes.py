@@ -1,19 +1,23 @@
 """Which rows go through the base together.
 
-Rows of all devices are independent there, so those of like length share a pass whosever they are, and
-hardly any padding is computed. A device's rows may lie in several passes: its gradients add up.
+Rows are independent there, so those of like length share a pass, and hardly any padding is computed: of one
+batch on a device, of all devices' batches in an emulator. A batch may lie in several passes: its gradients
+add up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.tokens import Batch
 from fedtt.errors import ConfigError
+from fedtt.layout import Theta
 
-__all__ = ["Pass", "PassLimits", "padded_tokens", "plan_passes"]
+__all__ = ["PASSES", "Pass", "PassLimits", "in_passes", "padded_tokens", "plan_passes"]
 
 Rows = NDArray[np.intp]
 
@@ -30,6 +34,9 @@ class PassLimits:
             raise ConfigError("passes.tokens", self.tokens, "a whole number from 1")
         if self.overhead_tokens < 0:
             raise ConfigError("passes.overhead_tokens", self.overhead_tokens, "a whole number from 0")
+
+
+PASSES = PassLimits(tokens=2048)  #: of a device: MiniLM's step over 16 x 128 tokens peaks near 1 GB
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,34 @@ def plan_passes(lengths: NDArray[np.intp], limits: PassLimits, *, least: int = 1
         parts = _parts(len(rows), int(levels[high - 1]), limits)
         passes += [Pass(np.sort(part), int(widths[part].max())) for part in np.array_split(rows, parts)]
     return passes
+
+
+def in_passes(
+    batch: Batch,
+    limits: PassLimits,
+    gradient: Callable[[Batch], tuple[float, Theta]],
+    *,
+    least: int,
+    by_tokens: bool,
+) -> tuple[float, Theta]:
+    """What `gradient` gives of a batch, mean loss and mean gradient (P,), by passes of like length.
+
+    least: tokens that a row is padded to. by_tokens: whether the means are over tokens that follow others, as
+    for causal-lm, or over rows.
+    """
+    lengths = batch.mask.sum(1)
+    counts = np.maximum(lengths - 1, 0) if by_tokens else np.ones(len(lengths), np.int64)
+    passes = plan_passes(lengths, limits, least=least)
+    if len(passes) == 1:
+        return gradient(batch)
+    total, found = max(1, int(counts.sum())), list[tuple[float, float, Theta]]()
+    for part in passes:
+        labels = None if batch.labels is None else batch.labels[part.rows]
+        cut = (part.rows, slice(part.width))
+        share = int(counts[part.rows].sum()) / total
+        found.append((share, *gradient(Batch(ids=batch.ids[cut], mask=batch.mask[cut], labels=labels))))
+    mean: Theta = np.sum([np.float32(share) * own for share, _, own in found], axis=0)
+    return sum(share * loss for share, loss, _ in found), mean
 
 
 def padded_tokens(passes: list[Pass]) -> int:

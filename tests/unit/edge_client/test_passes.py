@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_client.passes import Pass, PassLimits, in_passes, padded_tokens, plan_passes
+from edge_client.tokens import Batch
 from fedtt.errors import ConfigError
-from fleet.passes import Pass, PassLimits, padded_tokens, plan_passes
+from fedtt.layout import Theta
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 LIMITS = st.builds(PassLimits, tokens=st.integers(1, 200), overhead_tokens=st.integers(0, 50))
@@ -65,3 +67,45 @@ def test_no_rows_need_no_pass() -> None:
 def test_limits_that_make_no_sense_are_refused(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"passes.{name} = {value}"):
         PassLimits(**{name: value})
+
+
+def rows_of(lengths: list[int]) -> Batch:
+    """Row n holds the number n + 1, as often as it is long."""
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    return Batch(ids=mask * np.arange(1, len(lengths) + 1)[:, None], mask=mask)
+
+
+def mean_over_rows(batch: Batch) -> tuple[float, Theta]:
+    """Each row's value is its number."""
+    value = float(batch.ids[:, 0].mean())
+    return value, np.full(2, value, np.float32)
+
+
+def mean_over_tokens(batch: Batch) -> tuple[float, Theta]:
+    """Each token that follows another is worth the number of its row."""
+    value = float(batch.ids[:, 1:].sum() / max(1, batch.mask[:, 1:].sum()))
+    return value, np.full(2, value, np.float32)
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), overhead=st.integers(0, 40))
+def test_the_means_over_passes_are_those_over_the_batch(
+    by_tokens: bool, lengths: list[int], overhead: int
+) -> None:
+    batch, mean = rows_of(lengths), mean_over_tokens if by_tokens else mean_over_rows
+    limits = PassLimits(tokens=64, overhead_tokens=overhead)
+    loss, gradient = in_passes(batch, limits, mean, least=1, by_tokens=by_tokens)
+    expected_loss, expected = mean(batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_a_batch_of_rows_of_one_length_goes_through_as_it_is() -> None:
+    batch, seen = rows_of([7] * 5), []
+
+    def note(part: Batch) -> tuple[float, Theta]:
+        seen.append(part)
+        return mean_over_rows(part)
+
+    in_passes(batch, PassLimits(), note, least=3, by_tokens=False)
+    assert seen == [batch]
