@@ -7,10 +7,10 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedtt.errors import StorageError
+from fedtt.errors import DiskFullError, StorageError
 
 __all__ = ["file_digest", "publish", "storage_errors", "try_lock", "write_atomically"]
 
@@ -20,9 +20,11 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only: name another directory",
     errno.ENOSPC: "free some space and start again; nothing acknowledged is lost",
     errno.EDQUOT: "free some space and start again; nothing acknowledged is lost",
+    errno.EFBIG: "allow this process larger files (ulimit -f); nothing acknowledged is lost",
     errno.ENOTDIR: "a file stands where a directory should be: name another directory",
     errno.EEXIST: "a file stands where a directory should be: name another directory",
 }
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -32,18 +34,27 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "check the directory and the disk")
-        raise StorageError(f"{path} cannot be used ({error.strerror or error}): {remedy}") from None
+        kind = DiskFullError if error.errno in _FULL else StorageError
+        raise kind(f"{path} cannot be used ({error.strerror or error}): {remedy}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file, readable by its owner alone: after a crash it holds the old bytes or the new."""
+    """Replace a file, readable by its owner alone: after a crash it holds the old bytes or the new.
+
+    Raises DiskFullError where there is no room: the old bytes stay, and nothing else does.
+    """
+    partial = path.with_name(path.name + ".new")
     with storage_errors(path):
-        partial = path.with_name(path.name + ".new")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
         publish(partial, path)
 
 

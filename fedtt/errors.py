@@ -11,6 +11,7 @@
     ├── Declined         conditions of the owner, or a budget of the task, forbid the work now
     ├── RuntimeFailure   the edge runtime could not load or run a graph
     └── StorageError     the database, the disk or a directory cannot be used
+        ├── DiskFullError     for now: there is no room, nothing of the change was kept
         └── UnavailableError  for now: the same may be tried again without a change
 
 A message says what was wrong, where, and what to do, in one line: programs print it and exit with
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Declined",
+    "DiskFullError",
     "FedttError",
     "LayoutError",
     "Refused",
@@ -101,6 +103,10 @@ class RuntimeFailure(FedttError):
 
 class StorageError(FedttError):
     """The database, the disk or a directory cannot be used."""
+
+
+class DiskFullError(StorageError):
+    """There is no room for a file; the one before is as it was, and the same may be tried again."""
 
 
 class UnavailableError(StorageError):
