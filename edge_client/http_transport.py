@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ __all__ = ["HttpTransport", "Traffic"]
 
 M = TypeVar("M")
 _GATEWAY = {502, 503, 504}  #: what proxies say when the server behind them did not answer
+_LEAST_BYTES = 16 * 1024  #: of a bundle's file in the time that any other answer may take
 _OCTETS = "application/octet-stream"
 
 
@@ -111,7 +113,9 @@ class HttpTransport:
             part = response.headers.get("Content-Range", "")
             if offset and not skip and not part.startswith(f"bytes {offset}-"):
                 raise WireError(f"{self._base}: asked for {name} from byte {offset}, another part came")
+            watch = _Pace(self._timeout_s)
             async for piece in response.content.iter_chunked(1 << 16):
+                watch.came(name, len(piece))
                 self.traffic.received_bytes += len(piece)
                 self.traffic.bundle_bytes += len(piece)
                 wanted = piece[skip:]
@@ -282,6 +286,21 @@ class HttpTransport:
         if response.status in _GATEWAY:
             return Unreachable(f"{answer}: a gateway without its server, try again later")
         return WireError(f"{answer}, which is not the protocol's: is this the aggregator's address?")
+
+
+class _Pace:
+    """Ends a body of any length that trickles: each span of time must bring a few bytes."""
+
+    def __init__(self, span_s: float) -> None:
+        self._span_s, self._began, self._bytes = span_s, time.monotonic(), 0
+
+    def came(self, name: str, size_bytes: int) -> None:
+        """Raise Unreachable where a span is over that brought too little; what has come is kept."""
+        self._bytes += size_bytes
+        if (now := time.monotonic()) - self._began > self._span_s:
+            if self._bytes < _LEAST_BYTES:
+                raise Unreachable(f"{name} trickles, {self._bytes} bytes in {now - self._began:.0f} s")
+            self._began, self._bytes = now, 0
 
 
 def _server_url(server: str) -> URL:

@@ -21,6 +21,7 @@ from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
 from fedtt.errors import Declined
+from fedtt.layout import LiveSet
 from fedtt.messages import Plan
 from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
@@ -59,8 +60,9 @@ class LeasedWork:
             plan, self._journal.state.release_key or None, budget.download_bytes
         )
         adapter = trained_adapter(plan, bundle.manifest)
-        pace = pace_key(plan, trained_depth(adapter, plan.live))
-        await self._check(plan, bundle, budget, pace)
+        live = adapter.layout.live_set(plan.live)
+        pace = pace_key(plan, trained_depth(adapter, live.indices))
+        await self._check(plan, bundle, budget, live, pace)
         key = residual_key(plan.task, adapter.layout.digest) if plan.codec.error_feedback else ""
         residual = await self._aside(self._journal.residual, key, plan.version_number)
         counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
@@ -106,11 +108,10 @@ class LeasedWork:
             epsilon=epsilon_of(spent[plan.task], plan.privacy.delta) if plan.privacy else None,
         )
 
-    async def _check(self, plan: Plan, bundle: Bundle, budget: Budget, pace: str) -> None:
+    async def _check(self, plan: Plan, bundle: Bundle, budget: Budget, live: LiveSet, pace: str) -> None:
         """Raise Declined where the training would be too long, or its frame."""
-        layout = trained_adapter(plan, bundle.manifest).layout
         labels = len(bundle.manifest.labels) if plan.label_epsilon and self._config.label_epsilon else 0
-        check_upload(budget.upload_bytes, plan, layout.live_set(plan.live), labels)
+        check_upload(budget.upload_bytes, plan, live, labels)
         known, examples = self._journal.state.paces.get(pace), await self._aside(self._examples.count)
         expected_s = known.expected_s(rows(plan, examples), self._clock.now()) if known else None
         check_time(budget.time_s, expected_s)

@@ -19,7 +19,7 @@ from edge_client.journal import Idle, Leased, Residual, Trained
 from edge_client.tokens import Batch
 from fedtt.errors import ConfigError, Refused, RuntimeFailure, Unreachable, WireError
 from fedtt.layout import Theta
-from fedtt.messages import Code, FailureCode, Problem, Receipt
+from fedtt.messages import CheckIn, CheckInAnswer, Code, FailureCode, Problem, Receipt, Work
 from fedtt.optimiser import TrainingSpec
 from fedtt.seams import VersionBody
 from fedtt.task import TaskSpec
@@ -369,6 +369,37 @@ def test_a_version_that_is_not_what_its_name_says_is_not_trained(tmp_path: Path)
         assert isinstance(step, events.GaveUp)
         assert step.code is FailureCode.BUNDLE
         assert "does not match its sha256" in step.detail
+
+    in_world(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"live": (999,)},  # factors of a larger layout
+        {"rank": 4096},
+        {"live": tuple(range(300))},
+    ],
+)
+def test_a_plan_for_another_layout_than_its_bundles_is_given_back_untrained(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        honest = transport.check_in
+
+        async def lying(message: CheckIn) -> CheckInAnswer:
+            answer = await honest(message)
+            assert isinstance(answer, Work)
+            return replace(answer, plan=replace(answer.plan, **changes))
+
+        transport.check_in = lying  # type: ignore[method-assign]
+        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
+        assert isinstance(step, events.GaveUp)
+        assert step.code is FailureCode.BUNDLE
+        assert "\n" not in step.detail
+        assert device.journal.state.phase == Idle()
+        assert not world.runtime.batches  # type: ignore[attr-defined]
 
     in_world(tmp_path, test)
 

@@ -355,6 +355,30 @@ def test_a_server_that_does_not_answer_in_time_is_unreachable(tmp_path: Path) ->
     at_server(tmp_path, handler, test)
 
 
+def test_bodies_that_trickle_for_ever_come_to_an_end(tmp_path: Path) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        await response.prepare(request)
+        while True:
+            await response.write(b"x")
+            await asyncio.sleep(0.02)
+
+    async def test(transport: HttpTransport) -> None:
+        with pytest.raises(Unreachable, match="did not answer"):
+            await transport.version("0" * 64, 10**6)
+        came = bytearray()
+
+        async def download() -> None:
+            async for piece in transport.bundle_file("0" * 64, "base.bin", 0):
+                came.extend(piece)
+
+        with pytest.raises(Unreachable, match=r"base\.bin trickles, \d+ bytes in"):
+            await download()
+        assert came  # and may be gone on from
+
+    at_server(tmp_path, handler, test)
+
+
 def test_an_answer_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": MEDIA_TYPE})
