@@ -23,7 +23,7 @@ from fedtt.codec import CodecSpec, decode_delta, encode_delta
 from fedtt.codec.difference import decode_difference
 from fedtt.kinds import HeadOnly
 from fedtt.layout import Factor, FactorLayout, LiveSet
-from fedtt.manifest import MANIFEST_LIMIT_BYTES
+from fedtt.manifest import MANIFEST_LIMIT_BYTES, DepthGraphs, Graphs
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
     MEDIA_TYPE,
@@ -85,6 +85,14 @@ def test_the_fields_of_a_message_are_listed_in_order_with_the_optional_ones_mark
     fields = msgspec.structs.fields(MESSAGES[name])
     assert [row[0].strip("`") for row in table] == [field.name for field in fields]
     assert ["optional" in row[1] for row in table] == [field.default is not NODEFAULT for field in fields]
+
+
+def test_the_fields_of_the_graphs_are_listed_all() -> None:
+    section = DOCUMENT.split("\n## Graphs\n")[1].split("\n## ")[0]
+    listed = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    fields = [{field.name for field in msgspec.structs.fields(kind)} for kind in (Graphs, DepthGraphs)]
+    split = len(fields[0])
+    assert [set(listed[:split]), set(listed[split:])] == fields
 
 
 def test_the_codes_and_their_statuses_are_those_of_the_server() -> None:
