@@ -46,7 +46,7 @@ class Arm(_Part, frozen=True, kw_only=True):
 
     name: str
     partitions: tuple[str, ...] = ()  #: on which it is run; none for all
-    rate_of: str = ""  #: the arm of `rates_from` whose chosen rate it takes; none for its own name
+    rate_of: str = ""  #: the arm whose chosen rate it takes, of `rates_from` or here; none for its own
     bound: Literal["", "local only", "centralised"] = ""  #: no federation, but what it is measured against
     model: Settings = {}
     task: Settings = {}
@@ -84,8 +84,9 @@ class Plan(_Part, frozen=True, kw_only=True):
                 yield Case(plan=self, set=set_, partition=partition, arm=arm, seed=seed)
 
     def searches(self) -> Iterator[Case]:
-        """Every run by which a learning rate is chosen: as many for each arm."""
-        for set_, arm, rate in product(self.sets, self.arms, () if self.rates_from else self.rates):
+        """Every run by which a learning rate is chosen: as many for each arm that takes no other's."""
+        arms = [arm for arm in self.arms if not arm.rate_of]
+        for set_, arm, rate in product(self.sets, arms, () if self.rates_from else self.rates):
             yield Case(
                 plan=self, set=set_, partition=self.search_partition, arm=arm, seed=SEARCH_SEED, rate=rate
             )
