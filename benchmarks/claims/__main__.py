@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import msgspec
 
 from benchmarks.claims.case import Result, run_case
 from benchmarks.claims.data import WORK
-from benchmarks.claims.plan import Case, Plan, plans, read_plan
+from benchmarks.claims.plan import Case, Plan, plans, read_plan, small
 from benchmarks.claims.report import write_report
 from benchmarks.harness import ROOT
 from edge_client.files import try_lock
@@ -113,6 +114,7 @@ def main() -> None:
     running = commands.add_parser("run", help="run what is missing, one run after another; may be cut short")
     running.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(plans()))
     running.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    running.add_argument("--quick", action="store_true", help="hardly any work, into --results of its own")
     reporting = commands.add_parser(
         "report", help="write docs/results.md and its plots from the stored lines"
     )
@@ -130,7 +132,11 @@ def main() -> None:
         if name not in known:
             raise SystemExit(f"there is no experiment {name!r}; known are {', '.join(known)}")
     until = time.time() + 60 * args.minutes
+    if args.quick and args.results == RESULTS:
+        args.results = Path(tempfile.mkdtemp(prefix="claims-"))
     asked = {name: _with_data(name, read_plan(known[name])) for name in args.names or known}
+    if args.quick:
+        asked = {name: small(plan) for name, plan in asked.items()}
     for seeds in range(1, 1 + max(len(plan.seeds) for plan in asked.values())):
         for name, plan in asked.items():  # an early end leaves whole comparisons of every experiment
             run(name, msgspec.structs.replace(plan, seeds=plan.seeds[:seeds]), until, args.results)

@@ -21,7 +21,7 @@ from edge_client.examples import Examples, Shard
 from edge_client.inference import Evaluation, Model
 from fedtt.errors import ConfigError
 from fedtt.layout import Theta
-from fedtt.task import read_task
+from fedtt.task import TaskSpec, read_task
 from fedtt.wire import encode_theta
 from fleet.bounds import trained_alone
 from fleet.experiment import Experiment, prepare
@@ -89,7 +89,9 @@ def run_case(case: Case, rate: float) -> Result:
     station = bench.station(options, labels)
     spec = fleet_of(case, data, station, rate)
     experiment = prepare(spec)
-    station.remember([example.words for shard in experiment.shards for example in shard.read()])
+    texts = [example.words for shard in experiment.shards for example in shard.read()]
+    if _rows_trained(spec.task) >= len(texts):
+        station.remember(texts)
     if case.arm.bound:
         return _bound(case, rate, data, station, experiment)
     directory = WORK / "runs" / f"{case.digest}-{rate:g}"
@@ -112,6 +114,10 @@ def run_case(case: Case, rate: float) -> Result:
         sha256=outcome.sha256 or "",
         report={name: float(value) for name, value in (lines[-1].report or {}).items()},
     )
+
+
+def _rows_trained(task: TaskSpec) -> int:
+    return task.rounds.count * task.rounds.cohort * task.training.local_steps * task.training.batch_size
 
 
 def _bound(case: Case, rate: float, data: DataSet, station: Station, experiment: Experiment) -> Result:

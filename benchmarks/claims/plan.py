@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from fedtt.errors import ConfigError
 
-__all__ = ["Arm", "Case", "Plan", "Set", "plans", "read_plan"]
+__all__ = ["Arm", "Case", "Plan", "Set", "plans", "read_plan", "small"]
 
 HERE = Path(__file__).parent
 SEARCH_SEED = 100  #: of all searches; no reported run has it
@@ -142,6 +142,19 @@ def _over(low: Settings, high: Settings) -> Settings:
         merges = isinstance(value, dict) and isinstance(found.get(key), dict) and key != "method"
         found[key] = _over(found[key], value) if merges else value
     return found
+
+
+def small(plan: Plan) -> Plan:
+    """The same plan with hardly any work: to see that all of it runs, not to compare anything."""
+    few: Settings = {"training": {"local_steps": 1}}
+    fewer = {**few, "rounds": {"count": 2}}
+    arms = [
+        msgspec.structs.replace(arm, task=_over(arm.task, few if "rounds" in arm.task else fewer))
+        for arm in plan.arms
+    ]
+    return msgspec.structs.replace(
+        plan, arms=tuple(arms), rates=plan.rates[:1], seeds=plan.seeds[:1], test_rows=50, search_rounds=1
+    )
 
 
 def plans() -> dict[str, Path]:
