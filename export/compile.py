@@ -18,9 +18,9 @@ from .depths import step_above
 from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
 from .private import private_step
-from .quantise import store
 from .request import ExportRequest, RuntimeKind
 from .step import AdaptedModel, TrainingStep
+from .stored_in_graphs import store
 from .summary import Summary, summarise
 from .to_onnx import OPSET, STEP_OUTPUTS, convert, part_of, write_graphs
 from .trace import MIN_TOKENS, trace

@@ -33,8 +33,8 @@ from .emulation_files import (
 )
 from .inputs import random_inputs
 from .prefix import Prefix
-from .quantise import store
 from .step import AdaptedModel
+from .stored_in_graphs import store
 from .to_onnx import convert, share_weights
 from .trace import AXES, trace
 from .verify import TOLERANCE
