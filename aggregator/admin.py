@@ -1,4 +1,4 @@
-"""What people may ask of the server: bundles, tasks, versions, devices, rounds."""
+"""What people may ask of the server: bundles, tasks, rounds, devices and their tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from aggregator.answers import (
     DeviceRow,
@@ -19,41 +19,35 @@ from aggregator.answers import (
     SentBundle,
     TaskDetail,
     TaskRow,
-    VersionRow,
     as_row,
 )
 from aggregator.grouping import waiting_updates
 from aggregator.people import audited
-from aggregator.problems import conflict_name, conflict_state, malformed, not_found
+from aggregator.problems import conflict_name, conflict_state, malformed, not_found, unknown_task
 from aggregator.service import Service
 from aggregator.token_files import new_token, token_sha256
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
-from fedtt.messages import Problem, UpdateState, Verdict
+from fedtt.messages import Problem, UpdateState
 from fedtt.server_optimiser import published
 from fedtt.task import TaskSpec, parse_task
-from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
-from fedtt.wire import decode_theta, encode_theta
+from fedtt.wire import encode_theta
 from storage.blobs import load as load_blob
 from storage.blobs import save as save_blob
-from storage.records import MAIN, Bundle, Round, Task, TaskState, Token, Version
+from storage.records import MAIN, Bundle, Round, Task, TaskState, Token
 from storage.store import Transaction
 
 __all__ = [
     "TokenTerms",
     "add_bundle",
     "change_task",
-    "change_version",
     "create_task",
     "create_token",
-    "judge_version",
     "list_devices",
     "list_rounds",
     "list_tasks",
-    "list_versions",
     "open_task",
     "show_task",
-    "version_files",
 ]
 
 
@@ -154,7 +148,7 @@ async def show_task(service: Service, name: str) -> TaskDetail | Problem:
     def look(tx: Transaction) -> TaskDetail | Problem:
         task = tx.task(name)
         if task is None:
-            return _unknown(name)
+            return unknown_task(name)
         return as_row(TaskDetail, _task_row(tx, task), spec=task.spec, groups=_group_rows(tx, task))
 
     return await service.read(look)
@@ -166,10 +160,6 @@ def _group_rows(tx: Transaction, task: Task) -> list[GroupRow]:
     return [as_row(GroupRow, group, devices=sizes[group.number]) for group in task.groups]
 
 
-def _unknown(name: str) -> Problem:
-    return not_found(f"task {name[:100]!r}")
-
-
 async def change_task(service: Service, name: str, state: TaskState) -> TaskRow | Problem:
     def change(tx: Transaction) -> TaskRow | Problem:
         lifecycle, reason = service.lifecycle, "by an operator"
@@ -178,7 +168,7 @@ async def change_task(service: Service, name: str, state: TaskState) -> TaskRow 
         else:
             task = lifecycle.set_active(tx, name, state, reason if state is TaskState.PAUSED else "")
         if task is None:
-            return _unknown(name)
+            return unknown_task(name)
         if task.state is not state:
             wanted = "resumed" if state is TaskState.ACTIVE else state.value
             return conflict_state(name, task.state.value, wanted)
@@ -193,7 +183,7 @@ async def list_rounds(service: Service, name: str, limit: int) -> list[RoundRow]
     def look(tx: Transaction) -> list[RoundRow] | Problem:
         task = tx.task(name)
         if task is None:
-            return _unknown(name)
+            return unknown_task(name)
         return [_round_row(tx, round_) for round_ in tx.rounds(task.id, limit=limit)]
 
     return await service.read(look)
@@ -203,80 +193,6 @@ def _round_row(tx: Transaction, round_: Round) -> RoundRow:
     place = (round_.task_id, round_.branch, round_.number)
     updates = {state: tx.count_updates(*place, state) for state in UpdateState}
     return as_row(RoundRow, round_, invited=len(round_.invited), updates=updates)
-
-
-async def list_versions(service: Service, name: str) -> list[VersionRow] | Problem:
-    """The versions of the model, oldest first; those of other ranks and of groups are the server's own."""
-
-    def look(tx: Transaction) -> list[VersionRow] | Problem:
-        task = tx.task(name)
-        if task is None:
-            return _unknown(name)
-        return [as_row(VersionRow, version) for version in tx.versions(task.id) if version.branch == MAIN]
-
-    return await service.read(look)
-
-
-async def change_version(service: Service, name: str, number: int, change: str) -> VersionRow | Problem:
-    """Release or hold a candidate, or publish an old version again; what it has become."""
-    lifecycle, now = service.lifecycle, service.clock.now()
-
-    def apply(tx: Transaction) -> Version | Problem:
-        match change:
-            case "release":
-                return lifecycle.release(tx, now, name, number)
-            case "hold":
-                return lifecycle.hold(tx, now, name, number, "an operator held it")
-            case _:
-                return lifecycle.roll_back(tx, now, name, number)
-
-    return _version_row(await audited(service, f"version.{change}", name, apply, number=number))
-
-
-async def judge_version(service: Service, name: str, number: int, body: bytes) -> VersionRow | Problem:
-    """Release or hold a candidate by a verdict that people bring."""
-    try:
-        verdict = msgspec.json.decode(body, type=Verdict)
-    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
-        return malformed(str(error))
-    now = service.clock.now()
-    return _version_row(
-        await audited(
-            service,
-            "version.judge",
-            name,
-            lambda tx: service.lifecycle.judge(tx, now, name, number, verdict),
-            number=number,
-            verdict=verdict,
-        )
-    )
-
-
-def _version_row(answer: Version | Problem) -> VersionRow | Problem:
-    return answer if isinstance(answer, Problem) else as_row(VersionRow, answer)
-
-
-async def version_files(service: Service, name: str, number: int) -> dict[str, bytes] | Problem:
-    """A version as people download it: safetensors by factor name, and a config that says what it is."""
-
-    def look(tx: Transaction) -> tuple[Task, Version, Manifest] | Problem:
-        task = tx.task(name)
-        version = tx.version(task.id, MAIN, number) if task else None
-        if task is None or version is None:
-            return not_found(f"version {number} of task {name[:100]!r}")
-        return task, version, service.lifecycle.manifest(tx, task)
-
-    found = await service.read(look)
-    if isinstance(found, Problem):
-        return found
-    task, version, manifest = found
-    layout = manifest.adapter.layout
-    theta = decode_theta(
-        await service.aside(load_blob, service.blobs, version.sha256), layout, version.sha256
-    )
-    config = version_config(manifest, task.bundle, task.spec.name, number, version.sha256)
-    metadata = {"format": "fedtt", "task": name, "version": str(number), "sha256": version.sha256}
-    return {CONFIG: encode_config(config), FACTORS: save(layout.unflatten(theta), metadata=metadata)}
 
 
 async def list_devices(service: Service, after: str) -> list[DeviceRow]:

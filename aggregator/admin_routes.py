@@ -7,7 +7,7 @@ import re
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from aggregator import admin, people
+from aggregator import admin, admin_versions, people
 from aggregator.answers import Refusal, SentBlob
 from aggregator.dashboard import dashboard
 from aggregator.device_routes import serve_bundle_file
@@ -156,12 +156,14 @@ async def list_rounds(request: web.Request) -> web.Response:
 
 
 async def list_versions(request: web.Request) -> web.Response:
-    return json_answer(checked(await admin.list_versions(request.app[SERVICE], request.match_info["task"])))
+    return json_answer(
+        checked(await admin_versions.list_versions(request.app[SERVICE], request.match_info["task"]))
+    )
 
 
 async def version_file(request: web.Request) -> web.Response:
     task, number, name = (request.match_info[key] for key in ("task", "number", "file"))
-    files = checked(await admin.version_files(request.app[SERVICE], task, int(number)))
+    files = checked(await admin_versions.version_files(request.app[SERVICE], task, int(number)))
     if name not in files:
         raise ProblemError(not_found(f"file {name[:100]!r} in a version"))
     return web.Response(body=files[name], content_type="application/octet-stream")
@@ -169,14 +171,18 @@ async def version_file(request: web.Request) -> web.Response:
 
 async def change_version(request: web.Request) -> web.Response:
     task, number, change = (request.match_info[key] for key in ("task", "number", "change"))
-    return json_answer(checked(await admin.change_version(request.app[SERVICE], task, int(number), change)))
+    return json_answer(
+        checked(await admin_versions.change_version(request.app[SERVICE], task, int(number), change))
+    )
 
 
 async def judge_version(request: web.Request) -> web.Response:
     """Body: {"examples": N, "before": {"loss": …, "right": …}, "after": {…}}."""
     task, number = request.match_info["task"], int(request.match_info["number"])
     verdict = await read_body(request, _VERDICT_LIMIT_BYTES)
-    return json_answer(checked(await admin.judge_version(request.app[SERVICE], task, number, verdict)))
+    return json_answer(
+        checked(await admin_versions.judge_version(request.app[SERVICE], task, number, verdict))
+    )
 
 
 async def list_devices(request: web.Request) -> web.Response:

@@ -28,6 +28,7 @@ __all__ = [
     "too_many",
     "unknown_device",
     "unknown_lease",
+    "unknown_task",
 ]
 
 
@@ -108,6 +109,10 @@ def malformed(why: str) -> Problem:
 
 def not_found(what: str) -> Problem:
     return Problem(code=Code.NOT_FOUND, detail=f"there is no {what} here"[:500])
+
+
+def unknown_task(name: str) -> Problem:
+    return not_found(f"task {name[:100]!r}")
 
 
 def not_allowed(method: str, path: str, allowed: str) -> Problem:

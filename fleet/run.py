@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from aggregator.admin import version_files
+from aggregator.admin_versions import version_files
 from aggregator.promised import promised
 from edge_client.files import try_lock
 from edge_client.runtime import Scorer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aggregator import admin
+from aggregator import admin, admin_versions
 from edge_client import events
 from edge_client.journal import Leased, Trained
 from edge_client.runtime import Runtime
@@ -174,10 +174,10 @@ def test_people_get_the_main_version(case: Case, tmp_path: Path) -> None:
             tmp_path, case.text, case.adapter, memory_mb=MEMORY_MB, runtime=case.runtime
         ) as fleet:
             await fleet.round()
-            files = await admin.version_files(fleet.service, "lights", 1)
+            files = await admin_versions.version_files(fleet.service, "lights", 1)
             assert isinstance(files, dict)
             assert len(files["factors.safetensors"]) > 4 * case.adapter.layout.size
-            rows = await admin.list_versions(fleet.service, "lights")
+            rows = await admin_versions.list_versions(fleet.service, "lights")
             assert isinstance(rows, list)
             assert [(row.branch, row.number) for row in rows] == [("main", 0), ("main", 1)]
             assert rows[1].report["effective_rank_least"] > 0

@@ -47,6 +47,10 @@ async def test_a_request_its_reading_a_fold_and_a_release_are_spans(tmp_path: Pa
         await peer.update()
         await until(lambda: version_1(server))
         answer = await server.raw("GET", "/healthz")
+        await server.people("POST", "/tasks/lights/versions/1/hold")
+    (asked,) = named(exporter, "POST /v1/admin/tasks/{task}/versions/{number}/{change}")
+    (hold,) = named(exporter, "hold")
+    assert (hold.parent, hold.attributes) == (asked.context, {"fedtt.version": 1})
     (upload,) = named(exporter, "PUT /v1/leases/{lease}/update")
     assert upload.attributes is not None
     assert upload.attributes["http.response.status_code"] == 200
