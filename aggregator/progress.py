@@ -26,12 +26,13 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
 
 
 def settings(spec: dict[str, Any]) -> None:
-    """Print a task's settings in the words of its file, a section a line."""
+    """Print a task's settings in the words of its file, a section a line; one without any is left out."""
     single = {name: value for name, value in spec.items() if not isinstance(value, dict) and name != "name"}
     sections = {name: value for name, value in spec.items() if isinstance(value, dict)}
     for name, values in {"task": single, **sections}.items():
-        given = (f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None)
-        print(f"[{name}]".ljust(max(map(len, sections)) + 2), ", ".join(given))
+        given = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        if given:
+            print(f"[{name}]".ljust(max(map(len, sections)) + 2), ", ".join(given))
 
 
 def _cell(column: str, value: object) -> str:

@@ -96,7 +96,7 @@ async def test_the_life_of_a_task_as_tables(
         assert shown[2] == "[task] seed = 0, min_examples = 1, priority = 0"
         assert shown[3].startswith("[rounds] count = 2, cohort = 2, quorum = 1, deadline_s = 3600.0, ")
         settings = [line.split()[0] for line in shown if line.startswith("[")]
-        sections = ("task", "rounds", "training", "method", "fold", "server", "sampling", "codec", "budget")
+        sections = ("task", "rounds", "training", "method", "fold", "server", "sampling", "codec")
         assert settings == [f"[{section}]" for section in sections]
         last = 2 + len(sections)
         assert 'quantise = "fp32"' in shown[last - 1]
