@@ -12,7 +12,10 @@ from msgspec.structs import replace
 
 from aggregator.service import Service
 from edge_client import events
+from edge_client.bundle import open_bundle
 from edge_client.device_config import DeviceConfig
+from edge_client.examples import ExampleStore
+from edge_client.onnx_runtime import OnnxRuntime
 from fedtt.algorithms import HierFedTT
 from fedtt.codec import payload_bytes
 from fedtt.label_counts import decode_label_counts
@@ -106,6 +109,50 @@ def check(fleet: Federation) -> None:
     )  # four examples; at ε = 20 next to no noise
     with fleet.service.store.reading() as tx:
         assert len(set(tx.members(1).values())) == 2
+
+
+@pytest.mark.slow
+def test_groups_train_on_the_real_graphs_of_their_depth(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    adapter = bundle.manifest.adapter
+    task = TASK.replace("regroup_every = 3", "bytes_weight = 1.0").replace("0.03", "0.01")
+
+    async def run() -> None:
+        async with federation(
+            tmp_path,
+            task,
+            adapter,
+            memory_mb=(0,) * 6,
+            runtime=lambda _: OnnxRuntime(bundle),
+            bundle=tiny_bundle,
+        ) as fleet:
+            for number, world in enumerate(fleet.worlds):
+                world.examples = ExampleStore(None)
+                for row, word in enumerate(("alarm", "lights", "pay", "weather")):
+                    world.examples.add(f"{word} please", (row + number) % 2 + 2 * (row // 2))
+                fleet.devices[number] = world.device(config=DeviceConfig(token=TOKEN))[0]
+            await until_done(fleet)
+            for world in fleet.worlds:
+                first, *later = [e.depth for e in world.seen if isinstance(e, events.Trained)]
+                assert first is None  # the warm-up trains all blocks, by the whole step
+                assert 1 in later  # a group may train the last alone, over what lies below
+            main, _ = fleet.ledger()
+            assert [version.number for version in main] == list(range(7))
+            start, end = fleet.theta(main[0]), fleet.theta(main[-1])
+            below = adapter.size_below(1)
+            assert np.isfinite(end).all()
+            assert not np.array_equal(start[below:], end[below:])
+            layout = adapter.layout
+            live = HierFedTT().live_at(adapter, 1)
+            sent = {
+                len(decode_update(frame)[1])
+                for world in fleet.worlds
+                for transport in world.transports
+                for _, frame in transport.frames
+            }
+            assert sent == {payload_bytes(fleet.spec.codec, which) for which in (layout.everything, live)}
+
+    asyncio.run(run())
 
 
 def test_devices_whose_owners_have_not_agreed_tell_nothing_and_are_grouped_all_the_same(

@@ -19,7 +19,7 @@ from edge_client.examples import ExampleStore
 from edge_client.runtime import Runtime
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.layout import Theta
-from fedtt.manifest import MANIFEST, decode_manifest
+from fedtt.manifest import MANIFEST, bundle_digest, decode_manifest
 from fedtt.messages import Problem
 from fedtt.task import TaskSpec, parse_task
 from fedtt.wire import decode_theta
@@ -77,19 +77,22 @@ async def federation(
     runtime: Callable[[AdapterSpec], Runtime] = TowardsMatrices,
     store: Store | None = None,
     first: Theta | None = None,
+    bundle: Path | None = None,
 ) -> AsyncIterator[Federation]:
     """A task on a bundle with these adapters and five labels, and a device for each entry of `memory_mb`.
 
     first: its factors; None for the spec's own first values.
+    bundle: a real one with these adapters in its place.
     """
     clock = VirtualClock()
     service = Service(store or MemoryStore(), FileBlobs(tmp_path / "blobs"), clock)
-    digest = write_train_bundle(
-        tmp_path / "bundle", adapter, initial_theta(adapter, 0) if first is None else first
-    )
-    manifest = (tmp_path / "bundle" / MANIFEST).read_bytes()
+    if bundle is None:
+        bundle = tmp_path / "bundle"
+        write_train_bundle(bundle, adapter, initial_theta(adapter, 0) if first is None else first)
+    manifest = (bundle / MANIFEST).read_bytes()
+    digest = bundle_digest(manifest)
     for name in decode_manifest(manifest).files:
-        save(service.blobs, (tmp_path / "bundle" / name).read_bytes())
+        save(service.blobs, (bundle / name).read_bytes())
     with service.store.transaction() as tx:
         tx.put_token(Token(sha256=token_sha256(TOKEN), uses_left=None, expires_at=None))
         tx.put_bundle(Bundle(sha256=digest, manifest=manifest, added_at=clock.now()))
