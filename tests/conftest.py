@@ -1,15 +1,17 @@
-"""Bundles that many tests share, each exported once a session when the first test asks for it."""
+"""Bundles that many tests share: each exported when the first asks for it, once for all workers."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from export import ExportRequest
@@ -27,7 +29,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two blocks, width 32, that reads the words of `tests.support.models.WORDS`."""
     from tests.support.models import save_tiny_model
 
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return _once("tiny-model", tmp_path_factory, save_tiny_model)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,7 @@ def tiny_request(tiny_model: Path) -> ExportRequest:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """428 trained numbers, 4 labels, at most 32 tokens."""
-    return _export(tiny_request, tmp_path_factory)
+    return _export("tiny", tiny_request, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +57,8 @@ def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPat
 def executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for both runtimes; it takes half a minute to lower."""
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
-    return _export(replace(tiny_request, runtimes=("onnxruntime", "executorch")), tmp_path_factory)
+    both = replace(tiny_request, runtimes=("onnxruntime", "executorch"))
+    return _export("executorch", both, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +68,7 @@ def executorch_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("SKIPPED: without a C++ compiler the ExecuTorch runtime is not tested")
-    return build(tmp_path_factory.mktemp("executorch"))
+    return _once("executorch-library", tmp_path_factory, build)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +79,8 @@ def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.models import minilm_directory
 
     labels = read_labels(Path(__file__).parents[1] / "fleet" / "assistant" / "labels.json")
-    return _export(ExportRequest(model=str(minilm_directory()), labels=labels, depths=()), tmp_path_factory)
+    request = ExportRequest(model=str(minilm_directory()), labels=labels, depths=())
+    return _export("minilm", request, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -87,15 +91,28 @@ def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")
-    return _export(
-        ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16, depths=(1,)), tmp_path_factory
-    )
+    request = ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16, depths=(1,))
+    return _export("stories", request, tmp_path_factory)
 
 
-def _export(request: ExportRequest, factory: pytest.TempPathFactory) -> Path:
+def _export(name: str, request: ExportRequest, factory: pytest.TempPathFactory) -> Path:
     """Without the comparison with torch, which tests make where they are about it."""
     from export import export_bundle
 
-    directory = factory.mktemp("bundles") / "bundle"
-    export_bundle(request, directory, verify=False)
-    return directory
+    def export(directory: Path) -> Path:
+        export_bundle(request, directory, verify=False)
+        return directory
+
+    return _once(name, factory, export)
+
+
+def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Path]) -> Path:
+    """What `make` leaves in a directory, made by the first worker of pytest-xdist that asks for it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    place, made = shared / f"shared-{name}", shared / f"shared-{name}.made"
+    with FileLock(shared / f"shared-{name}.lock"):
+        if not made.is_file():
+            made.write_text(str(make(place)))
+    return Path(made.read_text())

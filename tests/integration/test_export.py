@@ -54,7 +54,7 @@ def test_graphs_of_each_family_agree_with_torch_at_shapes_never_traced(family: s
         bottleneck=8,
         rank=2,
         max_tokens=24,
-        depths=(1,) if family == "llama" else (),
+        depths=(),
         **CASES[family],
     )
     export_bundle(request, tmp_path / "bundle", verify=False)

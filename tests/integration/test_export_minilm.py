@@ -61,9 +61,9 @@ def test_it_tells_intents_apart_from_their_names_before_any_training(minilm_bund
 
 
 def test_verify_prints_each_shape_and_the_differences(
-    minilm_bundle: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["verify", str(minilm_bundle), "--model", str(minilm_directory())]) == 0
+    assert main(["verify", str(tiny_bundle), "--model", str(tiny_model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r" 3 x 10 +traced +loss \d\.\de-\d\d", lines[0])
     assert sum("unseen" in line for line in lines) == 4
