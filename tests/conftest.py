@@ -50,7 +50,7 @@ def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the step that clips each example's gradient, and without the steps by depth."""
-    return _export(replace(tiny_request, private=True, depths=()), tmp_path_factory)
+    return _export("private", replace(tiny_request, private=True, depths=()), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
