@@ -29,7 +29,7 @@ from aggregator.problems import (
     unknown_lease,
 )
 from aggregator.promised import promised
-from fedtt.layout import FactorLayout, LiveSet
+from aggregator.update_check import Wanted
 from fedtt.messages import (
     CheckIn,
     CheckInAnswer,
@@ -72,17 +72,11 @@ _INVITATIONS_KEPT = 16  #: rounds
 
 
 class Admission(Struct, frozen=True, kw_only=True):
-    """An update that may be taken if its content is sound: what to check it against."""
+    """An update that may be taken if its content is what its lease's plan asks for."""
 
     task: Task
     lease: Lease
-    layout: FactorLayout  #: of its lease's rank
-    live: tuple[int, ...]
-    labels: int = 0  #: of which it may bring counts
-
-    @property
-    def live_set(self) -> LiveSet:
-        return self.layout.live_set(self.live)
+    wanted: Wanted
 
 
 class Upload(Struct, frozen=True, kw_only=True):
@@ -390,31 +384,20 @@ class Coordinator:
             return stale(why)
         labels = self.lifecycle.labels(tx, task)
         layout = self.lifecycle.adapter(tx, task, lease.rank).layout
-        return Admission(task=task, lease=lease, layout=layout, live=granted.live, labels=labels)
+        wanted = Wanted(layout, granted.live, task.spec.codec, labels)
+        return Admission(task=task, lease=lease, wanted=wanted)
 
-    def accept(
-        self,
-        tx: Transaction,
-        now: float,
-        admission: Admission,
-        digest: str,
-        header: UpdateHeader,
-        payload: bytes,
-    ) -> Receipt | Problem:
+    def accept(self, tx: Transaction, now: float, upload: Upload) -> Receipt | Problem:
         """Append a checked update to the ledger. Admission is looked at again: time may have passed."""
-        again = self.admit(tx, admission.lease.device_id, admission.lease.id, digest)
-        return self.append(tx, now, again, digest, header, payload) if isinstance(again, Admission) else again
+        lease = upload.admission.lease
+        again = self.admit(tx, lease.device_id, lease.id, upload.digest)
+        if not isinstance(again, Admission):
+            return again
+        return self.append(tx, now, replace(upload, admission=again))
 
-    def append(
-        self,
-        tx: Transaction,
-        now: float,
-        admission: Admission,
-        digest: str,
-        header: UpdateHeader,
-        payload: bytes,
-    ) -> Receipt:
+    def append(self, tx: Transaction, now: float, upload: Upload) -> Receipt:
         """Append an update that was admitted in this very transaction."""
+        admission, header = upload.admission, upload.header
         lease = admission.lease
         current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
         update = tx.add_update(
@@ -426,12 +409,12 @@ class Coordinator:
                 round_number=current.number,
                 version_number=lease.version_number,
                 device_id=lease.device_id,
-                digest=digest,
+                digest=upload.digest,
                 received_at=now,
                 examples=header.examples,
                 loss_first=header.loss_first,
                 loss_last=header.loss_last,
-                payload=payload,
+                payload=upload.payload,
                 state=UpdateState.ACCEPTED,
                 reason="",
                 folded_into=None,
@@ -448,7 +431,7 @@ class Coordinator:
                 last_round=current.number,
                 last_loss=header.loss_first,
                 duration_s=max(0.0, now - lease.granted_at),
-                work=self.lifecycle.work(tx, admission.task, admission.live),
+                work=self.lifecycle.work(tx, admission.task, admission.wanted.live),
                 label_counts=header.label_counts or (known.label_counts if known else None),
             )
         )
@@ -459,10 +442,7 @@ class Coordinator:
     def accept_all(self, tx: Transaction, now: float, uploads: Sequence[Upload]) -> list[Receipt | Problem]:
         """Append many, each as `accept` does."""
         with tx.together([upload.admission.lease.id for upload in uploads]):
-            return [
-                self.accept(tx, now, upload.admission, upload.digest, upload.header, upload.payload)
-                for upload in uploads
-            ]
+            return [self.accept(tx, now, upload) for upload in uploads]
 
     def receipt(self, tx: Transaction, device_name: str, lease_id: str) -> Receipt | Problem:
         """What has become of an acknowledged update."""

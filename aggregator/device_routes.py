@@ -9,6 +9,7 @@ from aiohttp import web
 from aggregator.auth import claim_of, verify, verify_key
 from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
 from aggregator.problems import bad_signature, busy, not_found, too_many
+from aggregator.service import Proof, Service
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
 from fedtt.signature import Signed, content_digest, hex_digest
@@ -29,11 +30,16 @@ async def _sender(request: web.Request) -> Signed:
     """The device that signed this request; its body is not read yet, its digest is part of the claim."""
     service = request.app[SERVICE]
     claim, signature = _claim(request)
-    if problem := verify(claim, signature, await service.device(claim.device), service.clock.now()):
+    if problem := await service.sender(claim.device, _proof(service, claim, signature)):
         raise ProblemError(problem)
     if wait_s := request.app[KEYS].take(claim.device, service.clock.now()):
         raise ProblemError(too_many("this device"), wait_s)
     return claim
+
+
+def _proof(service: Service, claim: Signed, signature: bytes) -> Proof:
+    """What a look at the store checks of a claim, on the store's thread."""
+    return lambda device: verify(claim, signature, device, service.clock.now())
 
 
 async def _signed_body(request: web.Request, claim: Signed, limit_bytes: int) -> bytes:
@@ -72,16 +78,15 @@ async def check_in(request: web.Request) -> web.Response:
 
 
 async def upload(request: web.Request) -> web.Response:
-    """Who sends it and whether it may come is one look at the store, for this call comes in crowds."""
+    """Whether it may come and from whom is one look at the store, for this call comes in crowds."""
     service, lease = request.app[SERVICE], request.match_info["lease"]
     claim, signature = _claim(request)
-    device, admitted = await service.knock(claim.device, lease, hex_digest(claim.digest))
-    if problem := verify(claim, signature, device, service.clock.now()):
-        raise ProblemError(problem)
+    digest = hex_digest(claim.digest)
+    admitted = await service.admit(claim.device, lease, digest, _proof(service, claim, signature))
     if not isinstance(admitted, tuple):
         return answer(checked(admitted))
     admission, limit_bytes = admitted
-    return answer(checked(await service.upload(admission, await _signed_body(request, claim, limit_bytes))))
+    return answer(checked(await service.upload(admission, await read_body(request, limit_bytes), digest)))
 
 
 async def receipt(request: web.Request) -> web.Response:

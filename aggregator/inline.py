@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
+from aggregator.together import AnswerAll
 from storage.store import Store, Transaction
 
-__all__ = ["Aside", "InlineReader", "InlineWriter", "at_once"]
+__all__ = ["Aside", "InlineTogether", "InlineWriter", "at_once"]
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -55,13 +56,12 @@ class InlineWriter:
         """And nothing that waits."""
 
 
-class InlineReader(Generic[A, T]):
-    """What `aggregator.reader.Reader` does, with a look for each question."""
+class InlineTogether(Generic[A, T]):
+    """What `aggregator.together.Together` does, one question at a time."""
 
-    def __init__(self, store: Store, look: Callable[[Transaction, Sequence[A]], list[T]]) -> None:
-        self._store, self._look = store, look
+    def __init__(self, answer_all: AnswerAll[A, T]) -> None:
+        self._answer_all = answer_all
 
     async def ask(self, question: A) -> T:
-        with self._store.reading() as tx:
-            (answer,) = self._look(tx, [question])
-            return answer
+        (answer,) = self._answer_all([question])
+        return answer

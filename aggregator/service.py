@@ -13,14 +13,14 @@ from aggregator.claims import Claims
 from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.differences import Differences
 from aggregator.folding import server_state, sum_round
-from aggregator.inline import Aside, InlineReader, InlineWriter, at_once
+from aggregator.inline import Aside, InlineTogether, InlineWriter, at_once
 from aggregator.metrics import Metrics
-from aggregator.problems import busy, malformed, not_found, unknown_lease
-from aggregator.reader import Reader
+from aggregator.problems import bad_signature, busy, malformed, not_found, unknown_lease
 from aggregator.releases import Releases
+from aggregator.together import Answers, Together
 from aggregator.token_files import token_sha256
 from aggregator.tracing import UNTRACED, Tracer
-from aggregator.update_check import check_update
+from aggregator.update_check import check_update, check_updates
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError
@@ -38,7 +38,7 @@ __all__ = ["Service"]
 
 T = TypeVar("T")
 Admitted = tuple[Admission, int]  #: and the most bytes its frame may have
-_Known = tuple[Device | None, Admitted | Receipt | Problem]
+Proof = Callable[[Device | None], Problem | None]  #: what is wrong with who claims to send a request
 _log = logging.getLogger("fedtt.aggregator")
 _TICKS_APART_S = 0.02  #: however fast updates arrive
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -48,8 +48,25 @@ class _Knock(NamedTuple):
     """Who asks, and for which upload, if any."""
 
     device: str
+    proof: Proof = lambda device: None
     lease: str = ""
     digest: str = ""
+
+
+class _Known(NamedTuple):
+    """What there is to say to a knock."""
+
+    device: Device | None
+    problem: Problem | None  #: that its proof found
+    admitted: Admitted | Receipt | Problem
+
+
+class _Sent(NamedTuple):
+    """An admitted update's bytes, and what their digest is said to be."""
+
+    admission: Admission
+    frame: bytes
+    digest: str
 
 
 class Service:
@@ -80,9 +97,9 @@ class Service:
             InlineWriter(store) if inline else Writer(store, observe=self.metrics.committed)
         )
         self.metrics.watch_queue(lambda: self.writer.waiting())
-        self._reader: Reader[_Knock, _Known] | InlineReader[_Knock, _Known] = (
-            InlineReader(store, self._look) if inline else Reader(store, self._look)
-        )
+        together = InlineTogether if inline else Together
+        self._door: Answers[_Knock, _Known] = together(self._look)
+        self._inspection: Answers[_Sent, Upload | Problem] = together(_inspect)
         self._differences = Differences(blobs, aside=self.aside)
         self._claims = Claims(store, self.lifecycle, clock)
         self._wake = asyncio.Event()
@@ -117,7 +134,11 @@ class Service:
         return answer
 
     async def device(self, device_name: str) -> Device | None:
-        return (await self._reader.ask(_Knock(device_name)))[0]
+        return (await self._door.ask(_Knock(device_name))).device
+
+    async def sender(self, device_name: str, proof: Proof) -> Problem | None:
+        """What is wrong with whoever says to be this device."""
+        return (await self._door.ask(_Knock(device_name, proof))).problem
 
     async def check_in(
         self, device_name: str, message: CheckIn, nonce: int | None = None
@@ -129,18 +150,22 @@ class Service:
             self.metrics.checked_in(answer)
         return answer
 
-    async def knock(self, device_name: str, lease: str, digest: str) -> _Known:
-        """Before the body is read: who asks, whether it may come, and the most bytes it may have."""
-        return await self._reader.ask(_Knock(device_name, lease, digest))
+    async def admit(
+        self, device_name: str, lease: str, digest: str, proof: Proof = lambda device: None
+    ) -> Admitted | Receipt | Problem:
+        """Before the body is read: whether it may come from this sender, and the most bytes it may have."""
+        known = await self._door.ask(_Knock(device_name, proof, lease, digest))
+        return known.problem or known.admitted
 
-    async def admit(self, device_name: str, lease: str, digest: str) -> Admitted | Receipt | Problem:
-        """The same where who asks is known."""
-        return (await self.knock(device_name, lease, digest))[1]
-
-    def _look(self, tx: Transaction, knocks: Sequence[_Knock]) -> list[_Known]:
+    def _look(self, knocks: Sequence[_Knock]) -> list[_Known]:
+        """Answer all from one look at the store; signatures, which take longest, are checked after it."""
         leases = [knock.lease for knock in knocks if knock.lease]
-        with tx.together(leases, [knock.device for knock in knocks]):
-            return [(tx.device(knock.device), self._admitted(tx, knock)) for knock in knocks]
+        with self.store.reading() as tx, tx.together(leases, [knock.device for knock in knocks]):
+            found = [(tx.device(knock.device), self._admitted(tx, knock)) for knock in knocks]
+        return [
+            _Known(device, knock.proof(device), admitted)
+            for knock, (device, admitted) in zip(knocks, found, strict=True)
+        ]
 
     def _admitted(self, tx: Transaction, knock: _Knock) -> Admitted | Receipt | Problem:
         if not knock.lease:
@@ -148,17 +173,17 @@ class Service:
         admission = self.coordinator.admit(tx, knock.device, knock.lease, knock.digest)
         if not isinstance(admission, Admission):
             return admission
-        payload = payload_bytes(admission.task.spec.codec, admission.live_set)
-        return admission, update_limit_bytes(payload, admission.labels)
+        wanted = admission.wanted
+        return admission, update_limit_bytes(payload_bytes(wanted.codec, wanted.live_set), wanted.labels)
 
-    async def upload(self, admission: Admission, frame: bytes) -> Receipt | Problem:
-        """Check an admitted update and acknowledge it once it is durable."""
-        codec = admission.task.spec.codec
-        checked = check_update(frame, admission.layout, admission.live, codec, admission.labels)
-        if isinstance(checked, Problem):
-            return checked
-        digest = update_digest(frame)
-        upload = Upload(admission=admission, digest=digest, header=checked[0], payload=checked[1])
+    async def upload(self, admission: Admission, frame: bytes, digest: str) -> Receipt | Problem:
+        """Check an admitted update and acknowledge it once it is durable.
+
+        digest: sha256 in hex that whoever sent the frame has signed.
+        """
+        upload = await self._inspection.ask(_Sent(admission, frame, digest))
+        if isinstance(upload, Problem):
+            return upload
         try:
             answer = await self.writer.request_together(self._accept_all, upload)
         except QueueFullError as error:
@@ -177,11 +202,12 @@ class Service:
             admission = self.coordinator.admit(tx, device_name, lease, digest)
             if not isinstance(admission, Admission):
                 return admission
-            codec = admission.task.spec.codec
-            checked = check_update(frame, admission.layout, admission.live, codec, admission.labels)
+            checked = check_update(frame, admission.wanted)
             if isinstance(checked, Problem):
                 return checked
-            return self.coordinator.append(tx, self.clock.now(), admission, digest, *checked)
+            header, payload = checked
+            upload = Upload(admission=admission, digest=digest, header=header, payload=payload)
+            return self.coordinator.append(tx, self.clock.now(), upload)
 
         return await self.write(change)
 
@@ -292,3 +318,18 @@ class Service:
                 self._wake.clear()
             except TimeoutError:
                 pass
+
+
+def _inspect(sent: Sequence[_Sent]) -> list[Upload | Problem]:
+    """Each update with its content, or what is wrong with it."""
+    found: list[Upload | Problem] = []
+    checked = check_updates([(one.frame, one.admission.wanted) for one in sent])
+    for one, update in zip(sent, checked, strict=True):
+        if update_digest(one.frame) != one.digest:
+            found.append(bad_signature("Content-Digest does not match the body"))
+        elif isinstance(update, Problem):
+            found.append(update)
+        else:
+            header, payload = update
+            found.append(Upload(admission=one.admission, digest=one.digest, header=header, payload=payload))
+    return found

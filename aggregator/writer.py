@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from aggregator.reader import each_alone
+from aggregator.together import each_alone
 from fedtt.errors import FedttError
 from fedtt.messages import UpdateState
 from storage.store import Store, Transaction

@@ -6,6 +6,7 @@ live set -> error feedback -> sparsify -> quantise, block by block -> plain, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,13 +106,14 @@ def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -
     return payload, target - decode_delta(codec, live, payload)
 
 
-def _blocks(codec: CodecSpec, live: LiveSet) -> list[int]:
+@lru_cache(maxsize=64)
+def _blocks(codec: CodecSpec, live: LiveSet) -> tuple[int, ...]:
     """Sizes of the blocks that share a scale: none reaches over two factors."""
-    sizes = []
+    sizes: list[int] = []
     for size in live.sizes:
         whole, rest = divmod(size, codec.block or size)
         sizes += [codec.block or size] * whole + ([rest] if rest else [])
-    return sizes
+    return tuple(sizes)
 
 
 def _decode_plain(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> Delta:

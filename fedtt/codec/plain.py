@@ -64,6 +64,8 @@ def _pack(q: Integers, bits: int) -> bytes:
 
 
 def _unpack(rows: Rows, bits: int, size: int) -> Integers:
+    if bits == 8:
+        return rows.view(np.int8)
     if 8 % bits:
         each = np.unpackbits(rows, axis=1, bitorder="little")
         loose = each[:, size * bits :]

@@ -88,10 +88,11 @@ async def upload_all(service: Service, updates: Sequence[tuple[Delta, int]]) -> 
         work = await service.check_in(enrolled.device, CHECK_IN)
         assert isinstance(work, Work)
         frame = frame_of(work.plan, delta, examples=examples)
-        admitted = await service.admit(enrolled.device, work.lease, hashlib.sha256(frame).hexdigest())
+        digest = hashlib.sha256(frame).hexdigest()
+        admitted = await service.admit(enrolled.device, work.lease, digest)
         assert isinstance(admitted, tuple)
         assert isinstance(admitted[0], Admission)
-        assert isinstance(await service.upload(admitted[0], frame), Receipt)
+        assert isinstance(await service.upload(admitted[0], frame, digest), Receipt)
 
 
 async def claim(service: Service) -> Round:

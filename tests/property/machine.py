@@ -17,7 +17,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aggregator.coordinator import Admission, Coordinator
+from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.lifecycle import Fold, Lifecycle
 from fedtt.messages import (
     CheckIn,
@@ -242,8 +242,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.fold(crash=False, twice=False)
         if not isinstance(admission, Admission):
             return admission
+        upload = Upload(admission=admission, digest=digest, header=HEADER, payload=frame)
         answer: Receipt | Problem | None = self._transact(
-            lambda tx: self.coordinator.accept(tx, self.now, admission, digest, HEADER, frame), crash=crash
+            lambda tx: self.coordinator.accept(tx, self.now, upload), crash=crash
         )
         return answer
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from aggregator.coordinator import Admission, Coordinator
+from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.folding import server_state, sum_round
 from aggregator.lifecycle import Lifecycle
 from fedtt.algorithms import HierFedTT
@@ -115,9 +115,8 @@ class GroupedServer:
         if not isinstance(admission, Admission):
             assert isinstance(admission, Receipt | Problem)
             return admission
-        answer: Receipt | Problem = self.write(
-            lambda tx: self.coordinator.accept(tx, self.now, admission, digest, header, payload)
-        )
+        upload = Upload(admission=admission, digest=digest, header=header, payload=payload)
+        answer: Receipt | Problem = self.write(lambda tx: self.coordinator.accept(tx, self.now, upload))
         return answer
 
     def tick(self, times: int = 2, *, crash_before_publish: bool = False) -> list[Version]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aggregator.coordinator import Admission, Coordinator
+from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.lifecycle import Fold, Lifecycle
 from fedtt.algorithms import ExactFedTT, FedTT, Method
 from fedtt.messages import (
@@ -87,7 +87,8 @@ class Server:
     ) -> Receipt | Problem:
         digest, header = hashlib.sha256(frame).hexdigest(), replace(HEADER, loss_first=loss)
         with self.store.transaction() as tx:
-            return self.coordinator.accept(tx, now, admission, digest, header, frame)
+            upload = Upload(admission=admission, digest=digest, header=header, payload=frame)
+            return self.coordinator.accept(tx, now, upload)
 
     def upload(self, device: str, lease: str, now: float = 0.0, loss: float = 1.0) -> Receipt | Problem:
         admission = self.admit(device, lease)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.coordinator import Coordinator
+from aggregator.coordinator import Admission, Coordinator, Upload
 from aggregator.lifecycle import Fold
 from aggregator.releases import Releases
 from fedtt.evaluation import EvaluationSpec
@@ -21,6 +21,10 @@ from tests.support.tiny import add_task
 HEADER = UpdateHeader(layout=b"\0" * 8, examples=1, steps=1, loss_first=1.0, loss_last=0.5)
 BETTER = Verdict(examples=10, before=Judged(loss=1.0, right=5), after=Judged(loss=0.9, right=6))
 WORSE = Verdict(examples=10, before=Judged(loss=1.0, right=5), after=Judged(loss=1.2, right=3))
+
+
+def upload_of(admission: Admission) -> Upload:
+    return Upload(admission=admission, digest="0" * 64, header=HEADER, payload=b"payload")
 
 
 class Server:
@@ -64,7 +68,8 @@ class Server:
         assert isinstance(work, Work)
         with self.store.transaction() as tx:
             admission = self.coordinator.admit(tx, self.devices[0], work.lease, "0" * 64)
-            self.coordinator.accept(tx, now, admission, "0" * 64, HEADER, b"payload")  # type: ignore[arg-type]
+            assert isinstance(admission, Admission)
+            self.coordinator.accept(tx, now, upload_of(admission))
         self.fold(now)
 
     def fold(self, now: float) -> Version | None:
@@ -227,7 +232,8 @@ def test_a_fold_under_way_comes_to_nothing_when_its_base_is_rolled_back() -> Non
     assert isinstance(work, Work)
     with server.store.transaction() as tx:
         admission = server.coordinator.admit(tx, server.devices[0], work.lease, "0" * 64)
-        server.coordinator.accept(tx, 0.0, admission, "0" * 64, HEADER, b"payload")  # type: ignore[arg-type]
+        assert isinstance(admission, Admission)
+        server.coordinator.accept(tx, 0.0, upload_of(admission))
         (claimed,) = server.lifecycle.advance(tx, 0.0)
     server.roll_back(0)
     fold = Fold(

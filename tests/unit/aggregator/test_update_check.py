@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from aggregator.update_check import check_update
+from aggregator.update_check import Wanted, check_update, check_updates
 from fedtt.codec import CodecSpec, encode_delta, payload_bytes
 from fedtt.layout import LiveSet
 from fedtt.messages import Code, Problem
@@ -25,7 +25,7 @@ def payload_of(codec: CodecSpec, live: tuple[int, ...] = LIVE) -> bytes:
 
 
 def problem_of(payload: bytes, codec: CodecSpec, live: tuple[int, ...] = LIVE) -> Problem:
-    answer = check_update(encode_update(HEADER, payload), LAYOUT, live, codec)
+    answer = check_update(encode_update(HEADER, payload), Wanted(LAYOUT, live, codec))
     assert isinstance(answer, Problem)
     return answer
 
@@ -34,7 +34,7 @@ def problem_of(payload: bytes, codec: CodecSpec, live: tuple[int, ...] = LIVE) -
 def test_a_sound_update_comes_back_as_header_and_payload(quantise: str) -> None:
     codec = CodecSpec(quantise=quantise)  # type: ignore[arg-type]
     payload = payload_of(codec)
-    assert check_update(encode_update(HEADER, payload), LAYOUT, LIVE, codec) == (HEADER, payload)
+    assert check_update(encode_update(HEADER, payload), Wanted(LAYOUT, LIVE, codec)) == (HEADER, payload)
 
 
 def test_the_payload_of_another_live_set_is_for_another_layout() -> None:
@@ -47,7 +47,7 @@ def test_the_payload_of_another_live_set_is_for_another_layout() -> None:
 def test_an_update_of_another_layout_is_told_so() -> None:
     header = msgspec.structs.replace(HEADER, layout=bytes(8))
     codec = CodecSpec(quantise="int8")
-    answer = check_update(encode_update(header, payload_of(codec)), LAYOUT, LIVE, codec)
+    answer = check_update(encode_update(header, payload_of(codec)), Wanted(LAYOUT, LIVE, codec))
     assert isinstance(answer, Problem)
     assert answer.code is Code.WRONG_LAYOUT
     assert answer.detail.startswith(f"the update is for layout {'00' * 8}, the lease's plan needs ")
@@ -57,7 +57,7 @@ def test_a_coded_update_is_sound_up_to_the_plain_size() -> None:
     codec = CodecSpec(quantise="int4", coding="range")
     payload = payload_of(codec)
     assert len(payload) < payload_bytes(codec, LiveSet(LAYOUT, LIVE))
-    assert check_update(encode_update(HEADER, payload), LAYOUT, LIVE, codec) == (HEADER, payload)
+    assert check_update(encode_update(HEADER, payload), Wanted(LAYOUT, LIVE, codec)) == (HEADER, payload)
     assert problem_of(payload + bytes(5000), codec).code is Code.WRONG_LAYOUT
 
 
@@ -74,3 +74,22 @@ def test_integers_that_no_encoder_writes_are_refused() -> None:
     payload[2] = 0x80  # -128
     found = problem_of(bytes(payload), codec)
     assert "-128, which 8-bit values never take" in found.detail
+
+
+def test_many_updates_of_several_plans_are_each_judged_as_alone() -> None:
+    plans = [
+        Wanted(LAYOUT, live, CodecSpec(quantise=quantise))
+        for live in (LIVE, LIVE[:2])
+        for quantise in ("fp32", "int8", "int4")
+    ]
+    frames = [
+        (encode_update(HEADER, payload_of(plan.codec, plan.live)), plan) for plan in plans for _ in range(4)
+    ]
+    for bad, (frame, plan) in enumerate(list(frames[::4])):
+        numbers = {"fp32": b"\x00\x00\xc0\x7f", "int8": b"\xc0\x7f", "int4": b"\xc0\x7f"}[plan.codec.quantise]
+        payload = payload_of(plan.codec, plan.live)
+        frames[4 * bad] = (encode_update(HEADER, numbers + payload[len(numbers) :]), plan)
+        frames[4 * bad + 1] = (frame[:-1], plan)
+    found = check_updates(frames)
+    assert found == [check_update(*frame) for frame in frames]
+    assert [getattr(one, "code", None) for one in found] == [Code.NOT_FINITE, Code.MALFORMED, None, None] * 6

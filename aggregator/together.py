@@ -1,19 +1,27 @@
-"""Group reading: requests that ask alike at the same time share one look at the store."""
+"""Work in groups: requests that ask alike at the same time are answered together, off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from fedtt.errors import UnavailableError
-from storage.store import Store, Transaction
 
-__all__ = ["Reader", "each_alone"]
+__all__ = ["AnswerAll", "Answers", "Together", "each_alone"]
 
 A = TypeVar("A")
+A_contra = TypeVar("A_contra", contravariant=True)
 T = TypeVar("T")
-_GROUP = 256  #: most questions in one look
+T_co = TypeVar("T_co", covariant=True)
+AnswerAll = Callable[[Sequence[A]], list[T]]
+_GROUP = 128  #: most questions answered together, so that crowds move on in parts
+
+
+class Answers(Protocol[A_contra, T_co]):
+    """Whom questions are put to, one by one."""
+
+    async def ask(self, question: A_contra, /) -> T_co: ...
 
 
 class _Asked(Generic[A, T]):
@@ -24,14 +32,11 @@ class _Asked(Generic[A, T]):
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
 
-class Reader(Generic[A, T]):
-    """Looks at the store for all that have asked since the last look; nobody waits for company.
+class Together(Generic[A, T]):
+    """Answers all that have asked since it last did, on a thread; nobody waits for company."""
 
-    look: answers many questions from one state of the store, on a thread.
-    """
-
-    def __init__(self, store: Store, look: Callable[[Transaction, Sequence[A]], list[T]]) -> None:
-        self._store, self._look = store, look
+    def __init__(self, answer_all: AnswerAll[A, T]) -> None:
+        self._answer_all = answer_all
         self._waiting: list[_Asked[A, T]] = []
         self._at_work: asyncio.Task[None] | None = None
 
@@ -39,10 +44,10 @@ class Reader(Generic[A, T]):
         asked: _Asked[A, T] = _Asked(question)
         self._waiting.append(asked)
         if self._at_work is None:
-            self._at_work = asyncio.create_task(self._answer_all())
+            self._at_work = asyncio.create_task(self._work())
         return await asked.future
 
-    async def _answer_all(self) -> None:
+    async def _work(self) -> None:
         try:
             while self._waiting:
                 group, self._waiting = self._waiting[:_GROUP], self._waiting[_GROUP:]
@@ -58,14 +63,10 @@ class Reader(Generic[A, T]):
             self._at_work = None
 
     def _answers(self, questions: Sequence[A]) -> list[Any]:
-        return each_alone(self._all, questions)
-
-    def _all(self, questions: Sequence[A]) -> list[T]:
-        with self._store.reading() as tx:
-            return self._look(tx, questions)
+        return each_alone(self._answer_all, questions)
 
 
-def each_alone(answer_all: Callable[[Sequence[A]], list[T]], asked: Sequence[A]) -> list[T | Exception]:
+def each_alone(answer_all: AnswerAll[A, T], asked: Sequence[A]) -> list[T | Exception]:
     """All at once; where that fails, one by one, so that only the guilty one sees the error.
 
     A database that cannot be reached is everybody's error: asking once more for each would take for ever.
