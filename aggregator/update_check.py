@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedtt.codec import CodecSpec, check_size, decode_deltas
+from fedtt.codec import CodecSpec, check_deltas, check_size
 from fedtt.errors import WireError
 from fedtt.layout import FactorLayout, LiveSet
 from fedtt.messages import Code, Problem
@@ -14,7 +14,7 @@ from fedtt.wire import UpdateHeader, decode_update, layout_tag
 __all__ = ["Wanted", "check_update", "check_updates"]
 
 Checked = tuple[UpdateHeader, bytes] | Problem
-_NUMBERS_AT_ONCE = 1 << 18  #: decoded together: a megabyte stays in a core's cache
+_NUMBERS_AT_ONCE = 1 << 16  #: looked at together: more leave a core's cache, and memory is new each time
 
 
 class Wanted(NamedTuple):
@@ -36,7 +36,7 @@ def check_update(frame: bytes, wanted: Wanted) -> Checked:
 
 
 def check_updates(frames: Sequence[tuple[bytes, Wanted]]) -> list[Checked]:
-    """The same for many; those of one plan are decoded together, which costs little more than one."""
+    """The same for many; those of one plan are looked at together, block by block."""
     checked = [_taken_apart(frame, wanted) for frame, wanted in frames]
     alike: dict[tuple[str, tuple[int, ...], CodecSpec], list[int]] = {}
     for place, (_, wanted) in enumerate(frames):
@@ -72,7 +72,7 @@ def _check_numbers(checked: list[Checked], places: Sequence[int], wanted: Wanted
     """Put a Problem in the place of each update of one plan whose numbers no encoder writes."""
     payloads = [found[1] for place in places if not isinstance(found := checked[place], Problem)]
     try:
-        decode_deltas(wanted.codec, wanted.live_set, payloads)
+        check_deltas(wanted.codec, wanted.live_set, payloads)
     except WireError as error:
         if len(places) == 1:
             remedy = "drop it; training diverged"

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from sqlalchemy import Executable
+from sqlalchemy.dialects.postgresql import Insert
 
+from storage.records import Lease, LeaseState
 from storage.statements import Rows, leases, participations, updates
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Written"]
 
 R = TypeVar("R", bound=msgspec.Struct)
 First = Callable[[Rows[R], Executable, dict[str, object]], R | None]
 _KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates)  #: an update after the lease it names
+
+
+class Written(NamedTuple):
+    """Records that one statement writes; their values are plain."""
+
+    rows: Rows[Any]
+    statement: Insert
+    records: list[Any]
 
 
 class Batch:
@@ -26,7 +36,8 @@ class Batch:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, tuple[object, ...]], Any] = {}
-        self._written: dict[int, dict[int, tuple[Executable, list[dict[str, object]]]]] = {}
+        self._written: dict[int, dict[int, Written]] = {}
+        self._moved: dict[str, LeaseState] = {}
 
     def expect(self, rows: Rows[R], keys: Iterable[tuple[object, ...]], found: Iterable[R]) -> None:
         """All there is of these keys was found."""
@@ -49,15 +60,29 @@ class Batch:
     def keeps_back(self, rows: Rows[Any]) -> bool:
         return rows in _KEPT_BACK
 
-    def write(self, rows: Rows[R], statement: Executable, record: R, row: dict[str, object]) -> None:
+    def knows(self, rows: Rows[R], record: R) -> bool:
+        """Whether there is a row of this record's key."""
+        return self._known.get((id(rows.get), rows.key_of(record))) is not None
+
+    def write(self, rows: Rows[R], statement: Insert, record: R) -> None:
         self._known[id(rows.get), rows.key_of(record)] = record
         written = self._written.setdefault(_KEPT_BACK.index(rows), {})
-        written.setdefault(id(statement), (statement, []))[1].append(row)
+        written.setdefault(id(statement), Written(rows, statement, [])).records.append(record)
 
-    def take_written(self) -> list[tuple[Executable, list[dict[str, object]]]]:
+    def move(self, lease: Lease) -> None:
+        """Write a lease that is there: its state."""
+        self._known[id(leases.get), leases.key_of(lease)] = lease
+        self._moved[lease.id] = lease.state
+
+    def take_written(self) -> list[Written]:
         """The rows that wait, by the statement that writes them, in an order their keys allow."""
         written, self._written = self._written, {}
         return [statement for _, table in sorted(written.items()) for statement in table.values()]
+
+    def take_moved(self) -> dict[LeaseState, list[str]]:
+        """The leases that wait for another state, once those that are new are written."""
+        moved, self._moved = self._moved, {}
+        return {state: [name for name in moved if moved[name] is state] for state in set(moved.values())}
 
     def forget(self) -> None:
         """Something else was written: what was read may be so no longer."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import asdict, replace
 from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from fedtt.errors import StorageError
@@ -65,9 +66,19 @@ class SqlTransaction:
         return self._execute(statement, parameters)
 
     def _execute(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
+        with self._refusals_in_words():
+            return self._connection.execute(statement, parameters)
+
+    def _insert(self, rows: sql.Rows[Any], statement: Insert, records: list[Any]) -> None:
+        text, values = rows.text_of(statement, self._connection.dialect)
+        with self._refusals_in_words():
+            self._connection.exec_driver_sql(text, [values(record) for record in records])
+
+    @contextmanager
+    def _refusals_in_words(self) -> Iterator[None]:
         self.refuse_if_broken()
         try:
-            return self._connection.execute(statement, parameters)
+            yield
         except SQLAlchemyError as error:
             refusal = self._backend.in_words(error)
             if self._backend.is_shared or not isinstance(error, IntegrityError):
@@ -101,26 +112,28 @@ class SqlTransaction:
         owners = {lease.device_id for lease in found} | set(devices)
         self._named(batch, sql.devices, sql.devices_named, owners)
         if not self._readonly:
-            parts = self._all(sql.participations, sql.participations_of, names=list(owners))
+            parts = self._all(sql.participations, sql.participations_of, names=_as_json(owners))
             batch.expect(sql.participations, [(lease.device_id, lease.task_id) for lease in found], parts)
 
     def _named(
         self, batch: Batch, rows: sql.Rows[R], statement: Executable, names: Collection[str]
     ) -> list[R]:
-        found = self._all(rows, statement, names=list(names)) if names else []
+        found = self._all(rows, statement, names=_as_json(names)) if names else []
         batch.expect(rows, [(name,) for name in names], found)
         return found
 
     def _write_behind(self) -> None:
         """Write what the batch has kept back, one statement for all rows of a table."""
         if self._batch is not None:
-            for statement, written in self._batch.take_written():
-                self._execute(statement, written)
+            for written in self._batch.take_written():
+                self._insert(*written)
+            for state, names in self._batch.take_moved().items():
+                self._execute(sql.move_leases, {"moved_to": state, "names": _as_json(names)})
 
     def _put(self, rows: sql.Rows[R], record: R, **more: object) -> None:
         if self._batch is not None and self._batch.keeps_back(rows):
             self._refuse_if_reading()
-            self._batch.write(rows, rows.put, record, asdict(record))
+            self._batch.write(rows, rows.put, record)
         else:
             self._write(rows.put, asdict(record) | more)
 
@@ -306,7 +319,11 @@ class SqlTransaction:
         self._write(sql.forget_evaluations, {"device": device_id})
 
     def put_lease(self, lease: Lease) -> None:
-        self._put(sql.leases, lease)
+        if self._batch is not None and self._batch.knows(sql.leases, lease):
+            self._refuse_if_reading()
+            self._batch.move(lease)
+        else:
+            self._put(sql.leases, lease)
 
     def lease(self, lease_id: str) -> Lease | None:
         return self._one(sql.leases, sql.leases.get, id=lease_id)
@@ -328,7 +345,7 @@ class SqlTransaction:
     def add_update(self, update: Update) -> Update:
         update = replace(update, sequence=self._next_update())
         if self._batch is not None and not self._readonly and self.update(update.lease_id) is None:
-            self._batch.write(sql.updates, sql.updates.add, update, asdict(update))
+            self._batch.write(sql.updates, sql.updates.add, update)
         elif self._write(sql.updates.add, asdict(update)).rowcount == 0:
             raise StorageError(f"lease {update.lease_id} has an update already")
         self._newest_update = update.sequence
@@ -379,6 +396,10 @@ class SqlTransaction:
     def forget_settled(self, device_id: str) -> int:
         self.has_wiped = True
         return self._write(sql.forget_settled, {"device": device_id}).rowcount
+
+
+def _as_json(names: Collection[str]) -> str:
+    return msgspec.json.encode(names).decode()
 
 
 def _able(seen_since: float, min_examples: int, runtimes: Collection[str], memory_mb: int) -> dict[str, Any]:

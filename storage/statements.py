@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from sqlalchemy import (
-    BindParameter,
+    Dialect,
     Row,
     Select,
     Table,
@@ -18,7 +20,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert  # its ON CONFLICT is SQLite's too
+from sqlalchemy.dialects.postgresql import Insert, insert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
@@ -92,6 +94,7 @@ __all__ = [
     "leases_named",
     "leases_of",
     "members",
+    "move_leases",
     "newest_rounds",
     "newest_task",
     "newest_update",
@@ -114,6 +117,7 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=msgspec.Struct)
+Values = Callable[[msgspec.Struct], tuple[Any, ...]]
 
 
 class json_texts(GenericFunction[str]):  # noqa: N801 - a function of SQL is named as one
@@ -135,17 +139,21 @@ def _as_array_elements(element: json_texts, compiler: SQLCompiler, **kw: Any) ->
 class Rows(Generic[R]):
     """How records of one kind lie in their table: columns are fields, `key` names the unique ones."""
 
-    def __init__(self, record: type[R], model: type[Base], *key: str) -> None:
+    def __init__(
+        self, record: type[R], model: type[Base], *key: str, changes: tuple[str, ...] | None = None
+    ) -> None:
+        """changes: the fields that a later `put` may change; None for all but the key."""
         self.record, self.table, self._key = record, cast("Table", model.__table__), key
         c = self.table.c
         self.select = select(*(c[field] for field in record.__struct_fields__))
         self.get = self.where(*key)
         self.add = insert(self.table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
         new = insert(self.table)
-        others = [name for name in record.__struct_fields__ if name not in key]
+        others = changes or [name for name in record.__struct_fields__ if name not in key]
         self.put = new.on_conflict_do_update(
             index_elements=list(key), set_={name: new.excluded[name] for name in others}
         )
+        self._texts: dict[tuple[int, str], tuple[str, Values]] = {}
 
     def where(self, *names: str) -> Select[Any]:
         """All rows whose columns of these names equal the parameters of these names."""
@@ -156,6 +164,22 @@ class Rows(Generic[R]):
 
     def of(self, row: Row[Any]) -> R:
         return self.record(**row._mapping)
+
+    def text_of(self, statement: Insert, dialect: Dialect) -> tuple[str, Values]:
+        """An insertion as the driver's own text, and how it takes its parameters from a record.
+
+        For many rows this spares most of their way through SQLAlchemy; all their values must be plain.
+        """
+        key = id(statement), dialect.name
+        if key not in self._texts:
+            style: Any = "qmark" if dialect.name == "sqlite" else "format"
+            positional: Dialect = cast("Any", type(dialect))(paramstyle=style)
+            compiled = statement.compile(dialect=positional, column_keys=self.record.__struct_fields__)
+            assert isinstance(compiled, SQLCompiler)  # noqa: S101  # that is what dialects have
+            order = compiled.positiontup
+            assert order is not None  # noqa: S101  # the style is positional
+            self._texts[key] = str(compiled), cast("Values", attrgetter(*order))
+        return self._texts[key]
 
 
 _PLACE = ("task_id", "branch")
@@ -170,7 +194,7 @@ bundles = Rows(Bundle, BundleRow, "sha256")
 tasks = Rows(Task, TaskRow, "id")
 versions = Rows(Version, VersionRow, *_PLACE, "number")
 rounds = Rows(Round, RoundRow, *_PLACE, "number")
-leases = Rows(Lease, LeaseRow, "id")
+leases = Rows(Lease, LeaseRow, "id", changes=("state",))
 updates = Rows(Update, UpdateRow, "lease_id")
 evaluations = Rows(Evaluation, EvaluationRow, "lease_id")
 participations = Rows(Participation, ParticipationRow, "device_id", "task_id")
@@ -188,11 +212,13 @@ audits_after = (
     audit.select.where(_sequence > bindparam("after")).order_by(_sequence).limit(bindparam("limit"))
 )
 
-_names: BindParameter[Any] = bindparam("names", expanding=True)
+#: one text however many names there are, which stand in one parameter as JSON
+_names = select(func.json_texts(bindparam("names")).table_valued("value").c.value)
 devices_named = devices.select.where(_device.id.in_(_names))
 leases_named = leases.select.where(_lease.id.in_(_names))
 updates_named = updates.select.where(_update.lease_id.in_(_names))
 participations_of = participations.select.where(_part.device_id.in_(_names))
+move_leases = update(leases.table).where(_lease.id.in_(_names)).values(state=bindparam("moved_to"))
 
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))

@@ -19,6 +19,7 @@ from fedtt.layout import LiveSet
 
 __all__ = [
     "CodecSpec",
+    "check_deltas",
     "check_size",
     "compensate",
     "decode_delta",
@@ -89,10 +90,21 @@ def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) ->
             np.frombuffer(b"".join(payloads), "<f4").astype(np.float32, copy=False).reshape(len(payloads), -1)
         )
     else:
-        deltas = _decode_plain(codec, live, payloads)
+        deltas = _joined(_plain_blocks(codec, live, payloads))
     if not np.isfinite(deltas).all():
         raise WireError("the update holds NaN or infinite factors")
     return deltas
+
+
+def check_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> None:
+    """Raise WireError where `decode_deltas` would; plain integers, as long as they are small, stay such."""
+    if codec.quantise != "fp32" and codec.coding == "plain":
+        for payload in payloads:
+            check_size(codec, live, len(payload))
+        blocks = _plain_blocks(codec, live, payloads)
+        if all(quantise.surely_finite(codec.levels, words) for _, words in blocks):
+            return
+    decode_deltas(codec, live, payloads)
 
 
 def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -> tuple[bytes, Delta]:
@@ -116,9 +128,11 @@ def _blocks(codec: CodecSpec, live: LiveSet) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _decode_plain(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> Delta:
+def _plain_blocks(
+    codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]
+) -> list[tuple[quantise.Integers, plain.Words]]:
     rows = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), -1)
-    return _joined(plain.decode(codec.levels, rows, _blocks(codec, live)))
+    return plain.decode(codec.levels, rows, _blocks(codec, live))
 
 
 def _decode_coded(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
@@ -127,7 +141,7 @@ def _decode_coded(codec: CodecSpec, live: LiveSet, payload: bytes) -> Delta:
         return _joined(coded.decode(codec.levels, codec.scale_bits, payload[1:], _blocks(codec, live)))
     if payload[:1] != _PLAIN or len(payload) != payload_bytes(codec, live):
         raise WireError("the payload is neither coded nor plain")
-    return _decode_plain(codec, live, (payload[1:],))
+    return _joined(_plain_blocks(codec, live, (payload[1:],)))
 
 
 def _joined(blocks: list[tuple[quantise.Integers, plain.Words]]) -> Delta:

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEVELS", "SCALE_BITS", "Integers", "Quantiser", "decode", "encode"]
+__all__ = ["LEVELS", "SCALE_BITS", "Integers", "Quantiser", "decode", "encode", "surely_finite"]
 
 Quantiser = Literal["int8", "int4", "int3", "int2", "ternary", "sign", "rms"]
 Integers = NDArray[np.int8]
@@ -57,6 +57,12 @@ def decode(integers: Integers, words: NDArray[np.uint16]) -> Block:
     with np.errstate(over="ignore", invalid="ignore"):
         values: Block = integers.astype(np.float32) * _numbers(words)
     return values
+
+
+def surely_finite(levels: int, words: NDArray[np.uint16]) -> bool:
+    """Whether scales that are not negative leave every integer of so many levels finite."""
+    largest = np.finfo(np.float32).max / np.float32(levels)
+    return bool(_numbers(words).max(initial=0) <= largest)
 
 
 def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | None) -> float:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedtt.codec import CodecSpec, compensate, decode_delta, decode_deltas, encode_delta, payload_bytes
+from fedtt.codec import (
+    CodecSpec,
+    check_deltas,
+    compensate,
+    decode_delta,
+    decode_deltas,
+    encode_delta,
+    payload_bytes,
+)
 from fedtt.errors import ConfigError, LayoutError, WireError
 from fedtt.layout import Factor, FactorLayout, LiveSet
 from tests.support.codecs import CODED, PLAIN
@@ -220,6 +229,26 @@ def test_a_payload_with_integers_no_encoder_writes_is_refused(
 def test_numbers_that_are_not_finite_are_refused_when_decoded(codec: CodecSpec, payload: bytes) -> None:
     with pytest.raises(WireError, match="NaN or infinite"):
         decode_delta(codec, LIVE, payload)
+
+
+_UPPER = st.sampled_from([0x00, 0x3C, 0x7A, 0x7B, 0x7C, 0x7E, 0x7F, 0x80, 0xFF])  # of scales, some not finite
+
+
+@given(codec=st.sampled_from(PLAIN), upper=_UPPER, lower=st.integers(0, 255), data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_a_check_refuses_exactly_what_decoding_refuses(
+    codec: CodecSpec, upper: int, lower: int, data: st.DataObject
+) -> None:
+    size = payload_bytes(codec, LIVE)
+    given_ = data.draw(st.binary(min_size=size, max_size=size))
+    payloads = [encode(codec, np.ones(16, np.float32)), bytes([lower, upper]) + given_[2:]]
+    try:
+        decode_deltas(codec, LIVE, payloads)
+    except WireError as error:
+        with pytest.raises(WireError, match=re.escape(str(error))):
+            check_deltas(codec, LIVE, payloads)
+    else:
+        check_deltas(codec, LIVE, payloads)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
