@@ -103,14 +103,12 @@ async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[b
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     """The whole body, which may take as long as the listener allows."""
-    body, allowed_s = bytearray(), request.app[BODY_S]
+    pieces, allowed_s = body_pieces(request, limit_bytes), request.app[BODY_S]
     try:
-        async with asyncio.timeout(allowed_s):
-            async for piece in body_pieces(request, limit_bytes):
-                body += piece
+        async with asyncio.timeout(None if request.content.is_eof() else allowed_s):  # a timer has its price
+            return b"".join([piece async for piece in pieces])
     except TimeoutError:
         raise ProblemError(malformed(f"the body did not arrive within {allowed_s:g} s")) from None
-    return bytes(body)
 
 
 def read_message(body: bytes, kind: type[M]) -> M:

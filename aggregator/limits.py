@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import resource
 from collections import OrderedDict
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -53,6 +54,7 @@ class Buckets:
         return 0.0 if taken else (1 - level) / rate.per_s
 
 
+@lru_cache(maxsize=4096)
 def address_range(peer: str | None, forwarded: str | None = None) -> str | None:
     """The /24 of an IPv4 address or the /56 of an IPv6 one, which one customer has; None for this machine.
 
