@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +21,7 @@ from fedtt.errors import StorageError
 from fedtt.folds import Mean
 from fedtt.server_optimiser import ServerSpec
 from storage.engine import sqlite_engine
-from storage.migrate import downgrade, upgrade
+from storage.migrate import downgrade, newest_schema, schema_of, upgrade
 from storage.models import Base
 from storage.records import DeviceState, RoundState, UpdateState
 from storage.sql import SqlStore
@@ -276,6 +278,28 @@ def _rows(connection: Connection) -> dict[str, list[dict[str, object]]]:
         ]
         for name in tables
     }
+
+
+def test_the_newest_migration_by_name_is_alembics_head_and_is_told_from_older_ones(tmp_path: Path) -> None:
+    with closing(SqlStore.open(tmp_path / "ledger.db")):
+        engine = sqlite_engine(tmp_path / "ledger.db", readonly=False, busy_timeout_s=1)
+    with engine.begin() as connection:
+        assert schema_of(connection).head == newest_schema() == schema_of(connection).current
+        downgrade(connection, "0001")
+        upgrade(connection, "ledger")
+        assert schema_of(connection).current == newest_schema()
+    engine.dispose()
+
+
+def test_an_up_to_date_ledger_is_opened_without_alembic(tmp_path: Path) -> None:
+    with closing(SqlStore.open(tmp_path / "ledger.db")):
+        pass
+    program = (
+        "import sys; from pathlib import Path; from storage.sql import SqlStore; "
+        f"SqlStore.open(Path({str(tmp_path / 'ledger.db')!r})).close(); print('alembic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_rows_survive_every_migration_up_and_down(tmp_path: Path) -> None:
