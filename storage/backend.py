@@ -30,6 +30,10 @@ class Backend(Protocol):
         """What the database raised, as what, where and what to do."""
         ...
 
+    def open_readers(self) -> None:
+        """Take at once what files the readers will need, so that their number never changes."""
+        ...
+
     def empty_log(self) -> bool:
         """Let what was settled leave the logs; False where that has to be tried again."""
         ...

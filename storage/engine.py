@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
@@ -14,6 +15,7 @@ from fedtt.errors import StorageError
 
 __all__ = ["SqliteBackend", "database_path", "prepare_file", "sqlite_engine"]
 
+_READERS = 4
 _READERS_MS = 200  #: that emptying the log waits for readers; writing waits with it
 _OLDEST = (3, 35)  #: the first SQLite with RETURNING
 
@@ -50,6 +52,11 @@ class SqliteBackend:
 
     def in_words(self, error: Exception) -> StorageError:
         return _in_words(error, self.path)
+
+    def open_readers(self) -> None:
+        with ExitStack() as all_at_once:
+            for _ in range(_READERS):
+                all_at_once.enter_context(self.reader.connect())
 
     def empty_log(self) -> bool:
         """Move the write-ahead log into the database and empty it; False where a reader is in the way."""
@@ -120,8 +127,8 @@ def sqlite_engine(path: Path, *, readonly: bool, busy_timeout_s: float) -> Engin
         URL.create("sqlite", database=str(path)),
         creator=lambda: _connect(path, readonly=readonly, busy_timeout_s=busy_timeout_s),
         poolclass=QueuePool,
-        pool_size=4 if readonly else 1,
-        max_overflow=12 if readonly else 0,
+        pool_size=_READERS if readonly else 1,
+        max_overflow=0,  # SQLite keeps the file of a connection that is closed open, while others have locks
         pool_timeout=busy_timeout_s,
     )
     begin = "BEGIN" if readonly else "BEGIN IMMEDIATE"

@@ -83,6 +83,9 @@ class PostgresqlBackend:
             return UnavailableError(f"{self.where}: {why}: {said}")
         return StorageError(f"{self.where}: the database failed: {said}")
 
+    def open_readers(self) -> None:
+        """They come when they are needed first: the server counts its connections, and may be restarted."""
+
     def empty_log(self) -> bool:
         """Autovacuum and PostgreSQL's own recycling of its log do this."""
         return True
@@ -118,7 +121,7 @@ def _engine(url: URL, *, readonly: bool, busy_timeout_s: float) -> Engine:
             url,
             connect_args=_NETWORK | {"options": options},
             pool_size=_READERS if readonly else 1,
-            max_overflow=12 if readonly else 0,
+            max_overflow=0,
             pool_timeout=busy_timeout_s,
             pool_pre_ping=True,  # after a restart of the server, no request meets its lost connections
         )

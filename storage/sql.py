@@ -55,6 +55,8 @@ class SqlStore:
         store = cls(open_backend(database, busy_timeout_s=busy_timeout_s))
         try:
             change_schema(store._backend, lambda connection: upgrade(connection, store.where))
+            with errors_in_words(store._backend):
+                store._backend.open_readers()
         except BaseException:
             store.close()
             raise

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from storage.store import Transaction
 from tests.support import ledger
 
 OTHER = "other"
+OPEN_FILES = Path("/proc/self/fd")
 
 
 @pytest.fixture
@@ -211,6 +214,26 @@ def test_every_connection_is_durable_strict_and_private(tmp_path: Path) -> None:
             assert connection.exec_driver_sql("PRAGMA query_only").scalar_one() == readonly
         engine.dispose()
         assert found == expected
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="no /proc to count open files in")
+def test_a_crowd_of_readers_opens_no_more_files(store: SqlStore) -> None:
+    """Files of a closed connection stay open while others hold locks on the same file."""
+
+    def of_the_ledger() -> int:
+        files = (file.readlink().name for file in OPEN_FILES.iterdir() if file.is_symlink())
+        return sum(name.startswith("ledger.db") for name in files)
+
+    def read() -> None:
+        together.wait()
+        with store.reading() as tx:
+            tx.tasks()
+
+    before, together = of_the_ledger(), threading.Barrier(20)
+    with ThreadPoolExecutor(20) as crowd:
+        for reading in [crowd.submit(read) for _ in range(20)]:
+            reading.result()
+    assert of_the_ledger() == before
 
 
 # migrations
