@@ -8,6 +8,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,9 @@ class LocalPostgresql:
             "log_min_messages": "fatal",
             "max_connections": 200,
         }
+        if sys.platform == "linux" and int((self.folder / "data" / "PG_VERSION").read_text()) >= 14:
+            # else it opens and syncs each of its files before it recovers: 5 s of a gap of 6 s
+            settings["recovery_init_sync_method"] = "syncfs"
         with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
         self.start()
