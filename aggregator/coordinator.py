@@ -67,7 +67,7 @@ __all__ = ["NO_TASK", "Admission", "Coordinator", "Upload"]
 
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active
-_FOLDING_RETRY_S = 1.0
+_FOLDING_RETRY_S = 1.0  #: at most
 _INVITATIONS_KEPT = 16  #: rounds
 
 
@@ -255,7 +255,9 @@ class Coordinator:
             return self._wait(task.spec, last, device, "its group waits for the others")
         if last is not None and self._is_judged(tx, task):
             return self._wait(task.spec, last, device, "the newest version is being judged")
-        return Wait(retry_after_s=_FOLDING_RETRY_S, reason="the round is being folded")
+        spec, number = task.spec, last.number if last is not None else 0
+        soon_s = rules.retry_after_s(spec.rounds, spec.seed, number, device.id)
+        return Wait(retry_after_s=min(_FOLDING_RETRY_S, soon_s), reason="the round is being folded")
 
     @staticmethod
     def _is_judged(tx: Transaction, task: Task) -> bool:
