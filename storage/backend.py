@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtt.errors import StorageError
@@ -28,6 +28,12 @@ class Backend(Protocol):
 
     def in_words(self, error: Exception) -> StorageError:
         """What the database raised, as what, where and what to do."""
+        ...
+
+    def append(
+        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
+    ) -> bool:
+        """Add rows whose keys are new by what is faster than INSERT; False where nothing is."""
         ...
 
     def open_readers(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
@@ -52,6 +53,11 @@ class SqliteBackend:
 
     def in_words(self, error: Exception) -> StorageError:
         return _in_words(error, self.path)
+
+    def append(
+        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
+    ) -> bool:
+        return False
 
     def open_readers(self) -> None:
         with ExitStack() as all_at_once:

@@ -8,9 +8,23 @@ and no lock.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -83,6 +97,23 @@ class PostgresqlBackend:
             return UnavailableError(f"{self.where}: {why}: {said}")
         return StorageError(f"{self.where}: the database failed: {said}")
 
+    def append(
+        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
+    ) -> bool:
+        """By COPY in its binary form, which costs both sides less than an INSERT for each row."""
+        from psycopg import Error
+
+        driver: Any = connection.connection.driver_connection
+        text = f"COPY {table.name} ({', '.join(fields)}) FROM STDIN (FORMAT BINARY)"
+        try:
+            with driver.cursor() as cursor, cursor.copy(text) as copy:
+                copy.set_types([_type_of(table.c[field]) for field in fields])
+                for row in rows:
+                    copy.write_row(row)
+        except Error as error:
+            raise DBAPIError(text, None, error) from error
+        return True
+
     def open_readers(self) -> None:
         """They come when they are needed first: the server counts its connections, and may be restarted."""
 
@@ -94,6 +125,13 @@ class PostgresqlBackend:
 def _is_lost(error: DBAPIError, state: str) -> bool:
     """Whether the connection is gone, or never came about."""
     return error.connection_invalidated or (not state and type(error.orig).__name__ == "OperationalError")
+
+
+def _type_of(column: Column[Any]) -> str:
+    for kind, name in ((Integer, "int8"), (Double, "float8"), (LargeBinary, "bytea"), (String, "text")):
+        if isinstance(column.type, kind):
+            return name
+    raise TypeError(f"{column} is no column of plain values")
 
 
 def _checked_url(database: str) -> URL:

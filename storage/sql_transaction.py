@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict, astuple, replace
 from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -70,8 +70,14 @@ class SqlTransaction:
             return self._connection.execute(statement, parameters)
 
     def _insert(self, rows: sql.Rows[Any], statement: Insert, records: list[Any]) -> None:
-        text, values = rows.text_of(statement, self._connection.dialect)
         with self._refusals_in_words():
+            if (
+                statement is rows.add
+            ):  # none of these keys is there: that was looked at, and nobody else writes
+                fields = rows.record.__struct_fields__
+                if self._backend.append(self._connection, rows.table, fields, map(astuple, records)):
+                    return
+            text, values = rows.text_of(statement, self._connection.dialect)
             self._connection.exec_driver_sql(text, [values(record) for record in records])
 
     @contextmanager

@@ -163,7 +163,7 @@ class Rows(Generic[R]):
         return tuple(getattr(record, name) for name in self._key)
 
     def of(self, row: Row[Any]) -> R:
-        return self.record(**row._mapping)
+        return self.record(**dict(zip(self.record.__struct_fields__, row, strict=True)))
 
     def text_of(self, statement: Insert, dialect: Dialect) -> tuple[str, Values]:
         """An insertion as the driver's own text, and how it takes its parameters from a record.
