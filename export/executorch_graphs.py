@@ -52,7 +52,9 @@ def executorch_graphs(
     found = Graphs(
         step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=tuple(map(_cut_names, depths)), rows=_ROWS
     )
-    write_programs(_programs(model, found, max_tokens), _WEIGHTS, directory)
+    addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    stored = {addresses[name]: kept for name, kept in model.stored.items()}
+    write_programs(_programs(model, found, max_tokens), _WEIGHTS, directory, stored)
     return found
 
 

@@ -1,0 +1,81 @@
+"""Lowered programs compute what torch does, from a base stored in any precision."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.quantise import quantise
+from export.trace import trace
+from fedtt.manifest import Precision
+
+pytestmark = pytest.mark.slow
+
+WIDTH, WORDS, LONGEST = 16, 40, 32
+AXES: dict[str, tuple[str, ...]] = {"theta": (), "ids": ("batch", "tokens")}
+
+
+class Model(nn.Module):
+    """The gradient of what is written otherwise: an embedding, W and its transpose, gelu, a thin matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.dense = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.requires_grad_(False)
+
+    def forward(self, theta: Tensor, ids: Tensor) -> Tensor:
+        def loss(theta: Tensor) -> Tensor:
+            words = self.words(ids)
+            moved = (words.reshape(-1, WIDTH) @ theta.reshape(WIDTH, 2)) @ theta.reshape(2, WIDTH)
+            hidden = F.gelu(self.dense(words + moved.reshape(words.shape)))
+            return torch.softmax(hidden.transpose(1, 2), -1).square().sum() + hidden.square().mean()
+
+        gradient: Tensor = torch.func.grad(loss)(theta)
+        return gradient
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
+def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
+    from export.to_executorch import write_programs
+
+    precision: Precision = request.param
+    model, directory = Model(), tmp_path_factory.mktemp(precision)
+    stored = {model.get_parameter(name).data_ptr(): s for name, s in quantise(model, precision).items()}
+    inputs = {"theta": torch.zeros(2 * WIDTH), "ids": torch.zeros((3, 10), dtype=torch.int64)}
+    program = trace(model, inputs, AXES, {"batch": 8, "tokens": LONGEST})
+    write_programs([("step.pte", program)], "base.ptd", directory, stored)
+    return model, directory
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 3), (3, 10), (8, LONGEST)])
+def test_a_program_gives_the_gradient_of_torch_over_the_rounded_base(
+    rows: int, tokens: int, lowered: tuple[Model, Path]
+) -> None:
+    with warnings.catch_warnings():  # it calls itself experimental
+        warnings.simplefilter("ignore")
+        from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+    model, directory = lowered
+    generator = torch.Generator().manual_seed(rows)
+    theta = torch.randn(2 * WIDTH, generator=generator)
+    ids = torch.randint(WORDS, (rows, tokens), generator=generator)
+    expected = model(theta, ids)
+    program = _load_for_executorch(str(directory / "step.pte"), str(directory / "base.ptd"))
+    (found,) = program.forward([theta, ids])
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_matrix_lies_in_the_file_as_it_is_stored_alone(lowered: tuple[Model, Path]) -> None:
+    model, directory = lowered
+    data = (directory / "base.ptd").read_bytes()
+    for weight in (model.words.weight, model.dense.weight):
+        stored = directory.name.startswith("fp32")
+        assert (weight.numpy().tobytes() in data) == stored
+    assert model.dense.bias.numpy().tobytes() in data
