@@ -116,6 +116,8 @@ def simplify(graph: Graph, frozen: set[str]) -> None:
             _read_in_place(graph, node, frozen)
         elif node.target is _ATEN.expand.default and shape_of(node) == shape_of(node.args[0]):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        elif node.target is _ATEN.empty.memory_format:  # whose sizes would become those of the example
+            _replace(graph, node, _ATEN.full.default, (node.args[0], 0), dtype=node.meta["val"].dtype)
         elif node.target is _ATEN.erf.default:
             _reuse_gelu(graph, node)
     graph.eliminate_dead_code()
