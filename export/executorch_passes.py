@@ -110,17 +110,22 @@ def simplify(graph: Graph, frozen: set[str]) -> None:
         if node.target is _ATEN.permute.default:
             _join_permutes(graph, node)
     for node in list(graph.nodes):
-        if node.target is _ATEN.addmm.default:
-            _split_addmm(graph, node, frozen)
-        elif node.target is _ATEN.mm.default:
-            _read_in_place(graph, node, frozen)
-        elif node.target is _ATEN.expand.default and shape_of(node) == shape_of(node.args[0]):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-        elif node.target is _ATEN.empty.memory_format:  # whose sizes would become those of the example
-            _replace(graph, node, _ATEN.full.default, (node.args[0], 0), dtype=node.meta["val"].dtype)
-        elif node.target is _ATEN.erf.default:
-            _reuse_gelu(graph, node)
+        _rewrite(graph, node, frozen)
     graph.eliminate_dead_code()
+
+
+def _rewrite(graph: Graph, node: Node, frozen: set[str]) -> None:
+    """Write one operator otherwise, where that is faster or keeps sizes dynamic."""
+    if node.target is _ATEN.addmm.default:
+        _split_addmm(graph, node, frozen)
+    elif node.target is _ATEN.mm.default:
+        _read_in_place(graph, node, frozen)
+    elif node.target is _ATEN.expand.default and shape_of(node) == shape_of(node.args[0]):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    elif node.target is _ATEN.empty.memory_format:  # whose sizes would become those of the example
+        _replace(graph, node, _ATEN.full.default, (node.args[0], 0), dtype=node.meta["val"].dtype)
+    elif node.target is _ATEN.erf.default:
+        _reuse_gelu(graph, node)
 
 
 def shape_of(node: Any) -> list[Any]:
@@ -180,7 +185,7 @@ def _reuse_gelu(graph: Graph, erf: Node) -> None:
     As (x gelu(x) + ε/2) / (x² + ε), which for an x too small to be squared is ½, as it should.
     """
     scaled: Any = erf.args[0]
-    x = scaled.args[0] if scaled.target is _ATEN.mul.Tensor else None
+    x: Any = scaled.args[0] if scaled.target is _ATEN.mul.Tensor else None
     gelu = next((n for n in x.users if n.target is _ATEN.gelu.default and not n.kwargs), None) if x else None
     added = _only_user(erf, _ATEN.add.Tensor, 1)
     cdf = _only_user(added, _ATEN.mul.Tensor, 0.5)
