@@ -13,10 +13,11 @@ from benchmarks.claims.case import Point, Result
 from benchmarks.claims.plan import Plan
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "results"  # names within a file are the same each time
 from matplotlib import pyplot as plt
 
 __all__ = ["write_report"]
+
+mpl.rcParams["svg.hashsalt"] = "results"  # names within a file are the same each time
 
 HEAD = """# Results
 
