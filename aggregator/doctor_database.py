@@ -15,11 +15,11 @@ from aggregator.findings import Finding
 from storage.backend import errors_in_words, is_shared, open_backend
 from storage.engine import database_path
 from storage.migrate import schema_of
+from storage.postgresql import CONNECTIONS
 
 __all__ = ["look_at_database"]
 
 _OLDEST_POSTGRESQL = 13
-_CONNECTIONS = 17  #: that one server holds at most: one that writes, and those that read
 _CLOCK_S = 2.0  #: that the clocks of two machines may differ
 _TRIGGERS = {
     "sqlite": {"audit_no_update", "audit_no_delete"},
@@ -112,8 +112,8 @@ def _connections(connection: Connection) -> Finding:
     used = int(_asked(connection, others))
     own = "SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database()"
     limit = min(most - reserved, int(_asked(connection, own) or most))
-    said = f"{used} of {limit} connections are in use, a server holds up to {_CONNECTIONS}"
-    fix = "" if limit - used >= _CONNECTIONS else "raise max_connections and restart PostgreSQL"
+    said = f"{used} of {limit} connections are in use, a server holds up to {CONNECTIONS}"
+    fix = "" if limit - used >= CONNECTIONS else "raise max_connections and restart PostgreSQL"
     return Finding(name="connections", ok=not fix, said=said, fix=fix)
 
 

@@ -30,10 +30,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from fedtt.errors import StorageError, UnavailableError
 
-__all__ = ["PostgresqlBackend", "is_postgresql"]
+__all__ = ["CONNECTIONS", "PostgresqlBackend", "is_postgresql"]
 
 _LEDGER_LOCK = 0x66656474_74000001  #: "fedtt", and the first of its locks
 _READERS = 4
+CONNECTIONS = _READERS + 1  #: that one server holds at most
 _STOPPED_S = 5  #: after which a transaction whose process has stopped is ended, so that others go on
 _NETWORK = {
     "connect_timeout": 5,

@@ -166,12 +166,12 @@ def test_postgresql_is_looked_at_from_its_version_to_its_guards(
     finally:
         server().sql("ALTER SYSTEM RESET fsync")
         server().sql("SELECT pg_reload_conf()")
-    server().sql(f"ALTER DATABASE {name} CONNECTION LIMIT 5")
+    server().sql(f"ALTER DATABASE {name} CONNECTION LIMIT 4")
     server().sql("ALTER TABLE audit DISABLE TRIGGER audit_no_truncate", name)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 60)
     seen = look()
-    assert "of 5 connections are in use" in seen["connections"].said
+    assert "of 4 connections are in use" in seen["connections"].said
     assert seen["connections"].fix == "raise max_connections and restart PostgreSQL"
     assert "audit_no_truncate missing or off" in seen["audit"].said
     assert "differ by 60.0 s" in seen["clocks"].said
