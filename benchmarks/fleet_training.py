@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import Report, shared_data
+from benchmarks.harness import Report, minilm_directory, shared_data
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import Shard
 from edge_client.trainer import TrainingRequest
@@ -83,7 +83,6 @@ def _apart(function: Callable[..., dict[str, float]], *values: object) -> dict[s
 
 def _bundle(depth: int | None) -> Path:
     """The exported bundle, with the graphs of many devices beside it."""
-    from benchmarks.device import minilm_directory
     from benchmarks.federated import WORK, exported
     from export.emulation import compile_emulation
 
@@ -103,7 +102,7 @@ def _train(directory: str, trainer: str, quick: bool, seed: int) -> dict[str, fl
 
     In the first round nothing is remembered: it shows as `first_device_steps_per_s`.
     """
-    from benchmarks.device import minilm_directory, resident_mb
+    from benchmarks.device import resident_mb
     from fleet.batched import BatchedPool
     from fleet.pools import open_pool
 

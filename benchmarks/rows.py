@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.device import BATCH, LABELS, TOKENS, minilm_directory
-from benchmarks.harness import ROOT, arguments, reporting
+from benchmarks.device import LABELS
+from benchmarks.device_rows import SHAPES
+from benchmarks.harness import ROOT, arguments, minilm_directory, reporting
 
 if TYPE_CHECKING:
     from edge_client.bundle import Bundle
@@ -62,9 +63,9 @@ def private_over_plain(turns: int, seed: int) -> dict[str, float]:
     manifest, runtime = opened.manifest, OnnxRuntime(opened)
     theta, live = somewhere(opened, seed), np.ones(manifest.adapter.layout.size, np.float32)
     batch = Batch(
-        ids=rng.integers(0, manifest.model.vocabulary, (BATCH, TOKENS)),
-        mask=np.ones((BATCH, TOKENS), np.int64),
-        labels=rng.integers(0, len(manifest.labels), BATCH),
+        ids=rng.integers(0, manifest.model.vocabulary, SHAPES[0]),
+        mask=np.ones(SHAPES[0], np.int64),
+        labels=rng.integers(0, len(manifest.labels), SHAPES[0][0]),
     )
     plain, private = by_turns(
         turns,
