@@ -150,8 +150,11 @@ def executorch_library(report: Report) -> Path | None:
 def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeName]) -> dict[str, float]:
     """Measure what is not measured yet, and sum it up."""
     wanted = wanted_rows(report, args, runtimes)
+    depths = sorted({row.depth for row in wanted if row.depth})
     bundles = {
-        base: exported_minilm(base, runtimes) for base in BASES if base in {row.base for row in wanted}
+        base: exported_minilm(base, runtimes, depths=",".join(map(str, depths)))
+        for base in BASES
+        if base in {row.base for row in wanted}
     }
     digests = {base: digest_of(bundle) for base, bundle in bundles.items()}
     found: dict[Row, dict[str, float]] = {}
@@ -241,9 +244,11 @@ class Kept:
         path.parent.mkdir(exist_ok=True)
 
     def __enter__(self) -> Kept:
-        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        text = self._path.read_bytes() if self._path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._path.write_bytes(whole)  # without a line that was cut off
         self._found: dict[bytes, dict[str, float]] = {}
-        for line in map(json.loads, lines):
+        for line in map(json.loads, whole.splitlines()):
             if line["machine"] == self._machine:
                 self._found[as_key(line["row"])] = line["found"]
         self._file = self._path.open("a")
@@ -266,16 +271,13 @@ def as_key(row: dict[str, Any]) -> bytes:
     return msgspec.json.encode(row, order="sorted")
 
 
-def exported_minilm(base: str, runtimes: list[RuntimeName]) -> Path:
-    """A bundle of the whole and of the last three, two and one blocks; tests compare such with torch."""
+def exported_minilm(base: str, runtimes: list[RuntimeName], *, depths: str) -> Path:
+    """A bundle of the whole and of so many last blocks; tests compare such with torch."""
     from benchmarks.federated import exported  # not by the measured processes, whose memory counts
 
-    both = "executorch" in runtimes
-    options = ("--labels", str(LABELS), "--base", base, "--no-verify")
-    name = f"device-minilm-{base}{'-both' if both else ''}"
-    return exported(
-        name, minilm_directory(), *options, "--runtime", ",".join(runtimes) if both else "onnxruntime"
-    )
+    options = ("--labels", str(LABELS), "--base", base, "--depths", depths, "--no-verify")
+    name = f"device-minilm-{base}-k{depths.replace(',', '')}{'-both' if 'executorch' in runtimes else ''}"
+    return exported(name, minilm_directory(), *options, "--runtime", ",".join(runtimes))
 
 
 def download_mb(bundle: Path, runtime: RuntimeName) -> float:

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.device import Kept, asked, medians
+from benchmarks.device_rows import Kind, has_limit, rows
+
+KINDS: tuple[Kind, ...] = ("torch", "peft", "onnxruntime", "executorch")
+FIGURES = {"cpu_ms": 2.0, "cpu_s": 1.0, "peak_mb": 100.0, "computed": 16, "reused": 64}
+
+
+def test_rows_with_limits_suffice_for_every_figure_with_a_limit() -> None:
+    found = {row: FIGURES for row in rows(KINDS) if has_limit(row)}
+    figures = asked("executorch", medians(found, "step", "cpu_ms"), found)
+    assert figures["step_k2_cached_over_eager_cpu_executorch"] == 1.0
+    assert figures["client_peak_rss_mb_k2_int8_executorch"] == 100.0
+    assert figures["activation_reuse_in_a_round_executorch"] == 64 / 16
+
+
+def test_no_row_is_measured_twice_in_a_run() -> None:
+    every = list(rows(KINDS))
+    assert len(every) == len(set(every))
+
+
+def test_a_run_that_was_cut_off_reads_what_it_measured_and_only_that(tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.jsonl", {"part": "step", "seed": 0, "bundle": "ab"}
+    with Kept(path, fresh=False) as kept:
+        kept.put(row, FIGURES)
+    with path.open("a") as file:
+        file.write('{"machine": {"cpu": "another"}, "row": {"part": "step", "seed": 1}, "found": {}}\n{"mach')
+    with Kept(path, fresh=False) as kept:
+        assert kept.get(row) == FIGURES
+        assert kept.get({**row, "seed": 1}) is None
+        assert kept.get({**row, "bundle": "cd"}) is None
+        kept.put({**row, "seed": 2}, FIGURES)
+    with Kept(path, fresh=False) as kept:
+        assert kept.get({**row, "seed": 2}) == FIGURES
+    with Kept(path, fresh=True) as kept:
+        assert kept.get(row) is None
