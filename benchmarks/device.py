@@ -26,23 +26,14 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec import to_builtins
 
-from benchmarks.device_rows import (
-    BASES,
-    SHAPES,
-    Kind,
-    Row,
-    has_limit,
-    matmul_gflops,
-    measured,
-    rows,
-    step_gflop,
-)
-from benchmarks.harness import ROOT, Report, arguments, machine, minilm_directory, reporting
+from benchmarks.device_processes import measured
+from benchmarks.device_rows import BASES, SHAPES, Kept, Kind, Row, has_limit, rows
+from benchmarks.device_torch import matmul_gflops, step_gflop
+from benchmarks.harness import ROOT, Report, arguments, minilm_directory, reporting
 
 if TYPE_CHECKING:
     from edge_client.bundle import RuntimeName
@@ -232,43 +223,6 @@ def asked(runtime: str, ms: dict[str, float], found: dict[Row, dict[str, float]]
         f"client_peak_rss_mb_k2_int8_{suffix}": peaks[f"{suffix}_int8_k2_cached_8x64"],
         f"activation_reuse_in_a_round_{suffix}": reuse["reused"] / max(1, reuse["computed"]),
     }
-
-
-class Kept:
-    """Rows measured before on this machine, so that a run that was cut off is gone on with."""
-
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        self._path, self._machine = path, machine()
-        if fresh:
-            path.unlink(missing_ok=True)
-        path.parent.mkdir(exist_ok=True)
-
-    def __enter__(self) -> Kept:
-        text = self._path.read_bytes() if self._path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        self._path.write_bytes(whole)  # without a line that was cut off
-        self._found: dict[bytes, dict[str, float]] = {}
-        for line in map(json.loads, whole.splitlines()):
-            if line["machine"] == self._machine:
-                self._found[as_key(line["row"])] = line["found"]
-        self._file = self._path.open("a")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def get(self, row: dict[str, Any]) -> dict[str, float] | None:
-        return self._found.get(as_key(row))
-
-    def put(self, row: dict[str, Any], found: dict[str, float]) -> dict[str, float]:
-        line = {"machine": self._machine, "row": row, "found": found}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        return found
-
-
-def as_key(row: dict[str, Any]) -> bytes:
-    return msgspec.json.encode(row, order="sorted")
 
 
 def exported_minilm(base: str, runtimes: list[RuntimeName], *, depths: str) -> Path:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.device import Kept, asked, medians
-from benchmarks.device_rows import Kind, has_limit, rows
+from benchmarks.device import asked, medians
+from benchmarks.device_rows import Kept, Kind, has_limit, rows
 
 KINDS: tuple[Kind, ...] = ("torch", "peft", "onnxruntime", "executorch")
 FIGURES = {"cpu_ms": 2.0, "cpu_s": 1.0, "peak_mb": 100.0, "computed": 16, "reused": 64}
