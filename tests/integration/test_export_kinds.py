@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 OTHERS: dict[AdapterKind, dict[str, Any]] = {
     "dense": {"bottleneck": 8},
     "lora": {"rank": 4, "alpha": 8, "targets": ("query", "key", "value", "output")},
+    "lora-sb": {"rank": 4},
     "none": {},
 }
 TEXTS = ["wake me at seven please", "lights off", "pay my card"]
