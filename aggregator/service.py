@@ -34,7 +34,7 @@ from storage.store import Store, Transaction
 if TYPE_CHECKING:
     from aggregator.server_key import ServerKey  # its library is not needed in process
 
-__all__ = ["Service"]
+__all__ = ["Proof", "Service"]
 
 T = TypeVar("T")
 Admitted = tuple[Admission, int]  #: and the most bytes its frame may have

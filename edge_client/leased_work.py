@@ -112,9 +112,9 @@ class LeasedWork:
         """Raise Declined where the training would be too long, or its frame."""
         labels = len(bundle.manifest.labels) if plan.label_epsilon and self._config.label_epsilon else 0
         check_upload(budget.upload_bytes, plan, live, labels)
-        known, examples = self._journal.state.paces.get(pace), await self._aside(self._examples.count)
-        expected_s = known.expected_s(rows(plan, examples), self._clock.now()) if known else None
-        check_time(budget.time_s, expected_s)
+        if known := self._journal.state.paces.get(pace):
+            count = rows(plan, await self._aside(self._examples.count))
+            check_time(budget.time_s, known.expected_s(count, self._clock.now()))
 
     async def _keep(
         self, pace: str, plan: Plan, budget: Budget, training_s: float, **changes: object
