@@ -57,7 +57,10 @@ def run(args: Namespace) -> int:
                 return 1
         if rows is not None:
             store.replace_file(str(args.data.absolute()), rows)
-        return asyncio.run(_run(args, home, server, store, move=bool(old_server)))
+        try:
+            return asyncio.run(_run(args, home, server, store, move=bool(old_server)))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 _RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
@@ -82,7 +85,10 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         ),
     )
     show = print_json if args.json else _show
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    if (
+        task := asyncio.current_task()
+    ):  # not by Ctrl-C, which a shell has what it starts in the background ignore
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with open_device(
         home.directory,
         server=server,

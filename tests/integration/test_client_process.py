@@ -103,12 +103,20 @@ def test_one_participation_from_nothing_to_an_acknowledged_update(tmp_path: Path
     with_client(tmp_path, tiny_bundle, test)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "background"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+)
 def test_a_client_that_is_told_to_stop_says_so_and_can_go_on(
-    tmp_path: Path, tiny_bundle: Path, how: signal.Signals
+    tmp_path: Path, tiny_bundle: Path, how: signal.Signals, background: bool
 ) -> None:
     async def test(client: Client) -> None:
-        process = await client.take_part()
+        before = signal.getsignal(signal.SIGINT)
+        if background:  # a shell without job control has what it starts there ignore Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process = await client.take_part()
+        finally:
+            signal.signal(signal.SIGINT, before)
         await client.until(process, "waiting")
         process.send_signal(how)
         out, err = await process.communicate()
