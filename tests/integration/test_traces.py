@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import aiohttp
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -21,6 +17,7 @@ from aggregator.open_telemetry import OpenTelemetry
 from aggregator.tracing import UNTRACED, open_tracer
 from fedtt.cli import main
 from fedtt.errors import ConfigError
+from tests.support.logged import REQUEST_ID, lines_of_a_failure
 from tests.support.served import Served, served, task_text, until
 
 CALLER = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
@@ -109,27 +106,10 @@ async def test_a_server_process_sends_its_spans_by_otlp_and_its_log_names_their_
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fedtt", "serve", "--data", str(tmp_path / "data"), "--port", "0",
-        "--admin-port", "0", "--log-json", "--json",
-        env={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_SERVICE_NAME": "ours"},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert server.stdout is not None
-    listening = json.loads(await server.stdout.readline())
-    token = Path(listening["admin_token_file"]).read_text().strip()
-    (tmp_path / "data" / "blobs").rename(tmp_path / "data" / "away")
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
-        url = f"{listening['admin_url']}/v1/admin/blobs/{'0' * 64}"
-        async with session.put(url, data=b"x", headers={"X-Request-ID": "find-me"}) as answer:
-            assert answer.status == 503
-    server.send_signal(signal.SIGTERM)
-    _, said = await server.communicate()
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_SERVICE_NAME": "ours"}
+    (line,) = await lines_of_a_failure(tmp_path, env)
     await runner.cleanup()
-    assert server.returncode == 0, said
-    lines = [json.loads(line) for line in said.decode().splitlines()]
-    (line,) = [line for line in lines if line.get("request") == "find-me"]
-    assert {line["trace_id"]} == collector.traces("fedtt.request_id", "find-me")
+    assert {line["trace_id"]} == collector.traces("fedtt.request_id", REQUEST_ID)
     resource = collector.requests[0].resource_spans[0].resource
     assert "ours" in {kept.value.string_value for kept in resource.attributes}
 
