@@ -102,6 +102,9 @@ class _Types:
                 return schemas[part["$slot"]] if "$slot" in part else {k: filled(v) for k, v in part.items()}
             return [filled(item) for item in part] if isinstance(part, list) else part
 
+        for schema in components.values():  # a tag is not asked for where only one type can be
+            if schema.get("required", [])[:1] == ["type"]:
+                del schema["required"][0]
         return filled(value), components
 
 

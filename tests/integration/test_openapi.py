@@ -86,6 +86,16 @@ def test_the_document_is_well_formed() -> None:
         assert reference in found["components"]["schemas"]
 
 
+async def test_a_message_of_the_only_type_that_a_call_takes_needs_no_tag(server: Served) -> None:
+    async with Peer(server.url, 7) as peer:
+        await peer.enroll(server.token)
+        untagged = {k: v for k, v in msgspec.to_builtins(CHECK_IN).items() if k != "type"}
+        answer = await peer.request("POST", "/v1/check-in", msgspec.msgpack.encode(untagged))
+    schema = {"$ref": "#/components/schemas/CheckIn", "components": document()["components"]}
+    jsonschema_rs.validate(schema, untagged)
+    assert answer.status == 200
+
+
 async def test_it_is_served_without_a_token_and_printed(server: Served) -> None:
     answer = await send(URL(server.listening.admin_url + "/openapi.json"), "GET", None, {})
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
