@@ -116,7 +116,7 @@ def _step(row: Row, bundle: Path, directory: Path, seed: int, steps: int) -> dic
     batch = Batch(ids=found["ids"], mask=found["mask"], labels=found["labels"])
     if row.depth is None:
         return timed(lambda: runtime.gradient(theta, batch)[0], steps)
-    prefix = FrozenPrefix(runtime, opened, row.depth, _kept(row, directory))
+    prefix = FrozenPrefix(runtime, opened, row.depth, _kept(row, directory), [batch])
     times = timed(lambda: prefix.gradient(theta, batch)[0], steps)
     return {**times, "computed": prefix.computed, "reused": prefix.reused}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedtt.errors import ConfigError
 
-__all__ = ["Activations", "FileActivations", "Half"]
+__all__ = ["Activations", "FileActivations", "Half", "kept_bytes"]
 
 Half = NDArray[np.float16]
 
@@ -26,8 +26,18 @@ _DIGEST_BYTES = 16
 _BLOCK_BYTES = 4096  #: of the file system: small files count as much
 
 
+def kept_bytes(shape: tuple[int, int]) -> int:
+    """What one row's hidden state (S, H) takes of the limit."""
+    return _occupied(_DIGEST_BYTES + 2 * shape[0] * shape[1])
+
+
 class Activations(Protocol):
     """Hidden states by a name that says all they depend on."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """The most that is kept, each row counted as `kept_bytes`."""
+        ...
 
     def get(self, key: str, shape: tuple[int, int]) -> Half | None:
         """What was kept under a name, if it is whole and of this shape."""
@@ -48,7 +58,7 @@ class FileActivations:
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise ConfigError("activations.limit_bytes", limit_bytes, "a whole number from 0")
-        self._directory, self._limit_bytes = directory, limit_bytes
+        self._directory, self.limit_bytes = directory, limit_bytes
         self._guard = threading.Lock()
         self._held: OrderedDict[str, int] | None = None  #: bytes by name, the one used longest ago first
 
@@ -67,11 +77,11 @@ class FileActivations:
     def put(self, key: str, hidden: Half) -> None:
         data = hidden.astype("<f2", copy=False).tobytes()
         with self._guard:
-            if (size := _occupied(_DIGEST_BYTES + len(data))) > self._limit_bytes:
+            if (size := kept_bytes(hidden.shape)) > self.limit_bytes:
                 return
             held = self._known()
             self._drop(key)
-            while held and sum(held.values()) + size > self._limit_bytes:
+            while held and sum(held.values()) + size > self.limit_bytes:
                 self._drop(next(iter(held)))
             if self._write(key, _digest(key, data) + data):
                 held[key] = size
@@ -88,7 +98,7 @@ class FileActivations:
                         Path(entry).unlink()
                     else:
                         self._held[entry.name] = _occupied(stat.st_size)
-            while self._held and sum(self._held.values()) > self._limit_bytes:
+            while self._held and sum(self._held.values()) > self.limit_bytes:
                 self._drop(next(iter(self._held)))
         return self._held
 

@@ -84,6 +84,10 @@ class ExecutorchRuntime:
         loss, grad = self._run(self._cuts[depth].step, theta, hidden, batch.mask, last)
         return float(loss), grad
 
+    def release(self) -> None:
+        with self._guard:
+            self._programs.clear()
+
     def _run(self, name: str, theta: Theta, *batch: NDArray[Any]) -> list[NDArray[Any]]:
         self._layout.check(theta)
         self._check(name, len(batch[0]))

@@ -65,6 +65,10 @@ class OnnxRuntime:
         inputs: dict[str, NDArray[Any]] = {"theta": theta, "hidden": hidden, "mask": batch.mask}
         return self._step(self._cuts[depth].step, inputs | (_labels(batch) or {"ids": batch.ids}))
 
+    def release(self) -> None:
+        with self._guard:
+            self._sessions.clear()
+
     def _step(self, name: str, inputs: dict[str, NDArray[Any]]) -> tuple[float, Theta]:
         loss, grad = self._run(name, ["loss", "grad"], inputs)
         return float(loss), grad

@@ -65,6 +65,10 @@ class Runtime(Scorer, Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Free the graphs that are loaded; one that runs, when it has run. Each is loaded again when used."""
+        ...
+
 
 class Runtimes:
     """The runtimes of a process, one for each bundle: devices that share a base share its memory."""

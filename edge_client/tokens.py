@@ -12,7 +12,7 @@ from edge_client.bundle import Bundle
 from edge_client.examples import Text
 from fedtt.errors import BundleError
 
-__all__ = ["Batch", "Tokens"]
+__all__ = ["Batch", "Ids", "Tokens"]
 
 Ids = NDArray[np.int64]
 

@@ -6,7 +6,7 @@ gives the same frame when it is done again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -132,7 +132,7 @@ class Training:
         if len(examples) < max(1, plan.min_examples):
             raise DataError(f"the task needs {plan.min_examples} examples, this device has {len(examples)}")
         self._examples = len(examples)
-        self._batches = _Batches(plan, request.device, request.bundle.manifest, tokens, examples)
+        self.batches = _Batches(plan, request.device, request.bundle.manifest, tokens, examples)
 
     def depth(self, depths: Sequence[int]) -> int | None:
         """The least of a runtime's depths that trains all that is live; None where the whole step must."""
@@ -151,7 +151,7 @@ class Training:
     def steps(self) -> Steps[Batch]:
         plan = self._request.plan
         theta = decode_theta(self._request.version, self._layout, plan.version)
-        steps = plan.method.client_step(self._adapter, theta, self._live, self._batches, plan.training)
+        steps = plan.method.client_step(self._adapter, theta, self._live, self.batches, plan.training)
         return steps if self._places is None else self._embedded(steps, self._places)
 
     def _embedded(self, steps: Steps[Batch], places: NDArray[np.intp]) -> Steps[Batch]:
@@ -184,7 +184,7 @@ class Training:
             frame=encode_update(header, payload),
             residual=next_residual,
             header=header,
-            cut_texts=self._batches.cut_texts,
+            cut_texts=self.batches.cut_texts,
         )
 
     def _encode(self, delta: NDArray[np.float32]) -> tuple[bytes, bytes]:
@@ -212,7 +212,8 @@ def train(
     private = training.private_gradient
     depth, prefix = None if private else training.depth(runtime.depths), None
     if depth is not None:
-        prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations)
+        ahead = _checked(training.batches.ahead(), go_on)
+        prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
     gradient_of = private(runtime).gradient if private else _short(prefix or runtime, request.bundle.manifest)
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
@@ -225,6 +226,12 @@ def train(
     if prefix is None:
         return update
     return replace(update, depth=depth, prefixes_computed=prefix.computed, prefixes_reused=prefix.reused)
+
+
+def _checked(batches: Iterable[Batch], go_on: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        go_on()
+        yield batch
 
 
 def _short(step: FrozenPrefix | Runtime, manifest: Manifest) -> Gradient[Batch]:
@@ -251,13 +258,20 @@ class _Batches:
         self.cut_texts = 0
 
     def __iter__(self) -> Iterator[Batch]:
+        for batch, cut in self._made():
+            self.cut_texts += cut
+            yield batch
+
+    def ahead(self) -> Iterator[Batch]:
+        """The same, from the first on, to be looked at only."""
+        return (batch for batch, _ in self._made())
+
+    def _made(self) -> Iterator[tuple[Batch, int]]:
         training = self._plan.training
         rng = rng_for(self._plan.seed, Purpose.BATCHES, self._plan.round, address(self._device))
         for rows in batch_rows(len(self._examples), training.batch_size, training.local_steps, rng):
             labels = None if self._labels is None else [self._labels[row] for row in rows]
-            batch, cut = self._tokens.batch([self._examples[row].words for row in rows], labels)
-            self.cut_texts += cut
-            yield batch
+            yield self._tokens.batch([self._examples[row].words for row in rows], labels)
 
 
 def batch_rows(count: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:

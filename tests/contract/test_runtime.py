@@ -198,6 +198,7 @@ class RuntimeContract:
         runtime.logits(somewhere(bundle, 1), random_batch(bundle, 8, 32))
         np.testing.assert_array_equal(gradient, gradient_copy, "a later call wrote into an earlier answer")
         np.testing.assert_array_equal(logits, logits_copy, "a later call wrote into an earlier answer")
+        runtime.release()
         loss_again, gradient_again = runtime.gradient(theta, batch)
         assert loss_again == loss
         np.testing.assert_array_equal(gradient_again, gradient)

@@ -40,6 +40,9 @@ class WholeSteps:
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
         raise NotImplementedError
 
+    def release(self) -> None:
+        """There is nothing to free."""
+
     def private_gradient(
         self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
     ) -> tuple[float, Theta]:

@@ -76,6 +76,9 @@ class TorchRuntime:
         loss, gradient = self._run(self._cuts[depth][1], theta_, torch.from_numpy(hidden), mask, target)
         return float(loss), gradient.numpy()
 
+    def release(self) -> None:
+        """The model stays."""
+
     def _inputs(self, theta: Theta, batch: Batch) -> tuple[Tensor, ...]:
         self._model.spec.layout.check(theta)
         return tuple(torch.from_numpy(array) for array in (theta, batch.ids, batch.mask))

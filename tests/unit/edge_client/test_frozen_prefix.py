@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from edge_client.activations import FileActivations
+from edge_client.activations import FileActivations, kept_bytes
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
 from edge_client.runtime import Hidden
@@ -32,6 +32,7 @@ class Counting(WholeSteps):
 
     def __init__(self, value: float = 0.0) -> None:
         self.asked: list[list[int]] = []
+        self.calls: list[str] = []
         self.hidden: list[Hidden] = []
         self.value = value
 
@@ -43,13 +44,18 @@ class Counting(WholeSteps):
 
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
         assert depth == 1
+        self.calls.append("prefix")
         self.asked.append(batch.ids[0].tolist())
         hidden: Hidden = np.repeat(batch.ids[:, :, None], 8, 2).astype(np.float32)
         return hidden + np.float32(theta[0] + self.value)
 
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
+        self.calls.append("above")
         self.hidden.append(hidden)
         return float(hidden.sum()), np.zeros_like(theta)
+
+    def release(self) -> None:
+        self.calls.append("release")
 
 
 @pytest.fixture
@@ -83,6 +89,30 @@ def test_each_row_is_computed_once_without_padding_and_kept_between_rounds(
     assert runtime.asked[2:] == [[5, 6, 7, 8, 9]]
     assert (second.computed, second.reused) == (1, 1)
     np.testing.assert_array_equal(runtime.hidden[1][0, :, 0], [5, 0, 0, 0, 0])
+
+
+def test_rows_to_come_are_computed_before_the_first_step_and_their_graph_freed(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    runtime, kept = Counting(), FileActivations(tmp_path / "kept", 1 << 20)
+    first, second = batch([5, 6, 7], [5, 6, 7]), batch([8], [5, 6, 7])
+    prefix = FrozenPrefix(runtime, bundle, 1, kept, [first, second])
+    for chosen in (first, second):
+        prefix.gradient(THETA, chosen)
+    assert runtime.calls == ["release", "prefix", "prefix", "release", "above", "above"]
+    assert (prefix.computed, prefix.reused) == (2, 2)
+    again = FrozenPrefix(runtime, bundle, 1, kept, [first, second])
+    again.gradient(THETA, first)
+    assert runtime.calls[6:] == ["above"], "all was kept: no graph but the step's is needed"
+
+
+def test_no_more_rows_are_computed_ahead_than_there_is_room_for(tmp_path: Path, bundle: Bundle) -> None:
+    runtime, kept = Counting(), FileActivations(tmp_path / "kept", 2 * kept_bytes((3, 8)))
+    rows = batch([5, 6, 7], [6, 7, 8], [7, 8, 9])
+    prefix = FrozenPrefix(runtime, bundle, 1, kept, [rows])
+    prefix.gradient(THETA, rows)
+    assert runtime.calls == ["release", "prefix", "prefix", "release", "prefix", "above"]
+    assert (prefix.computed, prefix.reused) == (3, 0)
 
 
 def test_a_change_of_anything_the_prefix_depends_on_computes_it_anew(tmp_path: Path, bundle: Bundle) -> None:
