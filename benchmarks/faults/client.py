@@ -35,6 +35,9 @@ __all__ = ["clients_killed", "run"]
 
 _START_S = 60.0
 _ROUNDS = 1.5  #: the longest a client lives after its first event, in rounds that nobody disturbs
+_DEADLINE_S = (
+    15.0  #: of a round; one that three lives were cut short in is given back, and the next waits for it
+)
 _WHILE_STARTING = 0.2  #: of the kills come before it
 _ASSISTANT = ROOT / "fleet" / "assistant"
 
@@ -58,7 +61,8 @@ async def clients_killed(setting: Setting, *, bundle: Path, rows: list[str], kil
     data.write_text("\n".join(rows))
     async with server.running():
         training = "[training]\nlocal_steps = 3\nbatch_size = 4\n"
-        await server.open_task(task_text("int8", cohort=1, retry_s=0.05, fold=training), bundle)
+        rounds = {"cohort": 1, "retry_s": 0.05, "deadline_s": _DEADLINE_S, "give_up_after": 10**6}
+        await server.open_task(task_text("int8", fold=training, **rounds), bundle)
         life = _Lives(setting.directory / "home", server, data)
         round_s = await life.undisturbed()
         setting.report.line(row="client", round_s=round(round_s, 3))
@@ -81,7 +85,10 @@ async def clients_killed(setting: Setting, *, bundle: Path, rows: list[str], kil
             "journal_mb_max": 1.0,
             "home_over_bundle_max": 1.1,
         },
-        at_least={"acknowledged": 2},  # one before the kills, one after them
+        at_least={
+            "acknowledged": 2,
+            "trained": kills / 2,
+        },  # one before the kills, one after them; work all along
     )
 
 
