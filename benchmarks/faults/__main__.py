@@ -1,6 +1,7 @@
 """`python -m benchmarks.faults NAME [--quick]`: one row of the table, or `all` of them.
 
-Ends with status 1 where a bound does not hold.
+Ends with status 1 where a bound does not hold. `page` runs nothing: it makes the table of docs/faults.md from
+what is stored under benchmarks/results/faults, which `--out` writes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.faults.page import write_page
 from benchmarks.faults.row import Outcome, Row, Setting
-from benchmarks.harness import Report, arguments, reporting
+from benchmarks.harness import ROOT, Report, arguments, reporting
 
 #: row -> what it does; each is a module of this folder with a coroutine function `run`
 ROWS = {
@@ -58,13 +60,17 @@ def run(name: str, report: Report, *, quick: bool, seed: int, scratch: Path | No
 
 def main() -> None:
     parser = arguments("faults", "What a server and its devices survive.")
-    parser.add_argument("name", choices=(*ROWS, "all"), metavar="NAME", help=", ".join((*ROWS, "all")))
+    names = (*ROWS, "all", "page")
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scratch", type=Path, help="on which disk to work (default: the system's)")
     args = parser.parse_args()
-    names = list(ROWS) if args.name == "all" else [args.name]
+    if args.name == "page":
+        write_page(ROWS, ROOT / "benchmarks" / "results" / "faults", ROOT / "docs" / "faults.md")
+        return
+    rows = list(ROWS) if args.name == "all" else [args.name]
     with reporting("faults", args.out) as report:
         outcomes = {
-            name: run(name, report, quick=args.quick, seed=args.seed, scratch=args.scratch) for name in names
+            name: run(name, report, quick=args.quick, seed=args.seed, scratch=args.scratch) for name in rows
         }
         figures = {f"{n}_{key}": v for n, found in outcomes.items() for key, v in found.figures.items()}
         report.summary(

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from benchmarks.page_table import put_table
 from benchmarks.uplink.arms import ArmResult
 from benchmarks.uplink.http_bytes import HttpBytes
 from benchmarks.uplink.report import Bytes, both_ways, by_arm, bytes_to, finals, sent
 
 __all__ = ["write_table"]
 
-_BEGIN, _END = "<!-- table: python -m benchmarks.uplink --page -->", "<!-- end of the table -->"
 _HEADINGS = (
     "arm",
     "frame, mean",
@@ -30,19 +30,12 @@ _HEADINGS = (
 
 
 def write_table(results: Iterable[ArmResult], http: HttpBytes, target: float, page: Path) -> None:
-    """Put the table between its marks; what stands around it is written by hand."""
-    text = page.read_text()
-    before, rest = text.split(_BEGIN)
-    _, after = rest.split(_END)
+    """Put the table into docs/uplink.md, or another page with its marks."""
     shown = f"{100 * target:.1f} %"
     headings = [heading.format(target=shown) for heading in _HEADINGS]
     rows = sorted(by_arm(results).items(), key=lambda item: fmean(r.frame_bytes_mean for r in item[1]))
-    lines = [
-        f"| {' | '.join(headings)} |",
-        f"|---|{'---:|' * (len(headings) - 1)}",
-        *(f"| {' | '.join((name, *_row(runs, http, target)))} |" for name, runs in rows),
-    ]
-    page.write_text(f"{before}{_BEGIN}\n\n" + "\n".join(lines) + f"\n\n{_END}{after}")
+    lines = [(name, *_row(runs, http, target)) for name, runs in rows]
+    put_table(page, "python -m benchmarks.uplink --page", headings, lines)
 
 
 def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str, ...]:
