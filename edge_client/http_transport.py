@@ -257,10 +257,11 @@ class HttpTransport:
             self._session = aiohttp.ClientSession(
                 auto_decompress=False,  # a few bytes could unpack to gigabytes
                 connector=aiohttp.TCPConnector(ssl=self._tls),
-                headers={
-                    "Accept": f"{MEDIA_TYPE}, {_OCTETS}, {DIFFERENCE_MEDIA_TYPE}",
-                    "Accept-Encoding": "identity",
-                },
+                headers={"Accept-Encoding": "identity"},
+                skip_auto_headers=(
+                    "Accept",
+                    "User-Agent",
+                ),  # nobody reads them, and a device pays for each byte
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
