@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aggregator.service import Service
+from edge_client import events
 from edge_client.bundle_cache import BundleCache
 from edge_client.conditions import Conditions
 from edge_client.device import Device
@@ -25,16 +27,32 @@ from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtime, Runtimes
 from edge_client.version_cache import FileVersions
 from fedtt.codec import CodecSpec
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
+from fedtt.errors import Refused
+from fedtt.messages import CheckIn, CheckInAnswer, Code, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.optimiser import TrainingSpec
 from fedtt.seams import Transport, VersionBody
 from fedtt.task import RoundSpec, TaskSpec
-from storage.records import MAIN
+from storage.records import MAIN, Lease
 from tests.support.clock import VirtualClock
 from tests.support.edge import MeanTarget, locked_home, write_small_bundle
 from tests.support.in_process import TOKEN, InProcess, memory_service
 
-__all__ = ["ROUNDS", "SPEC", "Hook", "Hooked", "World", "device_world", "no_hook"]
+__all__ = [
+    "ROUNDS",
+    "SPEC",
+    "Hook",
+    "Hooked",
+    "World",
+    "acknowledged",
+    "device_world",
+    "failing",
+    "granted",
+    "in_world",
+    "lease_of",
+    "no_hook",
+    "refusal",
+    "trained",
+]
 
 ROUNDS = 3
 SPEC = TaskSpec(
@@ -186,3 +204,45 @@ async def device_world(tmp_path: Path, spec: TaskSpec = SPEC) -> AsyncIterator[W
         async with memory_service(tmp_path / "blobs", spec, tmp_path / "bundle", clock) as service:
             service.coordinator._new_lease_id = lambda: f"{next(ids):032x}"
             yield World(service, home, clock)
+
+
+def in_world(tmp_path: Path, test: Callable[[World], Awaitable[None]], spec: TaskSpec = SPEC) -> None:
+    async def run() -> None:
+        async with device_world(tmp_path, spec) as world:
+            await test(world)
+
+    asyncio.run(run())
+
+
+def acknowledged(step: Step) -> bool:
+    return isinstance(step, events.Acknowledged)
+
+
+def trained(step: Step) -> bool:
+    return isinstance(step, events.Trained)
+
+
+def granted(step: Step) -> bool:
+    return isinstance(step, events.Granted)
+
+
+def failing(error: Exception, name: str, times: int = 1) -> Hook:
+    """A hook that fails the first calls of a name."""
+    left = [error] * times
+
+    def hook(called: str) -> None:
+        if called == name and left:
+            raise left.pop()
+
+    return hook
+
+
+def refusal(code: Code, retry_after_s: float | None = None) -> Refused:
+    return Refused(Problem(code=code, detail="no"), retry_after_s)
+
+
+def lease_of(world: World, lease: str) -> Lease:
+    with world.service.store.reading() as tx:
+        found = tx.lease(lease)
+    assert found is not None
+    return found

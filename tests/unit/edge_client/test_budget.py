@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from fedtt.errors import ConfigError, Unreachable
 from fedtt.layout import Theta
 from fedtt.messages import FailureCode
 from storage.records import LeaseState
-from tests.support.device_world import SPEC, World, device_world
+from tests.support.device_world import SPEC, World, in_world, trained
 from tests.support.edge import MeanTarget
 from tests.support.in_process import TOKEN
 
@@ -37,14 +35,6 @@ class Free:
         return Readings(memory_mb=self.memory_mb)
 
 
-def in_world(tmp_path: Path, budget: Budget, test: Callable[[World], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with device_world(tmp_path, replace(SPEC, budget=budget)) as world:
-            await test(world)
-
-    asyncio.run(run())
-
-
 def set_budget(world: World, budget: Budget) -> None:
     """Of the task from now on, unchecked, as a server of another make may ask."""
     with world.service.store.transaction() as tx:
@@ -57,10 +47,6 @@ async def next_round(world: World, after_s: float = 1000) -> None:
     """The deadline of the round passes, and with it every lease."""
     await world.clock.advance(after_s)
     await world.service.tick()
-
-
-def trained(step: events.Step) -> bool:
-    return isinstance(step, events.Trained)
 
 
 def gave_up(step: events.Step) -> bool:
@@ -99,7 +85,7 @@ def test_a_plan_that_may_use_more_memory_than_is_free_is_declined(
             assert step.detail == f"the task may use 256 MiB of memory, {free_mb} are free here"
             assert "bundle_file" not in transport.calls  # nothing was loaded for it
 
-    in_world(tmp_path, Budget(memory_mb=256), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget(memory_mb=256)))
 
 
 def test_a_server_offers_no_work_to_a_device_that_said_it_has_too_little_memory(tmp_path: Path) -> None:
@@ -109,7 +95,7 @@ def test_a_server_offers_no_work_to_a_device_that_said_it_has_too_little_memory(
         assert isinstance(step, events.Waiting)
         assert step.reason == "the task may use 256 MiB of memory, you have 255"
 
-    in_world(tmp_path, Budget(memory_mb=256), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget(memory_mb=256)))
 
 
 def test_a_bundle_that_does_not_fit_the_budget_is_declined_by_its_manifest_alone(tmp_path: Path) -> None:
@@ -119,7 +105,7 @@ def test_a_bundle_that_does_not_fit_the_budget_is_declined_by_its_manifest_alone
         held = {path.name for path in world.home.bundles.rglob("*") if path.is_file()}
         assert {name for name in held if not name.endswith(".lock")} == {"manifest.json"}
 
-    in_world(tmp_path, Budget(download_bytes=250_000), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget(download_bytes=250_000)))
 
 
 def test_what_was_downloaded_before_counts_no_more(tmp_path: Path) -> None:
@@ -137,7 +123,7 @@ def test_what_was_downloaded_before_counts_no_more(tmp_path: Path) -> None:
         assert part.stat().st_size == 100_000
         assert trained(await device.run(gave_up))
 
-    in_world(tmp_path, Budget(), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget()))
 
 
 def test_an_owner_may_allow_less_than_the_plan_does(tmp_path: Path) -> None:
@@ -145,7 +131,7 @@ def test_an_owner_may_allow_less_than_the_plan_does(tmp_path: Path) -> None:
         step = await declined(world, FailureCode.TIME, DeviceConfig(token=TOKEN, max_training_s=1e-9))
         assert step.detail == "training has taken the 1e-09 s that it may"
 
-    in_world(tmp_path, Budget(time_s=60), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget(time_s=60)))
 
 
 def test_a_version_too_large_is_declined_where_the_bundle_is_there(tmp_path: Path) -> None:
@@ -157,7 +143,7 @@ def test_a_version_too_large_is_declined_where_the_bundle_is_there(tmp_path: Pat
         step = await declined(world, FailureCode.TRAFFIC)
         assert step.detail == f"a version has {version_bytes} bytes, {version_bytes - 1} may be downloaded"
 
-    in_world(tmp_path, Budget(), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget()))
 
 
 class Slow(MeanTarget):
@@ -185,7 +171,7 @@ def test_training_ends_at_its_limit_of_time_and_is_declined_at_once_from_then_on
         await device.run(gave_up)
         assert len(slow.batches) == 2
 
-    in_world(tmp_path, Budget(time_s=0.03), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget(time_s=0.03)))
 
 
 def test_a_frame_that_may_be_longer_than_allowed_is_not_trained_for(tmp_path: Path) -> None:
@@ -195,7 +181,7 @@ def test_a_frame_that_may_be_longer_than_allowed_is_not_trained_for(tmp_path: Pa
         assert step.detail.endswith("100 may be sent")
         assert not world.runtime.batches  # type: ignore[attr-defined]
 
-    in_world(tmp_path, Budget(), test)
+    in_world(tmp_path, test, replace(SPEC, budget=Budget()))
 
 
 def test_a_task_whose_first_frame_is_beyond_its_budget_is_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from fedtt.errors import ConfigError, Declined
 from fedtt.layout import Theta
 from fedtt.messages import FailureCode
 from storage.records import LeaseState
-from tests.support.device_world import World, device_world
+from tests.support.device_world import World, granted, in_world, trained
 from tests.support.edge import MeanTarget
 from tests.support.in_process import TOKEN
 
@@ -40,24 +39,8 @@ class Told:
         return self.readings
 
 
-def in_world(tmp_path: Path, test: Callable[[World], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with device_world(tmp_path) as world:
-            await test(world)
-
-    asyncio.run(run())
-
-
 def config(limits: Limits = STRICT) -> DeviceConfig:
     return DeviceConfig(token=TOKEN, limits=limits, watch_s=0.01)
-
-
-def granted(step: events.Step) -> bool:
-    return isinstance(step, events.Granted)
-
-
-def trained(step: events.Step) -> bool:
-    return isinstance(step, events.Trained)
 
 
 def test_where_all_holds_nothing_stands_against_work() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,61 +10,22 @@ from msgspec.structs import replace
 
 from edge_client import events
 from edge_client.device_config import DeviceConfig
-from edge_client.events import Step
-from edge_client.examples import ExampleStore
 from edge_client.journal import Idle, Leased, Residual, Trained
-from edge_client.tokens import Batch
-from fedtt.errors import ConfigError, Refused, RuntimeFailure, Unreachable, WireError
-from fedtt.layout import Theta
-from fedtt.messages import CheckIn, CheckInAnswer, Code, FailureCode, Problem, Receipt, Work
-from fedtt.optimiser import TrainingSpec
-from fedtt.seams import VersionBody
-from fedtt.task import TaskSpec
-from storage.records import Lease, LeaseState
-from tests.support.device_world import ROUNDS, SPEC, Hook, World, device_world
+from fedtt.errors import ConfigError, Refused, Unreachable
+from fedtt.messages import Code, Receipt
+from storage.records import LeaseState
+from tests.support.device_world import (
+    ROUNDS,
+    World,
+    acknowledged,
+    failing,
+    granted,
+    in_world,
+    lease_of,
+    refusal,
+    trained,
+)
 from tests.support.edge import MeanTarget
-
-
-def in_world(tmp_path: Path, test: Callable[[World], Awaitable[None]], spec: TaskSpec = SPEC) -> None:
-    async def run() -> None:
-        async with device_world(tmp_path, spec) as world:
-            await test(world)
-
-    asyncio.run(run())
-
-
-def acknowledged(step: Step) -> bool:
-    return isinstance(step, events.Acknowledged)
-
-
-def trained(step: Step) -> bool:
-    return isinstance(step, events.Trained)
-
-
-def granted(step: Step) -> bool:
-    return isinstance(step, events.Granted)
-
-
-def failing(error: Exception, name: str, times: int = 1) -> Hook:
-    """A hook that fails the first calls of a name."""
-    left = [error] * times
-
-    def hook(called: str) -> None:
-        if called == name and left:
-            raise left.pop()
-
-    return hook
-
-
-def refusal(code: Code, retry_after_s: float | None = None) -> Refused:
-    return Refused(Problem(code=code, detail="no"), retry_after_s)
-
-
-def lease_of(world: World, lease: str) -> Lease:
-    with world.service.store.reading() as tx:
-        found = tx.lease(lease)
-    assert found is not None
-    return found
 
 
 def test_a_device_lives_from_consent_to_the_end_of_the_task(tmp_path: Path) -> None:
@@ -291,207 +249,5 @@ def test_a_lease_that_ran_out_before_training_is_dropped(tmp_path: Path) -> None
         assert isinstance(step, events.Dropped)
         assert "expired" in step.reason
         assert runtime.batches == []
-
-    in_world(tmp_path, test)
-
-
-class Failing(MeanTarget):
-    """A runtime that cannot."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        raise self.error
-
-
-def test_a_graph_that_fails_gives_the_lease_back_without_telling_why(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        world.runtime = Failing(RuntimeFailure("out of memory in /home/anna"))
-        device, transport = world.device()
-        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert isinstance(step, events.GaveUp)
-        assert (step.code, step.detail) == (FailureCode.RUNTIME, "out of memory in /home/anna")
-        (failure,) = transport.failures
-        assert (failure.code, failure.detail) == (FailureCode.RUNTIME, "")
-        assert lease_of(world, step.lease).state is LeaseState.FAILED
-        assert device.journal.state.phase == Idle()
-
-    in_world(tmp_path, test)
-
-
-def test_unusable_examples_give_the_lease_back_and_stay_private(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        world.examples = ExampleStore(None)
-        world.examples.add("call my doctor", "a very private label")
-        device, transport = world.device()
-        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert isinstance(step, events.GaveUp)
-        assert step.code is FailureCode.NO_EXAMPLES
-        assert "a very private label" in step.detail
-        assert transport.failures[0].detail == ""
-
-    in_world(tmp_path, test)
-
-
-def test_a_diverged_training_gives_the_lease_back(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        device, transport = world.device()
-        await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert transport.failures[0].code is FailureCode.NOT_FINITE
-
-    training = TrainingSpec(optimiser="sgd", learning_rate=10, local_steps=300)
-    in_world(tmp_path, test, replace(SPEC, training=training))
-
-
-def test_a_server_that_cannot_be_told_of_a_failure_does_not_hold_the_device_up(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        world.runtime = Failing(RuntimeFailure("no"))
-        device, _ = world.device(before=failing(Unreachable("gone"), "fail"))
-        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert isinstance(step, events.GaveUp)
-        assert step.detail == "no (the server could not be told)"
-        assert device.journal.state.phase == Idle()
-
-    in_world(tmp_path, test)
-
-
-def test_a_version_that_is_not_what_its_name_says_is_not_trained(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        device, transport = world.device()
-
-        async def damaged(sha256: str, limit_bytes: int, held: str | None = None) -> VersionBody:
-            return VersionBody(data=bytes(limit_bytes)[:-1] + b"x")
-
-        transport.version = damaged  # type: ignore[method-assign]  # a proxy that damages what it carries
-        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert isinstance(step, events.GaveUp)
-        assert step.code is FailureCode.BUNDLE
-        assert "does not match its sha256" in step.detail
-
-    in_world(tmp_path, test)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"live": (999,)},  # factors of a larger layout
-        {"rank": 4096},
-        {"live": tuple(range(300))},
-    ],
-)
-def test_a_plan_for_another_layout_than_its_bundles_is_given_back_untrained(
-    tmp_path: Path, changes: dict[str, object]
-) -> None:
-    async def test(world: World) -> None:
-        device, transport = world.device()
-        honest = transport.check_in
-
-        async def lying(message: CheckIn) -> CheckInAnswer:
-            answer = await honest(message)
-            assert isinstance(answer, Work)
-            return replace(answer, plan=replace(answer.plan, **changes))
-
-        transport.check_in = lying  # type: ignore[method-assign]
-        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert isinstance(step, events.GaveUp)
-        assert step.code is FailureCode.BUNDLE
-        assert "\n" not in step.detail
-        assert device.journal.state.phase == Idle()
-        assert not world.runtime.batches  # type: ignore[attr-defined]
-
-    in_world(tmp_path, test)
-
-
-@pytest.mark.parametrize("error", [Unreachable("broke off"), WireError("not the protocol")])
-@pytest.mark.parametrize("call", ["version", "bundle_file"])
-def test_a_download_that_breaks_off_is_tried_again_under_the_same_lease(
-    tmp_path: Path, call: str, error: Exception
-) -> None:
-    async def test(world: World) -> None:
-        device, transport = world.device(before=failing(error, call, times=2))
-        await device.run(until=acknowledged)
-        assert world.kinds() == ["Enrolled", "Granted", "Retrying", "Retrying", "Trained", "Acknowledged"]
-        assert transport.calls.count("check_in") == 1
-
-    in_world(tmp_path, test)
-
-
-def test_a_bundle_the_server_has_lost_gives_the_lease_back(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        device, transport = world.device(before=failing(refusal(Code.NOT_FOUND), "bundle_file"))
-        await device.run(until=lambda step: isinstance(step, events.GaveUp))
-        assert transport.failures[0].code is FailureCode.BUNDLE
-
-    in_world(tmp_path, test)
-
-
-def test_a_training_that_kills_the_process_each_time_is_given_back(tmp_path: Path) -> None:
-    class KilledError(BaseException):
-        pass
-
-    async def test(world: World) -> None:
-        world.runtime = Failing(KilledError())  # type: ignore[arg-type]  # out of memory is no Exception either
-        for _ in range(3):
-            device, _ = world.device()
-            with pytest.raises(KilledError):
-                await device.run()
-        device, transport = world.device()
-        step = await device.step()
-        assert isinstance(step, events.GaveUp)
-        assert step.detail == "training was cut short 3 times"
-        assert [failure.code for failure in transport.failures] == [FailureCode.OTHER]
-
-    in_world(tmp_path, test)
-
-
-def test_cancelling_stops_training_at_its_next_batch_and_costs_no_attempt(tmp_path: Path) -> None:
-    class Slow(MeanTarget):
-        def __init__(self) -> None:
-            super().__init__()
-            self.begun, self.go_on = threading.Event(), threading.Event()
-
-        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-            self.begun.set()
-            self.go_on.wait(10)
-            return super().gradient(theta, batch)
-
-    async def test(world: World) -> None:
-        slow = Slow()
-        world.runtime = slow
-        device, _ = world.device()
-        run = asyncio.create_task(device.run())
-        await asyncio.to_thread(slow.begun.wait, 10)
-        run.cancel()
-        await asyncio.sleep(0.01)
-        assert not run.done(), "it waits for the batch in progress"
-        slow.go_on.set()
-        with pytest.raises(asyncio.CancelledError):
-            await run
-        assert len(slow.batches) == 1
-        phase = device.journal.state.phase
-        assert isinstance(phase, Leased)
-        assert phase.attempts == 0
-        device, transport = world.device()
-        await device.run(until=acknowledged)
-        assert transport.frames[0][0] == phase.work.lease
-
-    in_world(tmp_path, test)
-
-
-def test_the_frame_is_on_disk_before_it_is_sent(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        found: list[object] = []
-
-        def look(name: str) -> None:
-            if name == "upload":
-                found.append(device.journal.state.phase)
-
-        device, transport = world.device(before=look)
-        await device.run(until=acknowledged)
-        (phase,) = found
-        assert isinstance(phase, Trained)
-        assert transport.frames == [(phase.lease, phase.frame)]
 
     in_world(tmp_path, test)

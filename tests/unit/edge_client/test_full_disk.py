@@ -5,9 +5,8 @@ The kernel refuses to let a file grow past RLIMIT_FSIZE as it does on a full dis
 
 from __future__ import annotations
 
-import asyncio
 import resource
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from edge_client.journal import Idle, Leased, Trained
 from edge_client.tokens import Batch
 from fedtt.errors import DiskFullError
 from fedtt.layout import Theta
-from tests.support.device_world import World, device_world
+from tests.support.device_world import World, in_world
 from tests.support.edge import MeanTarget
 
 
@@ -42,14 +41,6 @@ def full(size_bytes: int = 0) -> Iterator[None]:
         yield
     finally:
         room(None)
-
-
-def in_world(tmp_path: Path, test: Callable[[World], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with device_world(tmp_path) as world:
-            await test(world)
-
-    asyncio.run(run())
 
 
 def failed(step: events.Step) -> bool:
