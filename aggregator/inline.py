@@ -35,13 +35,15 @@ class InlineWriter:
     def waiting(self) -> int:
         return 0
 
-    async def request(self, change: Callable[[Transaction], T]) -> T:
+    async def request(self, change: Callable[[Transaction], T], *, task: str = "") -> T:
         with self._store.transaction() as tx:
             return change(tx)
 
     run = request
 
-    async def request_together(self, change_all: Callable[[Transaction, Sequence[A]], list[T]], item: A) -> T:
+    async def request_together(
+        self, change_all: Callable[[Transaction, Sequence[A]], list[T]], item: A, *, task: str = ""
+    ) -> T:
         with self._store.transaction() as tx:
             (outcome,) = change_all(tx, [item])
             return outcome

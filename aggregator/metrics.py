@@ -90,6 +90,12 @@ class Metrics:
         self.queue_length = Gauge(
             "fedtt_writer_queue_length", "Changes that wait for a commit.", registry=registry
         )
+        self.queue_refusals = Counter(
+            "fedtt_writer_queue_refusals_total",
+            "Changes that found no room among those that wait, by task (empty for check-ins and the like).",
+            ("task",),
+            registry=registry,
+        )
         self.commit_duration = Histogram(
             "fedtt_commit_duration_seconds",
             "One transaction with all its changes, until it was on disk.",
@@ -121,11 +127,15 @@ class Metrics:
             self.updates.labels(state.value)
         for why in FailureCode:
             self.given_back.labels(why.value)
+        self.queue_refusals.labels("")
         for limit in ("total", "addresses"):
             self.connections_refused.labels(limit)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         self.queue_length.set_function(length)
+
+    def no_room(self, task: str) -> None:
+        self.queue_refusals.labels(task).inc()
 
     def refused(self, code: Code) -> None:
         self.refusals.labels(code.value).inc()

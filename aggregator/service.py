@@ -94,7 +94,9 @@ class Service:
         self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread
         self.writer: Writer | InlineWriter = (
-            InlineWriter(store) if inline else Writer(store, observe=self.metrics.committed)
+            InlineWriter(store)
+            if inline
+            else Writer(store, observe=self.metrics.committed, refused=self.metrics.no_room)
         )
         self.metrics.watch_queue(lambda: self.writer.waiting())
         together = InlineTogether if inline else Together
@@ -185,7 +187,8 @@ class Service:
         if isinstance(upload, Problem):
             return upload
         try:
-            answer = await self.writer.request_together(self._accept_all, upload)
+            task = admission.task.spec.name
+            answer = await self.writer.request_together(self._accept_all, upload, task=task)
         except QueueFullError as error:
             return busy(str(error))
         self._wake.set()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from aggregator.fair_queue import FairQueue
 from aggregator.together import each_alone
 from fedtt.errors import FedttError
 from fedtt.messages import UpdateState
@@ -19,6 +20,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 ChangeAll = Callable[[Transaction, Sequence[A]], list[T]]
 Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
+Refused = Callable[[str], None]
 _GROUP = 256  #: most changes in one transaction
 
 
@@ -45,40 +47,57 @@ class _Pending(Generic[A, T]):
 class Writer:
     """The only place that writes: changes queue here and commit in groups on one thread.
 
-    Requests are refused while `queue_limit` changes wait. The server's own few changes never are: a round
-    must close under any load. `observe` is told of each commit: its changes, its seconds and what became of
-    how many updates; it is called on the writer's thread.
+    At most `queue_limit` requests wait; tasks share that room and each commit fairly, whoever floods them.
+    The server's own few changes are never refused: a round must close under any load. `observe` is told of
+    each commit: its changes, its seconds and what became of how many updates; it is called on the writer's
+    thread. `refused` is told of each request that found no room, by its task.
     """
 
-    def __init__(self, store: Store, *, queue_limit: int = 4096, observe: Observe | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        queue_limit: int = 4096,
+        observe: Observe | None = None,
+        refused: Refused | None = None,
+    ) -> None:
         self._store = store
         self._limit = queue_limit
         self._observe = observe
-        self._queue: asyncio.Queue[_Pending[Any, Any]] = asyncio.Queue()
+        self._refused = refused
+        self._queue: FairQueue[_Pending[Any, Any]] = FairQueue(queue_limit)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedtt-writer")
         self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()  #: something was queued, or this ends
+        self._ending = False
 
     def waiting(self) -> int:
         """How many changes wait for a commit."""
-        return self._queue.qsize()
+        return len(self._queue)
 
-    async def request(self, change: Callable[[Transaction], T]) -> T:
-        """Run someone else's change; raises QueueFullError where too many wait."""
-        return await self.request_together(_each, change)
+    async def request(self, change: Callable[[Transaction], T], *, task: str = "") -> T:
+        """Run someone else's change; raises QueueFullError where too many wait.
 
-    async def request_together(self, change_all: ChangeAll[A, T], item: A) -> T:
+        task: the name of the task it is about, if any; those of one task wait for one another first.
+        """
+        return await self.request_together(_each, change, task=task)
+
+    async def request_together(self, change_all: ChangeAll[A, T], item: A, *, task: str = "") -> T:
         """The same for a change that takes all items of a commit at once, and has an outcome for each."""
-        if self.waiting() >= self._limit:
-            raise QueueFullError(f"{self._limit} changes wait already; come back later")
-        return await self._run(change_all, item)
+        pending = _Pending(change_all, item)
+        if gone := self._queue.put(task, pending):
+            whose, unlucky = gone
+            unlucky.resolve(QueueFullError(f"{self._limit} changes wait already; come back later"))
+            if self._refused is not None:
+                self._refused(whose)
+        self._news.set()
+        return await pending.future
 
     async def run(self, change: Callable[[Transaction], T]) -> T:
         """Answer once the change is durable. It may run twice, so it acts through its transaction alone."""
-        return await self._run(_each, change)
-
-    async def _run(self, change_all: ChangeAll[A, T], item: A) -> T:
-        pending = _Pending(change_all, item)
-        self._queue.put_nowait(pending)
+        pending: _Pending[Any, T] = _Pending(_each, change)
+        self._queue.put_always(pending)
+        self._news.set()
         return await pending.future
 
     async def maintain(self) -> bool:
@@ -90,20 +109,22 @@ class Writer:
 
     async def stop(self) -> None:
         """Commit what waits, then end."""
-        await self._queue.join()
+        self._ending = True
+        self._news.set()
         if self._task is not None:
-            self._task.cancel()
+            await self._task
         self._thread.shutdown()
 
     async def _loop(self) -> None:
-        while True:
-            group = [await self._queue.get()]
-            while len(group) < _GROUP and not self._queue.empty():
-                group.append(self._queue.get_nowait())
+        while self._queue or not self._ending:
+            if not self._queue:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            group = self._queue.take(_GROUP)
             outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, group)
             for pending, outcome in zip(group, outcomes, strict=True):
                 pending.resolve(outcome)
-                self._queue.task_done()
 
     def _commit(self, group: Sequence[_Pending[Any, Any]]) -> list[Any]:
         return each_alone(self._commit_all, group)
