@@ -89,11 +89,14 @@ class Upload(Struct, frozen=True, kw_only=True):
 
 
 class Coordinator:
-    """Answers devices; `lifecycle` moves rounds on. Stateless but for a cache of who was invited."""
+    """Answers devices; `lifecycle` moves rounds on. Stateless but for who was invited and what they train."""
 
     def __init__(self, lifecycle: Lifecycle, new_lease_id: Callable[[], str] | None = None) -> None:
         self.lifecycle = lifecycle
         self._invitations: dict[tuple[int, str, int, float], frozenset[str]] = {}
+        self._plans: dict[
+            tuple[int, str, int | None], Plan
+        ] = {}  #: of a task, a branch and a rank: the newest
         self._new_lease_id = new_lease_id or (lambda: secrets.token_hex(16))
         self.evaluations = Evaluations(new_lease_id)
 
@@ -220,11 +223,9 @@ class Coordinator:
                 if isinstance(answer, Work):
                     return answer
                 waits.append(answer)
-        return min(
-            waits,
-            key=lambda wait: wait.retry_after_s,
-            default=self._idle(now, device_name, NO_TASK),
-        )
+        if not waits:
+            return self._idle(now, device_name, NO_TASK)
+        return min(waits, key=lambda wait: wait.retry_after_s)
 
     def _offer(self, tx: Transaction, now: float, device: Device, task: Task) -> Work | Wait:
         spec = task.spec
@@ -325,11 +326,30 @@ class Coordinator:
             tx.put_round(round_)
         return self._work(tx, now, task, round_, lease)
 
-    @staticmethod
-    def _work(tx: Transaction, now: float, task: Task, round_: Round, lease: Lease) -> Work:
+    def _work(self, tx: Transaction, now: float, task: Task, round_: Round, lease: Lease) -> Work:
+        ends_at = round_.deadline_at
+        return Work(
+            lease=lease.id,
+            expires_in_s=max(0.0, lease.expires_at - now),
+            plan=self._plan(tx, task, round_, lease),
+            round_ends_in_s=None if ends_at is None else max(0.0, ends_at - now),
+        )
+
+    def _plan(self, tx: Transaction, task: Task, round_: Round, lease: Lease) -> Plan:
+        """What a lease's round trains: the same for nearly all of its devices, so made once for them."""
         branch = lease.branch if lease.rank is None else rank_branch(lease.rank)
         version = promised(tx.version(task.id, branch, lease.version_number), "a lease's version")
-        plan = Plan(
+        label_epsilon = _label_epsilon(tx, task, lease.device_id)
+        place = (task.id, lease.branch, lease.rank)
+        known = self._plans.get(place)
+        if known is not None and (known.round, known.live, known.version, known.label_epsilon) == (
+            round_.number,
+            round_.live,
+            version.sha256,
+            label_epsilon,
+        ):
+            return known
+        self._plans[place] = plan = Plan(
             task=task.spec.name,
             seed=task.spec.seed,
             bundle=task.bundle,
@@ -342,17 +362,11 @@ class Coordinator:
             codec=task.spec.codec,
             method=task.spec.method,
             min_examples=task.spec.min_examples,
-            label_epsilon=_label_epsilon(tx, task, lease.device_id),
+            label_epsilon=label_epsilon,
             budget=task.spec.budget,
             privacy=task.spec.privacy,
         )
-        ends_at = round_.deadline_at
-        return Work(
-            lease=lease.id,
-            expires_in_s=max(0.0, lease.expires_at - now),
-            plan=plan,
-            round_ends_in_s=None if ends_at is None else max(0.0, ends_at - now),
-        )
+        return plan
 
     # updates
 

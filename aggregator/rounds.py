@@ -67,7 +67,7 @@ class Rounds:
     @staticmethod
     def seats(task: Task, branch: str) -> RoundSpec:
         """How rounds on a branch are held: with the seats of its group, or all of the task's."""
-        group = group_on(task, branch)
+        group = group_on(task, branch) if task.groups else None
         if group is None:
             return task.spec.rounds
         return replace(task.spec.rounds, cohort=group.cohort, buffer=group.buffer, quorum=group.quorum)

@@ -32,7 +32,13 @@ class Wanted(NamedTuple):
 
 def check_update(frame: bytes, wanted: Wanted) -> Checked:
     """Header and payload of a sound update, else what is wrong with it."""
-    return check_updates([(frame, wanted)])[0]
+    checked = _taken_apart(frame, wanted)
+    if not isinstance(checked, Problem):
+        try:
+            check_deltas(wanted.codec, wanted.live_set, [checked[1]])
+        except WireError as error:
+            return _not_finite(error)
+    return checked
 
 
 def check_updates(frames: Sequence[tuple[bytes, Wanted]]) -> list[Checked]:
@@ -75,11 +81,15 @@ def _check_numbers(checked: list[Checked], places: Sequence[int], wanted: Wanted
         check_deltas(wanted.codec, wanted.live_set, payloads)
     except WireError as error:
         if len(places) == 1:
-            remedy = "drop it; training diverged"
-            checked[places[0]] = Problem(code=Code.NOT_FINITE, detail=str(error)[:500], remedy=remedy)
+            checked[places[0]] = _not_finite(error)
             return
         for place in places:
             _check_numbers(checked, [place], wanted)
+
+
+def _not_finite(error: WireError) -> Problem:
+    remedy = "drop it; training diverged"
+    return Problem(code=Code.NOT_FINITE, detail=str(error)[:500], remedy=remedy)
 
 
 def _of_another_plan(detail: str) -> Problem:

@@ -93,18 +93,21 @@ class Watch:
 
     async def against_work(self) -> str:
         """Why the device may not work now; "" where it may."""
-        readings = await self._now()
-        return self._limits.against_work(readings) if readings else ""
+        if self._conditions is None:
+            return ""
+        return self._limits.against_work(await self._aside(self._conditions.now))
 
     async def against_traffic(self) -> str:
         """Why it may not send now; "" where it may."""
-        readings = await self._now()
-        return self._limits.against_traffic(readings) if readings else ""
+        if self._conditions is None:
+            return ""
+        return self._limits.against_traffic(await self._aside(self._conditions.now))
 
     async def free_mb(self) -> int | None:
         """MiB of memory that training may use now; None where nobody knows."""
-        readings = await self._now()
-        return readings.memory_mb if readings else None
+        if self._conditions is None:
+            return None
+        return (await self._aside(self._conditions.now)).memory_mb
 
     async def holding(self, work: Callable[[], Coroutine[object, object, T]]) -> T:
         """Do work while the conditions hold; raises Declined as soon as they do not.
@@ -115,9 +118,6 @@ class Watch:
         if self._conditions is None:
             return await work()
         return await while_holding(work, self.against_work, self._every_s)
-
-    async def _now(self) -> Readings | None:
-        return await self._aside(self._conditions.now) if self._conditions else None
 
 
 async def while_holding(

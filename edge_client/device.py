@@ -8,7 +8,7 @@ step and never more: a lease is not trained again once its frame is stored, and 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import assert_never
 
 from edge_client import events
@@ -58,6 +58,8 @@ __all__ = ["Device"]
 
 #: Refusals that may pass; any other answer to an upload is final.
 _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
+
+_SERVED = (events.Waiting, events.Acknowledged)  #: steps after which the server is known to answer
 
 #: What a failed training is called towards the server; DataError and the like may quote private data.
 _FAILURES: dict[type[FedttError], FailureCode] = {
@@ -139,7 +141,8 @@ class Device:
             step = await self.step()
             if isinstance(step, events.Retired) or until(step):
                 return step
-            await self._clock.sleep(step.pause_s)
+            if step.pause_s > 0:
+                await self._clock.sleep(step.pause_s)
 
     async def step(self) -> Step:
         """Take one step and say what came of it.
@@ -156,7 +159,7 @@ class Device:
             step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
         except Refused as error:
             step = await self._retry_refused(error)
-        if isinstance(step, events.Waiting | events.Acknowledged):
+        if isinstance(step, _SERVED):
             self._backoff.succeeded()
         self._observe(step)
         return step
@@ -167,17 +170,18 @@ class Device:
             return await self._enroll()
         match state.phase:
             case Idle():
-                return await self._resting(self._watch.against_work) or await self._check_in()
+                why = await self._watch.against_work()
+                return self._resting(why) if why else await self._check_in()
             case Leased() as leased:
                 return await self._fulfil(leased)
             case Trained() as trained:
-                return await self._resting(self._watch.against_traffic) or await self._send(trained)
+                why = await self._watch.against_traffic()
+                return self._resting(why) if why else await self._send(trained)
             case _ as unreachable:
                 assert_never(unreachable)
 
-    async def _resting(self, hindrance: Callable[[], Awaitable[str]]) -> Step | None:
-        why = await hindrance()
-        return events.Resting(reason=why, pause_s=self.config.rest_s) if why else None
+    def _resting(self, why: str) -> Step:
+        return events.Resting(reason=why, pause_s=self.config.rest_s)
 
     async def _retry_refused(self, error: Refused) -> Step:
         code = error.problem.code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -21,7 +22,6 @@ from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
 from fedtt.errors import Declined
-from fedtt.layout import LiveSet
 from fedtt.messages import Plan
 from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
@@ -29,6 +29,17 @@ from fedtt.wire import with_label_counts
 from fedtt.work import trained_depth
 
 __all__ = ["LeasedWork"]
+
+
+class _Begun(NamedTuple):
+    """What a training that has begun will need of its journal."""
+
+    pace: str  #: where its pace is noted
+    residual_key: str
+    residual: bytes
+    label_counts: bytes
+    privacy_spent: dict[str, float]  #: by task, this training with it
+    noise_key: bytes
 
 
 class LeasedWork:
@@ -59,38 +70,33 @@ class LeasedWork:
         bundle, version = await self._training.fetch(
             plan, self._journal.state.release_key or None, budget.download_bytes
         )
-        adapter = trained_adapter(plan, bundle.manifest)
-        live = adapter.layout.live_set(plan.live)
-        pace = pace_key(plan, trained_depth(adapter, live.indices))
-        await self._check(plan, bundle, budget, live, pace)
-        key = residual_key(plan.task, adapter.layout.digest) if plan.codec.error_feedback else ""
-        residual = await self._aside(self._journal.residual, key, plan.version_number)
-        counts = await self._aside(self._label_counts, plan, bundle.manifest.labels)
-        spent, noise = await self._aside(self._privacy, plan, leased.work.lease)
+        begun = None
         try:
-            await self._aside(self._journal.update, phase=replace(leased, attempts=leased.attempts + 1))
+            begun = await self._aside(self._begin, leased, bundle, budget)
             update = await self._training.run(
-                plan, bundle, version, residual, noise_key=noise, time_limit_s=budget.time_s
+                plan, bundle, version, begun.residual, noise_key=begun.noise_key, time_limit_s=budget.time_s
             )
         except asyncio.CancelledError:
             await self._aside(self._journal.update, phase=leased)  # a clean stop is no crash
             raise
-        except Declined:  # it ran out of time: it is as slow as that at least
-            await self._keep(pace, plan, budget, 1.01 * (budget.time_s or 0.0))
+        except Declined:
+            if begun is not None:  # it ran out of time: it is as slow as that at least
+                await self._aside(self._keep, begun.pace, plan, budget, 1.01 * (budget.time_s or 0.0))
             raise
-        frame = with_label_counts(update.frame, counts) if counts else update.frame
-        await self._keep(
-            pace,
+        frame = with_label_counts(update.frame, begun.label_counts) if begun.label_counts else update.frame
+        await self._aside(
+            self._keep,
+            begun.pace,
             plan,
             budget,
             update.training_s,
             phase=Trained(
                 lease=leased.work.lease,
                 frame=frame,
-                residual_key=key,
+                residual_key=begun.residual_key,
                 residual=Residual(version_number=plan.version_number, data=update.residual),
             ),
-            privacy_spent=spent,
+            privacy_spent=begun.privacy_spent,
         )
         header = update.header
         return events.Trained(
@@ -105,26 +111,37 @@ class LeasedWork:
             depth=update.depth,
             prefixes_computed=update.prefixes_computed,
             prefixes_reused=update.prefixes_reused,
-            epsilon=epsilon_of(spent[plan.task], plan.privacy.delta) if plan.privacy else None,
+            epsilon=epsilon_of(begun.privacy_spent[plan.task], plan.privacy.delta) if plan.privacy else None,
         )
 
-    async def _check(self, plan: Plan, bundle: Bundle, budget: Budget, live: LiveSet, pace: str) -> None:
-        """Raise Declined where the training would be too long, or its frame."""
+    def _begin(self, leased: Leased, bundle: Bundle, budget: Budget) -> _Begun:
+        """Check what can be told of a training, and note that it begins.
+
+        Raises Declined where it would be too long, or its frame, or say too much of the examples.
+        """
+        plan, journal = leased.work.plan, self._journal
+        adapter = trained_adapter(plan, bundle.manifest)
+        live = adapter.layout.live_set(plan.live)
         labels = len(bundle.manifest.labels) if plan.label_epsilon and self._config.label_epsilon else 0
         check_upload(budget.upload_bytes, plan, live, labels)
-        if known := self._journal.state.paces.get(pace):
-            count = rows(plan, await self._aside(self._examples.count))
+        pace = pace_key(plan, trained_depth(adapter, live.indices))
+        if known := journal.state.paces.get(pace):
+            count = rows(plan, self._examples.count())
             check_time(budget.time_s, known.expected_s(count, self._clock.now()))
+        key = residual_key(plan.task, adapter.layout.digest) if plan.codec.error_feedback else ""
+        residual = journal.residual(key, plan.version_number)
+        counts = self._label_counts(plan, bundle.manifest.labels)
+        spent, noise = self._privacy(plan, leased.work.lease)
+        journal.update(phase=replace(leased, attempts=leased.attempts + 1))
+        return _Begun(pace, key, residual, counts, spent, noise)
 
-    async def _keep(
-        self, pace: str, plan: Plan, budget: Budget, training_s: float, **changes: object
-    ) -> None:
+    def _keep(self, pace: str, plan: Plan, budget: Budget, training_s: float, **changes: object) -> None:
         """Change the journal; where time is limited the same write notes how long the training took."""
         if budget.time_s is not None:
-            count = rows(plan, await self._aside(self._examples.count))
+            count = rows(plan, self._examples.count())
             measured = Pace(row_s=training_s / count, at=self._clock.now())
             changes["paces"] = with_pace(self._journal.state.paces, pace, measured)
-        await self._aside(self._journal.update, **changes)
+        self._journal.update(**changes)
 
     def _privacy(self, plan: Plan, lease: str) -> tuple[dict[str, float], bytes]:
         """What all private trainings have spent once this one is done, by task, and the key of its noise.

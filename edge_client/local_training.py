@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.bundle import Bundle
@@ -14,10 +11,10 @@ from edge_client.journal import residual_key
 from edge_client.judging import JudgingRequest
 from edge_client.trainer import LocalUpdate, Trainer, TrainingRequest, trained_adapter
 from edge_client.version_cache import Held, VersionCache, zeros
-from fedtt.errors import BundleError, Declined, Refused, Unreachable, WireError
+from fedtt.errors import BundleError, Declined, FedttError, Refused, Unreachable, WireError
 from fedtt.layout import FactorLayout
 from fedtt.messages import Code, Judge, Plan, Verdict
-from fedtt.seams import Transport
+from fedtt.seams import Transport, VersionBody
 
 __all__ = ["LocalTraining"]
 
@@ -50,22 +47,26 @@ class LocalTraining:
         Raises Declined beyond the limit, Unreachable where another attempt may help, BundleError where not,
         Refused for the rest.
         """
-        with _downloading():
+        try:
             bundle = await self._bundles.ensure(self._transport, plan.bundle, release_key, limit_bytes)
             layout = trained_adapter(plan, bundle.manifest).layout
             return bundle, await self._version(plan.task, plan.version, layout, limit_bytes)
+        except (Refused, WireError) as error:
+            raise _of_download(error) from None
 
     async def judge(
         self, question: Judge, release_key: bytes | None = None, limit_bytes: int | None = None
     ) -> Verdict:
         """Answer a question; raises what `fetch` and `Trainer.judge` do."""
-        with _downloading():
+        try:
             bundle = await self._bundles.ensure(self._transport, question.bundle, release_key, limit_bytes)
             layout = bundle.manifest.adapter.layout
             before, after = [
                 await self._version(question.task, sha256, layout, limit_bytes)
                 for sha256 in (question.before, question.version)
             ]
+        except (Refused, WireError) as error:
+            raise _of_download(error) from None
         return await self._trainer.judge(
             JudgingRequest(
                 question=question,
@@ -87,13 +88,19 @@ class LocalTraining:
             raise Declined(f"a version has {size_bytes} bytes, {limit_bytes} may be downloaded", "traffic")
         held = held or zeros(size_bytes)
         body = await self._transport.version(sha256, size_bytes, held.sha256)
-        version = await self._aside(self._versions.unpack, body, held, sha256)
+        version = await self._aside(self._keep, key, body, held, sha256)
         if version is None and body.difference:
             body = await self._transport.version(sha256, size_bytes)
-            version = await self._aside(self._versions.unpack, body, None, sha256)
+            version = await self._aside(self._keep, key, body, None, sha256)
         if version is None:
             raise BundleError(f"version {sha256[:12]}… does not match its sha256")
-        await self._aside(self._versions.put, key, Held(sha256, version))
+        return version
+
+    def _keep(self, key: str, body: VersionBody, held: Held | None, sha256: str) -> bytes | None:
+        """Unpack a version and keep it; None where the bytes are another's."""
+        version = self._versions.unpack(body, held, sha256)
+        if version is not None:
+            self._versions.put(key, Held(sha256, version))
         return version
 
     async def run(
@@ -122,14 +129,10 @@ class LocalTraining:
         )
 
 
-@contextmanager
-def _downloading() -> Iterator[None]:
+def _of_download(error: Refused | WireError) -> FedttError:
     """What went wrong with a download, as what a device can do about it."""
-    try:
-        yield
-    except WireError as error:
-        raise Unreachable(f"the download broke off: {error}") from None
-    except Refused as error:
-        if error.problem.code is Code.NOT_FOUND:
-            raise BundleError(f"the server has lost what its plan names: {error}") from None
-        raise
+    if isinstance(error, WireError):
+        return Unreachable(f"the download broke off: {error}")
+    if error.problem.code is Code.NOT_FOUND:
+        return BundleError(f"the server has lost what its plan names: {error}")
+    return error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import Enum, StrEnum
+from functools import lru_cache
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -287,6 +288,7 @@ def decode(data: bytes, kind: type[M]) -> M:
         raise WireError(f"not a valid message: {error}") from None
 
 
+@lru_cache(maxsize=1)
 def device_id(public_key: bytes) -> str:
-    """A device's name: the first 128 bits of sha256 over its public key, in hex."""
+    """A device's name: the first 128 bits of sha256 over its public key, in hex; kept for the newest."""
     return hashlib.sha256(public_key).hexdigest()[:32]

@@ -84,8 +84,8 @@ def _header_limit_bytes(labels: int) -> int:
 def encode_update(header: UpdateHeader, payload: bytes) -> bytes:
     fields = msgspec.structs.astuple(header)
     head = msgspec.msgpack.encode(fields if header.label_counts else fields[:-1])
-    body = _PREFIX.pack(_MAGIC, len(head), len(payload)) + head + payload
-    return body + _CRC.pack(zlib.crc32(body))
+    start = _PREFIX.pack(_MAGIC, len(head), len(payload)) + head
+    return b"".join((start, payload, _CRC.pack(zlib.crc32(payload, zlib.crc32(start)))))
 
 
 def with_label_counts(frame: bytes, counts: bytes) -> bytes:
@@ -110,7 +110,7 @@ def decode_update(frame: bytes, labels: int = 0) -> tuple[UpdateHeader, bytes]:
     limit_bytes = _header_limit_bytes(labels)
     if head_bytes > limit_bytes:
         raise WireError(f"an update's header has {head_bytes} bytes, at most {limit_bytes} are read")
-    if zlib.crc32(frame[: -_CRC.size]) != _CRC.unpack(frame[-_CRC.size :])[0]:
+    if zlib.crc32(memoryview(frame)[: -_CRC.size]) != _CRC.unpack_from(frame, len(frame) - _CRC.size)[0]:
         raise WireError("an update's checksum does not match: it was damaged on its way, send it again")
     split = _PREFIX.size + head_bytes
     try:

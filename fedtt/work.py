@@ -21,8 +21,8 @@ def depth_share(depth: int, deepest: int) -> float:
 
 def trained_depth(adapter: AdapterSpec, live: Sequence[int]) -> int:
     """The last blocks that a gradient for these factors passes; 0 where they are the head's."""
-    blocks = (adapter.block_of(index) for index in live)
-    return adapter.layers - min((block for block in blocks if block is not None), default=adapter.layers)
+    lowest = adapter.block_of(min(live))  # a layout goes from the first block to the head
+    return 0 if lowest is None else adapter.layers - lowest
 
 
 def work_share(adapter: AdapterSpec, live: Sequence[int]) -> float:

@@ -247,9 +247,6 @@ class Fleet:
         def downloaded() -> None:
             population.has_bundle[index] = True
 
-        def observe(event: events.Event) -> None:
-            self._observe(index, event, participation, link)
-
         return Device(
             self._configs[kind],
             public_key=key,
@@ -271,7 +268,7 @@ class Fleet:
                 aside=self._aside,
             ),
             clock=clock,
-            observe=observe,
+            observe=partial(self._observe, index, participation, link),
             uniform=_label_noise(settings.seed, index).__next__,
             aside=at_once,
         )
@@ -292,7 +289,7 @@ class Fleet:
         drawn = uniform_at(self.settings.seed, Purpose.ARRIVALS, int(1000 * now), index)
         return now + max(step.pause_s, every_s * (0.5 + drawn))
 
-    def _observe(self, index: int, event: events.Event, participation: Participation, link: Link) -> None:
+    def _observe(self, index: int, participation: Participation, link: Link, event: events.Event) -> None:
         participation.observe(event)
         match event:
             case events.Acknowledged():

@@ -42,10 +42,10 @@ class DeviceClock:
         """Let time pass that is waited for at the next sleep."""
         self._ahead_s += seconds
 
-    async def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> Awaitable[None]:
         if seconds > 0:
-            ahead_s, self._ahead_s = self._ahead_s, 0.0
-            await self._clock.sleep(seconds + ahead_s)
+            seconds, self._ahead_s = seconds + self._ahead_s, 0.0
+        return self._clock.sleep(seconds)
 
 
 class Link:

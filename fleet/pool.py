@@ -178,7 +178,7 @@ class NoopPool:
     def _prepared(self, request: TrainingRequest) -> LiveSet:
         """The plan's live set, with its delta ready; plans come in long runs of equal ones."""
         plan = request.plan
-        if self._live is None or self._plan != plan:
+        if self._live is None or (self._plan is not plan and self._plan != plan):
             layout = trained_adapter(plan, request.bundle.manifest).layout
             live = layout.live_set(plan.live)
             noise = rng_for(plan.seed, Purpose.INITIAL, plan.round).standard_normal(live.size, np.float32)

@@ -21,12 +21,6 @@ T = TypeVar("T")
 Awaited = Coroutine[Any, Any, T]
 
 
-@coroutine
-def _until(at: float) -> Generator[float, None, None]:
-    """Hand the time to wake at to whatever runs this coroutine."""
-    yield at
-
-
 class Life:
     """One coroutine under a virtual clock."""
 
@@ -88,9 +82,11 @@ class VirtualTime:
     def now(self) -> float:
         return self._now
 
-    async def sleep(self, seconds: float) -> None:
+    @coroutine
+    def sleep(self, seconds: float) -> Generator[float, None, None]:
+        """Hand the time to wake at to the life that awaits this."""
         if seconds > 0:
-            await _until(self._now + seconds)
+            yield self._now + seconds
 
     def start(self, coroutine: Awaited[None]) -> Life:
         """Run a coroutine to its first sleep, and on from there when its time comes."""

@@ -5,6 +5,7 @@ live set -> error feedback -> sparsify -> quantise, block by block -> plain, or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -57,7 +58,7 @@ def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.G
     """
     if delta.shape != (live.size,):
         raise LayoutError(f"expected {live.size} live numbers, got shape {delta.shape}")
-    if not np.isfinite(delta).all():
+    if not _all_finite(delta):
         raise WireError("the delta is not finite: training diverged; lower the learning rate")
     if codec.quantise == "fp32":
         return delta.astype("<f4").tobytes()
@@ -86,12 +87,11 @@ def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) ->
     if codec.coding == "range":
         deltas = np.concatenate([_decode_coded(codec, live, payload) for payload in payloads])
     elif codec.quantise == "fp32":
-        deltas = (
-            np.frombuffer(b"".join(payloads), "<f4").astype(np.float32, copy=False).reshape(len(payloads), -1)
-        )
+        joined = payloads[0] if len(payloads) == 1 else b"".join(payloads)
+        deltas = np.frombuffer(joined, "<f4").astype(np.float32, copy=False).reshape(len(payloads), -1)
     else:
         deltas = _joined(_plain_blocks(codec, live, payloads))
-    if not np.isfinite(deltas).all():
+    if not _all_finite(deltas):
         raise WireError("the update holds NaN or infinite factors")
     return deltas
 
@@ -116,6 +116,11 @@ def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -
     target = delta + residual
     payload = encode_delta(codec, live, target, np.random.default_rng(0))
     return payload, target - decode_delta(codec, live, payload)
+
+
+def _all_finite(numbers: Delta) -> bool:
+    """A sum of squares that is finite says so in one pass; one that is not may only be too large."""
+    return math.isfinite(np.vdot(numbers, numbers)) or bool(np.isfinite(numbers).all())
 
 
 @lru_cache(maxsize=64)
