@@ -59,7 +59,7 @@ __all__ = ["Device"]
 #: Refusals that may pass; any other answer to an upload is final.
 _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
 
-_SERVED = (events.Waiting, events.Acknowledged)  #: steps after which the server is known to answer
+_SERVED = {events.Waiting, events.Acknowledged}  #: steps after which the server is known to answer
 
 #: What a failed training is called towards the server; DataError and the like may quote private data.
 _FAILURES: dict[type[FedttError], FailureCode] = {
@@ -139,7 +139,7 @@ class Device:
         """
         while True:
             step = await self.step()
-            if isinstance(step, events.Retired) or until(step):
+            if type(step) is events.Retired or until(step):
                 return step
             if step.pause_s > 0:
                 await self._clock.sleep(step.pause_s)
@@ -159,7 +159,7 @@ class Device:
             step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
         except Refused as error:
             step = await self._retry_refused(error)
-        if isinstance(step, _SERVED):
+        if type(step) in _SERVED:
             self._backoff.succeeded()
         self._observe(step)
         return step
@@ -230,13 +230,13 @@ class Device:
             )
         )
         match answer:
+            case Work():
+                return await self._take(answer)
             case Wait():
                 return events.Waiting(reason=answer.reason, pause_s=answer.retry_after_s)
             case Retired():
                 await self._aside(self.journal.update, enrolled=False)
                 return events.Retired(reason=answer.reason)
-            case Work():
-                return await self._take(answer)
             case Judge():
                 return await self._judge(answer)
             case _ as unreachable:

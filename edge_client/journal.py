@@ -122,26 +122,22 @@ class Journal:
     def __init__(self, place: Home | Place) -> None:
         self._place = _HomePlace(place) if isinstance(place, Home) else place
         known = self._place.read()
-        self._state = known or State()
+        self.state = known or State()  #: as it was written last
         if known is None:
-            self._place.write(self._state)
-
-    @property
-    def state(self) -> State:
-        return self._state
+            self._place.write(self.state)
 
     def update(self, **changes: object) -> None:
         """Change fields of the state; returns once they would outlive a crash."""
-        state = replace(self._state, **changes)
+        state = replace(self.state, **changes)
         self._place.write(state)
-        self._state = state
+        self.state = state
 
     def begin(self, task: str, round_number: int, ends_at: float | None, phase: Leased, now: float) -> str:
         """Take a lease in hand, unless a server that was set back or stands still gave it; why not, else "".
 
         ends_at: after which no server that lives gives a lease of this round, where it says so.
         """
-        rounds, ends = dict(self._state.newest_rounds), dict(self._state.round_ends)
+        rounds, ends = dict(self.state.newest_rounds), dict(self.state.round_ends)
         newest, ended = rounds.pop(task, 0), ends.pop(task, None)
         if round_number < newest:
             return f"task {task!r} went back from round {newest} to {round_number}: is it an old server?"
@@ -163,10 +159,10 @@ class Journal:
 
         An update the server discards leaves the old residual: what it carried was never folded.
         """
-        phase = self._state.phase
+        phase = self.state.phase
         if not isinstance(phase, Trained):
             raise ValueError("only a trained lease can be committed")
-        residuals = self._state.residuals
+        residuals = self.state.residuals
         if phase.residual_key and receipt.state.value != "discarded":
             older = {key: kept for key, kept in residuals.items() if key != phase.residual_key}
             newest = [*older.items(), (phase.residual_key, phase.residual)][-_RESIDUALS_KEPT:]
@@ -174,7 +170,7 @@ class Journal:
         self.update(
             phase=Idle(),
             finished_lease=phase.lease,
-            acknowledged=self._state.acknowledged + 1,
+            acknowledged=self.state.acknowledged + 1,
             receipt=receipt,
             residuals=residuals,
         )
@@ -185,12 +181,12 @@ class Journal:
         One made on a later version (a rollback, or a new task of the same name) or more than
         `_RESIDUAL_VERSIONS` ago is dropped for good.
         """
-        found = self._state.residuals.get(key)
+        found = self.state.residuals.get(key)
         if found is None:
             return b""
         if 0 <= version_number - found.version_number <= _RESIDUAL_VERSIONS:
             return found.data
-        self.update(residuals={k: kept for k, kept in self._state.residuals.items() if k != key})
+        self.update(residuals={k: kept for k, kept in self.state.residuals.items() if k != key})
         return b""
 
     def drop(self, lease: str) -> None:

@@ -32,4 +32,6 @@ class Budget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def _least(a: N | None, b: N | None) -> N | None:
-    return min((value for value in (a, b) if value is not None), default=None)
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)

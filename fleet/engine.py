@@ -275,13 +275,13 @@ class Fleet:
 
     def _rests(self, journal: Journal, step: events.Step) -> bool:
         """Whether a client could as well be started anew after its pause."""
-        if isinstance(step, events.Retrying) or not isinstance(journal.state.phase, Idle):
+        comes_anew = self.settings.visit_every_s is not None and type(step) is events.Acknowledged
+        if type(step) is events.Retrying or not (step.pause_s > 0 or comes_anew):
             return False
-        comes_anew = self.settings.visit_every_s is not None and isinstance(step, events.Acknowledged)
-        return step.pause_s > 0 or comes_anew
+        return isinstance(journal.state.phase, Idle)
 
     def _next_at(self, index: int, step: events.Step, now: float) -> float:
-        if isinstance(step, events.Retired):
+        if type(step) is events.Retired:
             self._leave_out(index, f"the server retired it: {step.reason}")
         every_s = self.settings.visit_every_s
         if every_s is None:
@@ -291,19 +291,16 @@ class Fleet:
 
     def _observe(self, index: int, participation: Participation, link: Link, event: events.Event) -> None:
         participation.observe(event)
-        match event:
-            case events.Acknowledged():
-                self._count(index, link)
-                self.population.participations[index] += 1
-                self.population.failures[index] = 0
-            case events.Waiting():
-                self.last_waited_for = event.reason
-            case events.GaveUp():
-                self.population.failures[index] += 1
-                if self.population.failures[index] >= _FAILURES:
-                    self._leave_out(index, event.detail)
-            case _:
-                pass
+        if type(event) is events.Acknowledged:
+            self._count(index, link)
+            self.population.participations[index] += 1
+            self.population.failures[index] = 0
+        elif type(event) is events.Waiting:
+            self.last_waited_for = event.reason
+        elif type(event) is events.GaveUp:
+            self.population.failures[index] += 1
+            if self.population.failures[index] >= _FAILURES:
+                self._leave_out(index, event.detail)
 
     def _count(self, index: int, link: Link) -> None:
         """Move what has travelled to the books."""

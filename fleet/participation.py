@@ -74,21 +74,18 @@ class Participation:
         self._granted_at = 0.0
 
     def observe(self, event: events.Event) -> None:
-        match event:
-            case events.Granted():
-                self._lease, self._trained, self._granted_at = event, None, self.clock.now()
-            case events.Trained():
-                self._trained = event
-                self._books.steps += event.steps
-                self._books.frame_bytes += event.frame_bytes
-            case events.Acknowledged():
-                self.ended("acknowledged")
-            case events.Dropped():
-                self.ended("dropped")
-            case events.GaveUp():
-                self.ended(f"gave up: {event.code.value}")
-            case _:
-                pass
+        if type(event) is events.Granted:
+            self._lease, self._trained, self._granted_at = event, None, self.clock.now()
+        elif type(event) is events.Trained:
+            self._trained = event
+            self._books.steps += event.steps
+            self._books.frame_bytes += event.frame_bytes
+        elif type(event) is events.Acknowledged:
+            self.ended("acknowledged")
+        elif type(event) is events.Dropped:
+            self.ended("dropped")
+        elif type(event) is events.GaveUp:
+            self.ended(f"gave up: {event.code.value}")
 
     def asleep(self) -> None:
         """The device is gone for now, perhaps with work in hand."""

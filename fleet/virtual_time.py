@@ -24,25 +24,24 @@ Awaited = Coroutine[Any, Any, T]
 class Life:
     """One coroutine under a virtual clock."""
 
-    __slots__ = ("_coroutine", "_time")
+    __slots__ = ("coroutine",)
 
-    def __init__(self, time: VirtualTime, coroutine: Awaited[None]) -> None:
-        self._time = time
-        self._coroutine: Awaited[None] | None = coroutine
+    def __init__(self, coroutine: Awaited[None]) -> None:
+        self.coroutine: Awaited[None] | None = coroutine  #: None once it has ended
 
     @property
     def over(self) -> bool:
-        return self._coroutine is None
+        return self.coroutine is None
 
     def kill(self) -> None:
         """End it where it sleeps, as a power cut would; its `finally` blocks run and may not sleep."""
-        coroutine, self._coroutine = self._coroutine, None
+        coroutine, self.coroutine = self.coroutine, None
         if coroutine is not None:
             coroutine.close()
 
     def stop(self) -> None:
         """Cancel it where it sleeps, as a clean end of its program would; it may not sleep again."""
-        coroutine, self._coroutine = self._coroutine, None
+        coroutine, self.coroutine = self.coroutine, None
         if coroutine is None:
             return
         try:
@@ -51,32 +50,13 @@ class Life:
             return
         coroutine.close()
 
-    def step(self) -> None:
-        """Run it to its next sleep, or to its end."""
-        coroutine = self._coroutine
-        if coroutine is not None:  # else it was ended while it slept
-            self._go(coroutine)
-
-    def _go(self, coroutine: Awaited[None]) -> None:
-        try:
-            wake_at = coroutine.send(None)
-        except BaseException as end:
-            self._coroutine = None
-            if isinstance(end, StopIteration):
-                return
-            raise
-        if type(wake_at) is not float:
-            self.kill()
-            raise RuntimeError(f"a life under a virtual clock awaited {wake_at!r}, which only asyncio can do")
-        self._time.call_at(wake_at, self.step)
-
 
 class VirtualTime:
     """A Clock whose time passes as fast as its lives can be run; `start_s` is its first, in Unix seconds."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now = start_s
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: list[tuple[float, int, Life | Callable[[], None]]] = []
         self._asked = 0
 
     def now(self) -> float:
@@ -90,9 +70,26 @@ class VirtualTime:
 
     def start(self, coroutine: Awaited[None]) -> Life:
         """Run a coroutine to its first sleep, and on from there when its time comes."""
-        life = Life(self, coroutine)
-        life.step()
+        life = Life(coroutine)
+        self._go_on(life)
         return life
+
+    def _go_on(self, life: Life) -> None:
+        """Run a life to its next sleep, or to its end."""
+        if life.coroutine is None:  # it was ended while it slept
+            return
+        try:
+            wake_at = life.coroutine.send(None)
+        except BaseException as end:
+            life.coroutine = None
+            if isinstance(end, StopIteration):
+                return
+            raise
+        if type(wake_at) is not float:
+            life.kill()
+            raise RuntimeError(f"a life under a virtual clock awaited {wake_at!r}, which only asyncio can do")
+        self._asked += 1
+        heapq.heappush(self._due, (wake_at, self._asked, life))
 
     def call_at(self, at: float, call: Callable[[], None]) -> None:
         """Have something called at a time; at once where that has passed."""
@@ -100,21 +97,27 @@ class VirtualTime:
         heapq.heappush(self._due, (at, self._asked, call))
 
     def run(self, until: Callable[[], bool], end_s: float = float("inf")) -> None:
-        """Let time pass until `until`, asked after every call, says so; at most to `end_s`.
+        """Let time pass to `end_s` at most, or until `until` says so: it is asked first, and after every `call`.
 
         What a life raises comes out here, and the rest can be run on.
         """
         due = self._due
         with _rare_collections():
-            while due and not until():
-                at, _, call = due[0]
-                if at > end_s:
+            if until():
+                return
+            while due:
+                if due[0][0] > end_s:
                     self._now = end_s
                     return
-                heapq.heappop(due)
+                at, _, next_one = heapq.heappop(due)
                 if at > self._now:
                     self._now = at
-                call()
+                if isinstance(next_one, Life):
+                    self._go_on(next_one)
+                    continue
+                next_one()
+                if until():
+                    return
 
 
 @contextmanager

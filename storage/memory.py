@@ -57,12 +57,14 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._tables = _Tables()
         self._keep_rounds = keep_rounds
+        self._transaction = _MemoryTransaction(self._lock, self._tables)
+        self._reading = _MemoryTransaction(self._lock, self._tables, readonly=True)
 
     def transaction(self) -> AbstractContextManager[_MemoryTransaction]:
-        return _MemoryTransaction(self._lock, self._tables)
+        return self._transaction
 
     def reading(self) -> AbstractContextManager[_MemoryTransaction]:
-        return _MemoryTransaction(self._lock, self._tables, readonly=True)
+        return self._reading
 
     def maintain(self) -> bool:
         if self._keep_rounds is not None:
@@ -135,7 +137,7 @@ def _round_key(row: Lease | Update) -> RoundKey:
 
 
 class _MemoryTransaction:
-    """A transaction and the block it lasts for: an emulated fleet opens many for each device."""
+    """The transaction of whoever has the lock: an emulated fleet opens many for each device."""
 
     __slots__ = ("_expired", "_lock", "_readonly", "_t", "_undo_log", "moved")
 
@@ -147,6 +149,7 @@ class _MemoryTransaction:
 
     def __enter__(self) -> Self:
         self._lock.acquire()
+        self.moved = {}
         return self
 
     def __exit__(
@@ -158,6 +161,8 @@ class _MemoryTransaction:
                 if kind is None:
                     raise StorageError("a reading transaction wrote; this is a bug in the caller")
         finally:
+            self._undo_log.clear()
+            self._expired.clear()
             self._lock.release()
 
     def _undo(self) -> None:
