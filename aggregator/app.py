@@ -30,7 +30,8 @@ from aggregator.server_key import ServerKey
 from aggregator.service import Service
 from aggregator.tls import server_tls
 from aggregator.token_files import secret_file, token_sha256
-from aggregator.tracing import UNTRACED, TracedStore, Tracer, traced
+from aggregator.traced_requests import traced
+from aggregator.tracing import UNTRACED, TracedStore, Tracer
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared

@@ -42,7 +42,7 @@ def due(spec: RoundSpec, round_: Round, accepted: int, now: float) -> Due:
 
 def free_seats(spec: RoundSpec, leases: Mapping[LeaseState, int]) -> int:
     """Leases a round may still give; one that was given back frees its seat."""
-    return spec.cohort - sum(n for state, n in leases.items() if state is not LeaseState.FAILED)
+    return spec.cohort - sum(leases.values()) + leases.get(LeaseState.FAILED, 0)
 
 
 def seat_open_to_all(spec: RoundSpec, round_: Round, now: float) -> bool:

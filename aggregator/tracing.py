@@ -11,14 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
-
-from aggregator.logs import REQUEST_ID, TRACE_ID
 from fedtt.errors import ConfigError
 from storage.store import Store, Transaction
 
-__all__ = ["UNTRACED", "Span", "TracedStore", "Tracer", "open_tracer", "traced"]
+__all__ = ["UNTRACED", "Span", "TracedStore", "Tracer", "open_tracer"]
 
 _ASKED_FOR = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
@@ -91,36 +87,6 @@ def open_tracer(*, asked_for: bool = False) -> Tracer:
             "traces only where OpenTelemetry is installed: pip install 'fedtt[otel]'",
         ) from None
     return OpenTelemetry.from_environment()
-
-
-def traced(tracer: Tracer, *, joined: bool) -> Middleware:
-    """Middleware: a span for each request, which its log lines and its answer name.
-
-    joined: whether a caller may say of which trace a request is part. Strangers may not: they would decide
-    what is recorded.
-    """
-
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource else ""
-        caller = request.headers if joined else None
-        with tracer.span(f"{request.method} {route}".rstrip(), server=True, caller=caller) as span:
-            TRACE_ID.set(span.trace_id)
-            answer = await handler(request)
-            span.set(
-                {
-                    "http.request.method": request.method,
-                    "http.route": route,
-                    "http.response.status_code": answer.status,
-                    "fedtt.request_id": REQUEST_ID.get(),
-                }
-            )
-            if answer.status >= 500:
-                span.failed(f"answered {answer.status}")
-            return answer
-
-    return middleware
 
 
 class TracedStore:

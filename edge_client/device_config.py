@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from edge_client.conditions import Limits
 from fedtt.budget import Budget
@@ -49,7 +50,7 @@ class DeviceConfig:
         if self.max_attempts < 1:
             raise ConfigError("max_attempts", self.max_attempts, "1 or more")
 
-    @property
+    @cached_property
     def budget(self) -> Budget:
         """Most that any task's training may take here."""
         mb = self.max_download_mb

@@ -97,7 +97,7 @@ class VirtualTime:
         heapq.heappush(self._due, (at, self._asked, call))
 
     def run(self, until: Callable[[], bool], end_s: float = float("inf")) -> None:
-        """Let time pass to `end_s` at most, or until `until` says so: it is asked first, and after every `call`.
+        """Let time pass to `end_s` at most, or until `until` says so: it is asked first and after every call.
 
         What a life raises comes out here, and the rest can be run on.
         """

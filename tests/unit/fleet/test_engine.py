@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,13 @@ def test_asynchronous_training_is_as_repeatable(tmp_path: Path) -> None:
     first, again = run("first"), run("again")
     assert first.server.version == again.server.version
     assert len(first.versions) == 6
+
+
+def test_a_fleet_in_process_loads_no_library_of_sockets_signatures_or_databases() -> None:
+    heavy = "('aiohttp', 'cryptography', 'sqlalchemy', 'onnxruntime', 'torch')"
+    code = f"import sys, fleet.engine, fleet.server; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_devices_exist_only_while_they_are_awake(tmp_path: Path) -> None:
