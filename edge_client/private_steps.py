@@ -20,7 +20,7 @@ from edge_client.tokens import Batch
 from fedtt.layout import Theta
 from fedtt.privacy import PrivacySpec
 
-__all__ = ["Noise", "PrivateGradient", "noise_key", "noise_secret"]
+__all__ = ["GaussianMechanism", "Noise", "PrivateGradient", "noise_key", "noise_secret"]
 
 
 def noise_secret(uniform: Callable[[], float]) -> bytes:
@@ -50,32 +50,47 @@ class Noise:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-class PrivateGradient:
-    """(1/B) (Σ_b clipped g_b + σ C ξ) on the live numbers, zero elsewhere (Abadi et al., Algorithm 1)."""
+class GaussianMechanism:
+    """(1/B) (Σ_b clipped g_b + σ C ξ) on the live numbers, zero elsewhere (Abadi et al., Algorithm 1).
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        privacy: PrivacySpec,
-        live: NDArray[np.intp],
-        size: int,
-        noise: Noise,
-        least: int = 1,
-    ) -> None:
-        """live: positions in a theta of `size` numbers. least: tokens that the graph needs of a row."""
-        self._least = least
-        self._runtime, self._privacy, self._positions, self._noise = runtime, privacy, live, noise
-        self._live = np.zeros(size, np.float32)
-        self._live[live] = 1
+    live: positions in a theta of `size` numbers.
+    """
+
+    def __init__(self, privacy: PrivacySpec, live: NDArray[np.intp], size: int, noise: Noise) -> None:
+        self.clip = privacy.clip
+        self.live = np.zeros(size, np.float32)  #: 1 where a number is trained
+        self.live[live] = 1
+        self._deviation = privacy.noise_multiplier * privacy.clip
+        self._positions, self._noise = live, noise
+
+    def clipped(self, gradient: Theta, rows: int) -> Theta:
+        """One example's part of a batch's mean gradient: `gradient` is g_b / B with B = rows."""
+        live = gradient * self.live
+        norm, bound = float(np.linalg.norm(live)), self.clip / rows
+        return live if norm <= bound else live * np.float32(bound / norm)
+
+    def noisy(self, gradient: Theta, rows: int) -> Theta:
+        """A batch's mean of clipped gradients with the next noise of this training."""
+        found = gradient.copy()
+        drawn = self._noise.draw(len(self._positions))
+        found[self._positions] += (self._deviation / rows * drawn).astype(np.float32)
+        return found
+
+
+class PrivateGradient:
+    """The gradients of a private training, each example's clipped in the runtime's graph.
+
+    least: tokens that the graph needs of a row.
+    """
+
+    def __init__(self, runtime: Runtime, mechanism: GaussianMechanism, least: int = 1) -> None:
+        self._runtime, self._mechanism, self._least = runtime, mechanism, least
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        privacy = self._privacy
+        mechanism = self._mechanism
 
         def one(part: Batch) -> tuple[float, Theta]:
-            return self._runtime.private_gradient(theta, part, self._live, privacy.clip)
+            return self._runtime.private_gradient(theta, part, mechanism.live, mechanism.clip)
 
         loss, gradient = in_passes(batch, PASSES, one, least=self._least, by_tokens=False)
-        scale = privacy.noise_multiplier * privacy.clip / len(batch.ids)
-        noisy = gradient.copy()
-        noisy[self._positions] += (scale * self._noise.draw(len(self._positions))).astype(np.float32)
-        return loss, noisy
+        return loss, mechanism.noisy(gradient, len(batch.ids))

@@ -20,7 +20,7 @@ from edge_client.bundle import Bundle, RuntimeName
 from edge_client.examples import Example, Examples, label_index
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
 from edge_client.passes import PASSES, in_passes
-from edge_client.private_steps import Noise, PrivateGradient
+from edge_client.private_steps import GaussianMechanism, Noise, PrivateGradient
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import AdapterSpec
@@ -133,20 +133,18 @@ class Training:
             raise DataError(f"the task needs {plan.min_examples} examples, this device has {len(examples)}")
         self._examples = len(examples)
         self.batches = _Batches(plan, request.device, request.bundle.manifest, tokens, examples)
+        self.mechanism = self._mechanism()  #: of a private training; None where it is none
 
     def depth(self, depths: Sequence[int]) -> int | None:
         """The least of a runtime's depths that trains all that is live; None where the whole step must."""
         return least_depth(self._adapter, self._live, depths)
 
-    @property
-    def private_gradient(self) -> Callable[[Runtime], PrivateGradient] | None:
-        """What gives the gradients of a private training, of a runtime; None where it is none."""
-        privacy, key, live = self._request.plan.privacy, self._request.noise_key, self._live.positions
+    def _mechanism(self) -> GaussianMechanism | None:
+        privacy, live = self._request.plan.privacy, self._live.positions
         if privacy is None:
             return None
         positions = live if self._places is None else self._places[live]
-        least = self._request.bundle.manifest.tokenization.min_tokens
-        return lambda runtime: PrivateGradient(runtime, privacy, positions, self._size, Noise(key), least)
+        return GaussianMechanism(privacy, positions, self._size, Noise(self._request.noise_key))
 
     def steps(self) -> Steps[Batch]:
         plan = self._request.plan
@@ -209,12 +207,14 @@ def train(
     is called before each batch.
     """
     training = Training(request, tokens)
-    private = training.private_gradient
-    depth, prefix = None if private else training.depth(runtime.depths), None
+    mechanism, manifest = training.mechanism, request.bundle.manifest
+    depth, prefix = None if mechanism else training.depth(runtime.depths), None
     if depth is not None:
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
-    gradient_of = private(runtime).gradient if private else _short(prefix or runtime, request.bundle.manifest)
+    gradient_of = _short(prefix or runtime, manifest)
+    if mechanism is not None:
+        gradient_of = PrivateGradient(runtime, mechanism, manifest.tokenization.min_tokens).gradient
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
         go_on()

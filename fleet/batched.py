@@ -20,7 +20,7 @@ from fedtt.errors import BundleError, ConfigError, FedttError
 from fedtt.layout import Theta
 from fleet.activations import Activations
 from fleet.backends import Backend, OnnxBackend, TorchBackend
-from fleet.gradients import Counts, Gradients
+from fleet.gradients import Ask, Counts, Gradients
 from fleet.pool import Outstanding
 from fleet.token_cache import RememberedTokens
 
@@ -107,7 +107,7 @@ class _Running:
 
     def __init__(self, handle: Outstanding, training: Training) -> None:
         self.handle, self._training, self._steps = handle, training, training.steps()
-        self.ask: tuple[Theta, Batch] | None = None  #: what it waits for; None once it has ended
+        self.ask: Ask | None = None  #: what it waits for; None once it has ended
         self._advance(lambda: next(self._steps))
 
     def send(self, answer: tuple[float, Theta]) -> None:
@@ -117,7 +117,7 @@ class _Running:
         self.ask = None
         with self.handle.failing():
             try:
-                self.ask = step()
+                self.ask = Ask(*step(), self._training.mechanism)
             except StopIteration as end:
                 result: LocalResult = end.value
                 self.handle.finish(self._training.pack(result))

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.passes import Pass, PassLimits, padded_tokens, plan_passes
+from edge_client.private_steps import GaussianMechanism
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
 from fedtt.manifest import Tokenization
 from fleet.activations import Activations, Hidden
 from fleet.backends import Backend
 
-__all__ = ["Counts", "Gradients"]
+__all__ = ["Ask", "Counts", "Gradients"]
 
 Ids = NDArray[np.int64]
+
+
+class Ask(NamedTuple):
+    """What one training waits for: the loss and gradient (P,) of a batch under its factors."""
+
+    theta: Theta  #: (P,)
+    batch: Batch
+    mechanism: GaussianMechanism | None = None  #: of a private training: clips each example's gradient
+
+    def clipped(self, gradient: Theta) -> Theta:
+        """The part of one owner's rows in the batch's gradient."""
+        return self.mechanism.clipped(gradient, len(self.batch.ids)) if self.mechanism else gradient
+
+    def noisy(self, gradient: Theta) -> Theta:
+        return self.mechanism.noisy(gradient, len(self.batch.ids)) if self.mechanism else gradient
 
 
 @dataclass
@@ -53,24 +69,27 @@ class Gradients:
         self._least, self._pad_id = tokenization.min_tokens, tokenization.pad_id
         self._activations, self._counts = activations, counts
 
-    def of(self, asks: Sequence[tuple[Theta, Batch]]) -> list[tuple[float, Theta]]:
-        """For each device's (theta (P,), batch) its loss and gradient (P,)."""
-        rows = _Rows([batch for _, batch in asks])
+    def of(self, asks: Sequence[Ask]) -> list[tuple[float, Theta]]:
+        """For each device its loss and gradient (P,); a private one's with noise."""
+        rows = _Rows(asks)
         losses = np.zeros(len(asks), np.float64)
-        gradients = np.zeros((len(asks), len(asks[0][0])), np.float32)
+        gradients = np.zeros((len(asks), len(asks[0].theta)), np.float32)
         hidden = self._hidden(rows) if self._backend.cut else None
         passes = plan_passes(rows.lengths, self._limits, least=self._least)
         for part in passes:
             inputs = rows.inputs(part, self._pad_id)
-            devices, inputs["device"] = np.unique(rows.device[part.rows], return_inverse=True)
-            inputs["theta"] = np.stack([asks[device][0] for device in devices])
+            owners, inputs["device"] = np.unique(rows.owner[part.rows], return_inverse=True)
+            devices = rows.device[owners].tolist()
+            inputs["theta"] = np.stack([asks[device].theta for device in devices])
             if hidden is not None:
                 inputs["hidden"] = _stacked([hidden[row] for row in part.rows], part.width)
             loss, gradient = self._backend.step(inputs)
             np.add.at(losses, rows.device[part.rows], loss)
-            gradients[devices] += gradient
+            for device, own in zip(devices, gradient, strict=True):
+                gradients[device] += asks[device].clipped(own)
         self._count(rows, passes, devices=len(asks))
-        return list(zip(losses.tolist(), gradients, strict=True))
+        noisy = [ask.noisy(own) for ask, own in zip(asks, gradients, strict=True)]
+        return list(zip(losses.tolist(), noisy, strict=True))
 
     def _hidden(self, rows: _Rows) -> list[Hidden]:
         """What enters the step of each row, (S, H), computed where it is not remembered."""
@@ -98,14 +117,21 @@ class Gradients:
 
 
 class _Rows:
-    """The rows of several devices' batches under one another, without their padding."""
+    """The rows of several devices' batches under one another, without their padding.
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    Rows of one owner share a gradient: all of a device, or of a private training each by itself.
+    """
+
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        batches = [ask.batch for ask in asks]
         self.lengths = np.concatenate([batch.mask.sum(1) for batch in batches]).astype(np.intp)  #: (n,)
         self.device = np.repeat(np.arange(len(batches)), [len(batch.ids) for batch in batches])  #: (n,)
+        alone = np.array([ask.mechanism is not None for ask in asks])[self.device]
+        rows = np.arange(len(self.device))
+        self.owner = np.where(alone, rows, np.searchsorted(self.device, self.device))  #: (n,): its first row
         every = [row for batch in batches for row in batch.ids]
         self.ids: list[Ids] = [row[:length] for row, length in zip(every, self.lengths, strict=True)]
-        self._weight = np.concatenate([_weights(batch) for batch in batches])
+        self._weight = np.concatenate([_weights(ask) for ask in asks])
         labels = [batch.labels for batch in batches if batch.labels is not None]
         self._labels = np.concatenate(labels) if labels else None
 
@@ -122,10 +148,18 @@ class _Rows:
         return inputs
 
 
-def _weights(batch: Batch) -> NDArray[np.float32]:
-    """What each row counts in its batch's mean, (B,): over rows, or over tokens that follow others."""
-    count = len(batch.ids) if batch.labels is not None else max(1, int(batch.mask[:, 1:].sum()))
-    return np.full(len(batch.ids), 1 / count, np.float32)
+def _weights(ask: Ask) -> NDArray[np.float32]:
+    """What each row counts in its batch's mean, (B,): over rows, or over tokens that follow others.
+
+    Of a private training every row counts alike, and its tokens in its own mean.
+    """
+    batch, rows = ask.batch, len(ask.batch.ids)
+    if batch.labels is not None:
+        return np.full(rows, 1 / rows, np.float32)
+    follow = batch.mask[:, 1:].sum(1)
+    if ask.mechanism is not None:
+        return np.asarray(1 / (rows * np.maximum(1, follow)), np.float32)
+    return np.full(rows, 1 / max(1, int(follow.sum())), np.float32)
 
 
 def _stacked(rows: list[Hidden], width: int) -> Hidden:

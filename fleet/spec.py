@@ -159,9 +159,6 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
         if self.task.evaluation is not None and self.task.evaluation.by != "devices":
             by = self.task.evaluation.by
             raise ConfigError("task.evaluation.by", by, "'devices': nobody stands beside an emulated server")
-        if self.task.privacy is not None and self.fleet.trainer not in ("one-by-one", "noop"):
-            trainer = self.fleet.trainer
-            raise ConfigError("fleet.trainer", trainer, "'one-by-one' with [privacy]: others do not clip")
         names = [profile.name for profile in self.profiles]
         for name in names:
             if names.count(name) > 1:

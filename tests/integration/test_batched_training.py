@@ -15,10 +15,12 @@ from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import Example, Shard
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.passes import PassLimits
+from edge_client.runtime import Runtimes
 from edge_client.trainer import LocalUpdate, TrainingRequest
 from export import ExportRequest, export_bundle
 from fedtt.codec import CodecSpec
 from fedtt.errors import BundleError, ConfigError, DataError, RuntimeFailure, WireError
+from fedtt.privacy import PrivacySpec
 from fleet.activations import Activations
 from fleet.backends import Inputs, Losses, OnnxBackend, TorchBackend
 from fleet.batched import BatchedPool, onnx_pool, torch_pool
@@ -26,6 +28,7 @@ from fleet.fastest import fastest_pool
 from fleet.pool import OneByOnePool, Pool
 from tests.support.models import WORDS, save_tiny_model
 from tests.support.requests import SGD, delta_of, requests_of
+from tests.support.torch_runtime import TorchRuntime, adapted_model
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +99,21 @@ def test_every_device_sends_what_it_would_have_sent_alone(case: tuple[Bundle, st
     ]
     for open_pool in pools:
         assert _difference(requests, _updates(open_pool(), requests), alone) < TOLERANCE
+
+
+def test_private_trainings_clip_each_example_and_add_the_noise_of_their_device(
+    case: tuple[Bundle, str],
+) -> None:
+    bundle, model = case
+    private = requests_of(bundle, WORDS, COUNTS, privacy=PrivacySpec(clip=0.5, noise_multiplier=0.05))
+    plain = requests_of(bundle, WORDS, COUNTS)
+    mixed = [*private[:3], *plain[3:]]  # those of another task share passes with them
+    step = TorchRuntime(adapted_model(bundle, Path(model)))  # the one that `--dp` compiles
+    alone = _updates(OneByOnePool(Runtimes(lambda bundle: step)), mixed)
+    for pool in (onnx_pool(bundle, model=model), torch_pool(bundle, model=model)):
+        for request, ours, theirs in zip(mixed, _updates(pool, mixed), alone, strict=True):
+            a, b = delta_of(request, ours), delta_of(request, theirs)
+            assert float(np.linalg.norm(a - b) / np.linalg.norm(b)) < TOLERANCE
 
 
 def test_the_same_requests_give_the_same_bits_whatever_the_pool_did_before(case: tuple[Bundle, str]) -> None:

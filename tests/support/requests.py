@@ -15,6 +15,7 @@ from fedtt.codec import CodecSpec, decode_delta
 from fedtt.layout import LiveSet, Theta
 from fedtt.messages import Plan
 from fedtt.optimiser import TrainingSpec
+from fedtt.privacy import PrivacySpec
 from fedtt.wire import decode_update, encode_theta, version_digest
 
 __all__ = ["delta_of", "requests_of", "some_examples"]
@@ -38,6 +39,7 @@ def requests_of(
     method: Method | None = None,
     training: TrainingSpec = SGD,
     codec: CodecSpec | None = None,
+    privacy: PrivacySpec | None = None,
 ) -> list[TrainingRequest]:
     """One request for each count of examples, from a theta away from the identity."""
     manifest = bundle.manifest
@@ -57,6 +59,7 @@ def requests_of(
         codec=codec or CodecSpec(quantise="fp32"),
         method=method or FedTT(),
         min_examples=1,
+        privacy=privacy,
     )
     return [
         TrainingRequest(
@@ -65,6 +68,7 @@ def requests_of(
             bundle=bundle,
             version=version,
             examples=Shard(some_examples(bundle, words, count, seed=number)),
+            noise_key=bytes([number]) * 32 if privacy else b"",
         )
         for number, count in enumerate(counts)
     ]

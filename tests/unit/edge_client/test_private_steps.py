@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_client import events
-from edge_client.private_steps import Noise, PrivateGradient, noise_key, noise_secret
+from edge_client.private_steps import GaussianMechanism, Noise, PrivateGradient, noise_key, noise_secret
 from edge_client.tokens import Batch
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.layout import Theta
@@ -89,9 +89,22 @@ def test_another_lease_or_device_draws_other_noise() -> None:
     assert {len(key) for key in keys} == {32}
 
 
+def test_an_example_is_scaled_down_to_the_bound_over_its_live_numbers_and_no_further() -> None:
+    live = np.arange(0, SIZE, 2)
+    mechanism = GaussianMechanism(PRIVACY, live, SIZE, Noise(bytes(32)))
+    steep = np.full(
+        SIZE, 3.0 / 4, np.float32
+    )  # of 4 rows: norm 3 √(SIZE / 2) on what is live, above the bound 2
+    clipped = mechanism.clipped(steep, rows=4)
+    assert np.linalg.norm(4 * clipped) == pytest.approx(2.0)
+    assert not np.delete(clipped, live).any()
+    flat = np.full(SIZE, 1e-3 / 4, np.float32)
+    np.testing.assert_array_equal(mechanism.clipped(flat, rows=4)[live], flat[live])
+
+
 def test_noise_falls_on_live_numbers_alone_in_proportion_to_bound_and_batch() -> None:
     live = np.arange(0, SIZE, 2)
-    step = PrivateGradient(Flat(), PRIVACY, live, SIZE, Noise(bytes(32)))
+    step = PrivateGradient(Flat(), GaussianMechanism(PRIVACY, live, SIZE, Noise(bytes(32))))
     batch = Batch(ids=np.zeros((6, 3), np.int64), mask=np.ones((6, 3), np.int64))
     _, gradient = step.gradient(np.zeros(SIZE, np.float32), batch)
     expected = 1.5 * 2.0 / 6 * Noise(bytes(32)).draw(len(live))
