@@ -84,12 +84,17 @@ def limited(rates: Rates, *, forwarded: bool) -> Middleware:
     return middleware
 
 
-async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
-    """The body as it comes: at most `limit_bytes` of it, and never decompressed."""
+def _refuse_body(request: web.Request, limit_bytes: int) -> None:
+    """Raise what is wrong with a body that nothing was read of."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ProblemError(malformed("Content-Encoding is not taken: send the body as it is"))
     if (request.content_length or 0) > limit_bytes:
         raise ProblemError(too_large(limit_bytes))
+
+
+async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """The body as it comes: at most `limit_bytes` of it, and never decompressed."""
+    _refuse_body(request, limit_bytes)
     received = 0
     try:
         async for piece in request.content.iter_any():
@@ -103,9 +108,15 @@ async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[b
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     """The whole body, which may take as long as the listener allows."""
+    if request.content.is_eof() and request.content.exception() is None:  # all of it came with the head
+        _refuse_body(request, limit_bytes)
+        body = request.content.read_nowait()
+        if len(body) > limit_bytes:
+            raise ProblemError(too_large(limit_bytes))
+        return body
     pieces, allowed_s = body_pieces(request, limit_bytes), request.app[BODY_S]
     try:
-        async with asyncio.timeout(None if request.content.is_eof() else allowed_s):  # a timer has its price
+        async with asyncio.timeout(allowed_s):
             return b"".join([piece async for piece in pieces])
     except TimeoutError:
         raise ProblemError(malformed(f"the body did not arrive within {allowed_s:g} s")) from None

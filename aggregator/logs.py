@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import secrets
@@ -17,13 +18,14 @@ REQUEST_HEADER = "X-Request-ID"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  #: of the request being answered
 TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")  #: of its trace, where it has one
 _NAME = web.RequestKey("request_id", str)
+_PROCESS, _COUNT = secrets.token_hex(4), itertools.count(1)
 _GIVEN = re.compile("[A-Za-z0-9._-]{1,64}")
 
 
 def name_request(request: web.Request) -> None:
     """Take the name that a proxy gave the request, or give it one: it stands in the log and in the answer."""
     given = request.headers.get(REQUEST_HEADER, "")
-    name = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
+    name = given if _GIVEN.fullmatch(given) else f"{_PROCESS}-{next(_COUNT)}"
     request[_NAME] = name  # the answer leaves from another task than the handler's
     REQUEST_ID.set(name)
 

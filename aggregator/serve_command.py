@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["place_arguments", "reachable", "register"]
 
+_GARBAGE = (50_000, 20, 100)  #: objects, and collections of the younger, between two collections
 _SWITCH_S = 0.0005  #: at most, that the writer waits for requests at work after each statement
 
 
@@ -160,12 +162,23 @@ async def _serve_until_stopped(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with serving(config, tracer) as listening:
+        _collect_seldom()
         _announce(listening, config.data, as_json=as_json)
         await stopped.wait()
         listening.service.draining = True  # /readyz says so, and a balancer sends nobody any more
         await asyncio.sleep(drain_s)
     if not as_json:
         print("stopped; everything acknowledged is on disk")
+
+
+def _collect_seldom() -> None:
+    """What lives as long as the process is never looked at again, and the rest less often.
+
+    Collecting by Python's defaults took a tenth of the server's time, and stopped all of it for tens of ms.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE)
 
 
 def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:

@@ -149,11 +149,10 @@ class SqlTransaction:
         return self._batch.recall(rows, statement, parameters, self._first)
 
     def _first(self, rows: sql.Rows[R], statement: Executable, parameters: dict[str, object]) -> R | None:
-        row = self._read(statement, parameters).first()
-        return rows.of(row) if row is not None else None
+        return next(iter(rows.of(self._read(statement, parameters))), None)
 
     def _all(self, rows: sql.Rows[R], statement: Executable, **parameters: object) -> list[R]:
-        return [rows.of(row) for row in self._read(statement, parameters)]
+        return rows.of(self._read(statement, parameters))
 
     def put_token(self, token: Token) -> None:
         self._put(sql.tokens, token)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from sqlalchemy import (
+    CursorResult,
     Dialect,
-    Row,
     Select,
     Table,
     bindparam,
@@ -118,6 +118,7 @@ __all__ = [
 
 R = TypeVar("R", bound=msgspec.Struct)
 Values = Callable[[msgspec.Struct], tuple[Any, ...]]
+Read = Callable[[Any], Any]  #: a value as the driver gives it -> as records have it
 
 
 class json_texts(GenericFunction[str]):  # noqa: N801 - a function of SQL is named as one
@@ -154,6 +155,7 @@ class Rows(Generic[R]):
             index_elements=list(key), set_={name: new.excluded[name] for name in others}
         )
         self._texts: dict[tuple[int, str], tuple[str, Values]] = {}
+        self._readers: dict[str, list[tuple[int, Read]]] = {}
 
     def where(self, *names: str) -> Select[Any]:
         """All rows whose columns of these names equal the parameters of these names."""
@@ -162,8 +164,31 @@ class Rows(Generic[R]):
     def key_of(self, record: R) -> tuple[object, ...]:
         return tuple(getattr(record, name) for name in self._key)
 
-    def of(self, row: Row[Any]) -> R:
-        return self.record(**dict(zip(self.record.__struct_fields__, row, strict=True)))
+    def of(self, found: CursorResult[Any]) -> list[R]:
+        """The records that a statement found: straight from the driver, for rows come in crowds."""
+        cursor, fields = found.cursor, self.record.__struct_fields__
+        assert cursor is not None  # noqa: S101  # the statement returns rows
+        readers = self._readers_of(found.context.dialect, cursor.description)
+        records = []
+        for row in cursor.fetchall():
+            values = list(row)
+            for place, read in readers:
+                values[place] = read(values[place])
+            records.append(self.record(**dict(zip(fields, values, strict=True))))
+        found.close()
+        return records
+
+    def _readers_of(self, dialect: Dialect, description: Sequence[Any]) -> list[tuple[int, Read]]:
+        """How the columns whose values the driver does not give as they are become values."""
+        if dialect.name not in self._readers:
+            self._readers[dialect.name] = [
+                (place, read)
+                for place, (column, told) in enumerate(
+                    zip(self.select.selected_columns, description, strict=True)
+                )
+                if (read := column.type.dialect_impl(dialect).result_processor(dialect, told[1]))
+            ]
+        return self._readers[dialect.name]
 
     def text_of(self, statement: Insert, dialect: Dialect) -> tuple[str, Values]:
         """An insertion as the driver's own text, and how it takes its parameters from a record.
