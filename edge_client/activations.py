@@ -27,7 +27,7 @@ _BLOCK_BYTES = 4096  #: of the file system: small files count as much
 
 
 def kept_bytes(shape: tuple[int, int]) -> int:
-    """What one row's hidden state (S, H) takes of the limit."""
+    """What one row's hidden state (S, W) takes of the limit."""
     return _occupied(_DIGEST_BYTES + 2 * shape[0] * shape[1])
 
 

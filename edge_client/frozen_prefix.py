@@ -10,13 +10,14 @@ import numpy as np
 from msgspec.structs import replace
 
 from edge_client.activations import Activations, Half, kept_bytes
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, RuntimeName
 from edge_client.runtime import Hidden, Runtime
 from edge_client.tokens import Batch, Ids
 from fedtt.adapter import AdapterSpec
 from fedtt.layout import LiveSet, Theta
+from fedtt.manifest import Manifest
 
-__all__ = ["FrozenPrefix", "least_depth"]
+__all__ = ["FrozenPrefix", "least_depth", "width"]
 
 
 def least_depth(adapter: AdapterSpec, live: LiveSet, depths: Sequence[int]) -> int | None:
@@ -24,6 +25,12 @@ def least_depth(adapter: AdapterSpec, live: LiveSet, depths: Sequence[int]) -> i
     blocks = [adapter.block_of(index) for index in live.indices]
     lowest = min((block for block in blocks if block is not None), default=adapter.layers)
     return next((depth for depth in depths if depth >= adapter.layers - lowest), None)
+
+
+def width(manifest: Manifest, runtime: RuntimeName, depth: int) -> int:
+    """Numbers a token of what enters the step at a depth, W."""
+    states = {cut.depth: cut.states for cut in manifest.graphs[runtime].depths}
+    return manifest.adapter.hidden * states[depth]
 
 
 class FrozenPrefix:
@@ -48,7 +55,8 @@ class FrozenPrefix:
         manifest = bundle.manifest
         self._runtime, self._depth, self._activations = runtime, depth, activations
         self._least = manifest.tokenization.min_tokens
-        self._below, self._hidden = manifest.adapter.size_below(depth), manifest.adapter.hidden
+        self._below = manifest.adapter.size_below(depth)
+        self._hidden = width(manifest, runtime.name, depth)
         # runtimes differ in the last bits
         parts = (runtime.name, manifest.model.base_sha256, depth, replace(manifest.adapter, head=None))
         self._parts = msgspec.json.encode(parts) if manifest.adapter.depth else msgspec.json.encode(parts[:3])
@@ -108,7 +116,7 @@ class FrozenPrefix:
         return name.hexdigest()
 
     def _row(self, theta: Theta, ids: Ids, mask: Ids) -> Hidden | Half:
-        """Of one row (S,), (S, H)."""
+        """Of one row (S,), (S, W)."""
         key = self._key(ids, mask)
         if self._activations and (kept := self._activations.get(key, (len(ids), self._hidden))) is not None:
             self.reused += key not in self._unread

@@ -15,7 +15,7 @@ from fedtt.layout import Theta
 
 __all__ = ["Hidden", "Runtime", "Runtimes", "Scorer"]
 
-Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, H)
+Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, W), W as the bundle says
 
 
 class Scorer(Protocol):
@@ -59,7 +59,7 @@ class Runtime(Scorer, Protocol):
         ...
 
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
-        """theta (P,), hidden (B, S, H) in place of the ids -> as `gradient`, zero for what lies below.
+        """theta (P,), hidden (B, S, W) in place of the ids -> as `gradient`, zero for what lies below.
 
         What hidden holds where the mask is 0 does not matter, as long as it is finite.
         """

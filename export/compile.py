@@ -10,11 +10,11 @@ from safetensors.numpy import save_file
 
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.errors import ConfigError
-from fedtt.manifest import MANIFEST, DepthGraphs, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
+from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
 
 from .base import Base, load_base
 from .bundle import check_target, file_entries, staged
-from .depths import step_above
+from .depths import cut_graphs, step_above
 from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
 from .private import private_step
@@ -79,7 +79,7 @@ def _write_graphs(
         eval=_EVAL,
         private=_PRIVATE if request.private else None,
         weights=(_WEIGHTS,),
-        depths=tuple(map(_cut_names, depths)),
+        depths=tuple(cut_graphs(model, depth, "onnx") for depth in depths),
     )
     report("tracing the training step")
     step = TrainingStep(model, [model.spec.layers - depth for depth in depths])
@@ -102,10 +102,6 @@ def _write_graphs(
         store(graph, model.stored)
     write_graphs(graphs, _WEIGHTS, directory)
     return found
-
-
-def _cut_names(depth: int) -> DepthGraphs:
-    return DepthGraphs(depth=depth, prefix=f"prefix-{depth}.onnx", step=f"step-{depth}.onnx")
 
 
 def _manifest(

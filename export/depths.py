@@ -13,15 +13,27 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from fedtt.manifest import DepthGraphs
+
 from .inputs import TRACED, random_inputs
 from .prefix import Prefix, run_above
 from .step import AdaptedModel
 from .to_onnx import convert
 from .trace import AXES, trace
 
-__all__ = ["CUT_AXES", "PrefixStep", "StepAbove", "cut_inputs", "step_above"]
+__all__ = ["CUT_AXES", "PrefixStep", "StepAbove", "cut_graphs", "cut_inputs", "step_above"]
 
 CUT_AXES: dict[str, tuple[str, ...]] = {**AXES, "hidden": ("batch", "tokens")}
+
+
+def cut_graphs(model: AdaptedModel, depth: int, suffix: str) -> DepthGraphs:
+    """How the two parts are called in a bundle."""
+    return DepthGraphs(
+        depth=depth,
+        prefix=f"prefix-{depth}.{suffix}",
+        step=f"step-{depth}.{suffix}",
+        states=PrefixStep(model, depth).states,
+    )
 
 
 def step_above(model: AdaptedModel, depth: int, weights: Mapping[str, Tensor]) -> ir.Model:
@@ -41,14 +53,23 @@ def cut_inputs(prefix: PrefixStep, above: StepAbove, batch: int, tokens: int) ->
 
 
 class PrefixStep(nn.Module):
-    """theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, H), which enters block `layers - depth`."""
+    """theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, W), which enters block `layers - depth`.
+
+    W is H, or 2 H where the attention's output in that block is frozen, too, and goes with it.
+    """
 
     inputs = ("theta", "ids", "mask")
 
     def __init__(self, model: AdaptedModel, depth: int) -> None:
         super().__init__()
         self.model = model
-        self.prefix = Prefix(model.base, model.spec.layers - depth)
+        cut, attention = model.spec.layers - depth, model.adapters.after_attention
+        self.prefix = Prefix(model.base, cut, attention=attention)
+
+    @property
+    def states(self) -> int:
+        """W / H."""
+        return 1 + self.prefix.attention
 
     def forward(self, theta: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         with self.model.adapters.holding(theta[: self.model.adapters.size]):
@@ -57,7 +78,7 @@ class PrefixStep(nn.Module):
 
 
 class StepAbove(nn.Module):
-    """theta (P,), hidden (B, S, H), mask (B, S)[, ids (B, S)][, labels (B,)] -> loss (), gradient (P,).
+    """theta (P,), hidden (B, S, W), mask (B, S)[, ids (B, S)][, labels (B,)] -> loss (), gradient (P,).
 
     ids for causal-lm, whose targets they are; labels with a head. The gradient is zero for all blocks below
     the last `depth`.
@@ -73,7 +94,8 @@ class StepAbove(nn.Module):
 
     def forward(self, theta: Tensor, hidden: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         def run(hidden: Tensor, mask: Tensor) -> Tensor:
-            return run_above(self.model.base, self.cut, hidden, mask)
+            attention = self.model.adapters.after_attention
+            return run_above(self.model.base, self.cut, hidden, mask, attention=attention)
 
         def loss(theta: Tensor) -> Tensor:
             return self.model.mean_nll(self.model(theta, hidden, mask, run=run), mask, target)

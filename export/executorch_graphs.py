@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fedtt.errors import ConfigError
-from fedtt.manifest import DepthGraphs, Graphs
+from fedtt.manifest import Graphs
 
-from .depths import CUT_AXES, PrefixStep, StepAbove, cut_inputs
+from .depths import CUT_AXES, PrefixStep, StepAbove, cut_graphs, cut_inputs
 from .inputs import TRACED, random_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import trace
@@ -49,9 +49,8 @@ def executorch_graphs(
         raise ConfigError(
             "runtimes", "executorch", f"only where it is installed ({error}): pip install 'fedtt[executorch]'"
         ) from None
-    found = Graphs(
-        step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=tuple(map(_cut_names, depths)), rows=_ROWS
-    )
+    cuts = tuple(cut_graphs(model, depth, "pte") for depth in depths)
+    found = Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=cuts, rows=_ROWS)
     addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     stored = {addresses[name]: kept for name, kept in model.stored.items()}
     write_programs(_programs(model, found, max_tokens), _WEIGHTS, directory, stored)
@@ -69,7 +68,3 @@ def _programs(model: AdaptedModel, names: Graphs, max_tokens: int) -> Iterator[t
         prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
         yield cut.prefix, trace(prefix, forward, most=most)
         yield cut.step, trace(above, cut_inputs(prefix, above, *TRACED), CUT_AXES, most)
-
-
-def _cut_names(depth: int) -> DepthGraphs:
-    return DepthGraphs(depth=depth, prefix=f"prefix-{depth}.pte", step=f"step-{depth}.pte")

@@ -24,6 +24,11 @@ Weights = tuple[Tensor, ...]  #: of one adapted module
 class Form(Protocol):
     """One kind of adapter."""
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether `change` reads x: else what is below a module's output is frozen as long as y is."""
+        ...
+
     def paths(self, architecture: Architecture) -> list[str]:
         """The modules of a block that it changes, in the order of the layout."""
         ...
@@ -64,6 +69,8 @@ def _bottleneck_paths(inserted: TTBottleneck | DenseBottleneck, architecture: Ar
 class TTForm:
     """up(gelu(down(y))), each matrix as two thin products: LoRETTA, arXiv 2402.11417, eq. 4."""
 
+    reads_input = False
+
     def __init__(self, inserted: TTBottleneck) -> None:
         self._inserted = inserted
 
@@ -87,6 +94,8 @@ class TTForm:
 class DenseForm:
     """up(gelu(down(y))) with plain matrices: Houlsby et al. 2019, arXiv 1902.00751, §2.1."""
 
+    reads_input = False
+
     def __init__(self, inserted: DenseBottleneck) -> None:
         self._inserted = inserted
 
@@ -107,6 +116,8 @@ class DenseForm:
 
 class LoraForm:
     """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3; with R between, B R A x."""
+
+    reads_input = True
 
     def __init__(self, inserted: Lora | LoraSB) -> None:
         self._inserted = inserted
@@ -133,6 +144,8 @@ class LoraForm:
 
 class NoForm:
     """No module is changed."""
+
+    reads_input = False
 
     def paths(self, architecture: Architecture) -> list[str]:
         return []

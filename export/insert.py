@@ -20,11 +20,13 @@ class Adapters:
 
     def __init__(self, base: Base, spec: AdapterSpec) -> None:
         self._form = form_of(spec.inserted)
+        paths = self._form.paths(base.architecture)
+        #: whether a block is frozen up to its attention's output where it is the first to be adapted
+        self.after_attention = paths[:1] == [base.architecture.attention] and not self._form.reads_input
         self._blocks = spec.depth
         self._weights: list[Weights] | None = None
         self._device: Tensor | None = None
         self.size = spec.adapter_size
-        paths = self._form.paths(base.architecture)
         modules = (base.blocks[block].get_submodule(path) for block in spec.blocks for path in paths)
         self._hooks = [module.register_forward_hook(self._hook(i)) for i, module in enumerate(modules)]
 

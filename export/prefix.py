@@ -24,56 +24,80 @@ class Prefix(nn.Module):
     """ids (B, S), mask (B, S) -> the hidden state (B, S, H) that enters block `cut`.
 
     cut: from 1; with as many as there are blocks it is what the whole base gives.
+    attention: the output of that block's attention goes with it, (B, S, 2 H), as it is before any adapter.
     """
 
-    def __init__(self, base: Base, cut: int) -> None:
+    def __init__(self, base: Base, cut: int, *, attention: bool = False) -> None:
         super().__init__()
         self.base, self.cut = base, cut
+        self.attention = attention and cut < len(base.blocks)
         self.transformer = base.model
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self.cut == len(self.base.blocks):
             return self.base.run(ids, mask)
-        found: list[Tensor] = []
-
-        def keep(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found.append(output if isinstance(output, Tensor) else output[0])
-
-        with _blocks(self.base, slice(self.cut)) as kept, _hook(kept[-1].register_forward_hook(keep)):
+        with (
+            _note(self.base, self.cut, attention=self.attention) as found,
+            _blocks(self.base, slice(self.cut + self.attention)),
+        ):
             self.base.run(ids, mask)
-        return found[0]
+        return _beside(found)
 
 
-def run_noting(base: Base, cuts: Sequence[int], ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+def run_noting(
+    base: Base, cuts: Sequence[int], ids: Tensor, mask: Tensor, *, attention: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """What `base.run` gives, and what `Prefix` gives at each of the cuts, from one pass."""
-    found: dict[int, Tensor] = {}
-
-    def keep(cut: int) -> RemovableHandle:
-        def note(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[cut] = output if isinstance(output, Tensor) else output[0]
-
-        return base.blocks[cut - 1].register_forward_hook(note)
-
+    blocks = len(base.blocks)
     with contextlib.ExitStack() as hooks:
-        for cut in cuts:
-            hooks.enter_context(_hook(keep(cut)))
+        noted = {
+            cut: hooks.enter_context(_note(base, cut, attention=attention)) for cut in cuts if cut < blocks
+        }
         output = base.run(ids, mask)
-    return output, [output if cut == len(base.blocks) else found[cut] for cut in cuts]
+    return output, [output if cut == blocks else _beside(noted[cut]) for cut in cuts]
 
 
-def run_above(base: Base, cut: int, hidden: Tensor, mask: Tensor) -> Tensor:
-    """What `base.run` gives where `hidden` (B, S, H) enters block `cut`.
+def run_above(base: Base, cut: int, hidden: Tensor, mask: Tensor, *, attention: bool = False) -> Tensor:
+    """What `base.run` gives where `hidden` enters block `cut`, made by a `Prefix` of the same `attention`.
 
-    The embeddings still run, over zeros, and nobody reads what they give: a trace drops them.
+    What runs for nothing, embeddings over zeros and an attention whose output is known, nobody reads: a trace
+    drops it.
     """
     if cut == len(base.blocks):
         return hidden
+    state, attended = hidden.chunk(2, -1) if attention else (hidden, None)
 
     def enter(_block: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
-        return (hidden, *inputs[1:])
+        return (state, *inputs[1:])
 
-    with _blocks(base, slice(cut, None)) as kept, _hook(kept[0].register_forward_pre_hook(enter)):
+    def know(*_: object) -> Tensor | None:
+        return attended
+
+    with _blocks(base, slice(cut, None)) as (first, *_rest), contextlib.ExitStack() as hooks:
+        module = first.get_submodule(base.architecture.attention)
+        hooks.enter_context(_hook(first.register_forward_pre_hook(enter)))
+        hooks.enter_context(_hook(module.register_forward_hook(know, prepend=True)))
         return base.run(torch.zeros_like(mask), mask)
+
+
+@contextlib.contextmanager
+def _note(base: Base, cut: int, *, attention: bool) -> Iterator[list[Tensor]]:
+    """What a pass then gives at a cut, in order; hooks that come first see outputs without adapters."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(_hook(base.blocks[cut - 1].register_forward_hook(keep)))
+        if attention:
+            module = base.blocks[cut].get_submodule(base.architecture.attention)
+            hooks.enter_context(_hook(module.register_forward_hook(keep, prepend=True)))
+        yield found
+
+
+def _beside(found: list[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,8 @@ class TrainingStep(nn.Module):
         hidden: list[Tensor] = []
 
         def run(ids: Tensor, mask: Tensor) -> Tensor:
-            output, found = run_noting(self.model.base, self.cuts, ids, mask)
+            attention = self.model.adapters.after_attention
+            output, found = run_noting(self.model.base, self.cuts, ids, mask, attention=attention)
             hidden.extend(found)
             return output
 

@@ -62,14 +62,16 @@ class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class DepthGraphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The training step cut in two, where only the last `depth` blocks and the head are trained.
 
-    prefix: theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, H) f32, which enters block `layers - depth`.
-    step: theta (P,), hidden (B, S, H), mask (B, S)[, ids (B, S) for causal-lm][, labels (B,)] -> loss (),
+    prefix: theta (P,), ids (B, S), mask (B, S) -> hidden (B, S, states H) f32: what enters block
+    `layers - depth`, and beside it, where that is frozen, too, the output of that block's attention.
+    step: theta (P,), hidden, mask (B, S)[, ids (B, S) for causal-lm][, labels (B,)] -> loss (),
     grad (P,), zero for factors of blocks below the cut. Prefix reads those alone of theta, step all others.
     """
 
     depth: Annotated[int, Meta(ge=0, le=2**10)]
     prefix: str
     step: str
+    states: Annotated[int, Meta(ge=1, le=2)] = 1
 
 
 class Graphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,13 +15,16 @@ from edge_client.runtime import Hidden
 from edge_client.tokens import Batch
 from fedtt.adapter import AdapterSpec
 from fedtt.layout import LiveSet, Theta
+from fedtt.manifest import DepthGraphs
 from tests.support.adapters import small_adapter
 from tests.support.edge import WholeSteps, small_bundle
-from tests.support.tiny import tiny_spec
+from tests.support.tiny import tiny_manifest, tiny_spec
 
 SPEC = small_adapter("tt", hidden=8, layers=3, head="dense", labels=2)
 THETA = np.arange(SPEC.layout.size, dtype=np.float32)
 BELOW = SPEC.size_below(1)
+CUT = DepthGraphs(depth=1, prefix="prefix-1.onnx", step="step-1.onnx")
+GRAPHS = {"onnxruntime": replace(tiny_manifest().graphs["onnxruntime"], depths=(CUT,))}
 
 
 class Counting(WholeSteps):
@@ -60,7 +63,7 @@ class Counting(WholeSteps):
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return small_bundle(tmp_path / "bundle", adapter=SPEC)
+    return small_bundle(tmp_path / "bundle", adapter=SPEC, graphs=GRAPHS)
 
 
 def batch(*rows: list[int]) -> Batch:
@@ -121,9 +124,12 @@ def test_a_change_of_anything_the_prefix_depends_on_computes_it_anew(tmp_path: P
     lower = THETA.copy()
     lower[BELOW - 1] += 1
     other_base = small_bundle(
-        tmp_path / "other", adapter=SPEC, model=replace(bundle.manifest.model, base_sha256="1" * 64)
+        tmp_path / "other",
+        adapter=SPEC,
+        graphs=GRAPHS,
+        model=replace(bundle.manifest.model, base_sha256="1" * 64),
     )
-    deeper = small_bundle(tmp_path / "deeper", adapter=replace(SPEC, layers=4))
+    deeper = small_bundle(tmp_path / "deeper", adapter=replace(SPEC, layers=4), graphs=GRAPHS)
     for theta, of in ((lower, bundle), (THETA, other_base), (THETA, deeper)):
         assert step(runtime, of, tmp_path, theta, [5, 6, 7]).computed == 1
     assert step(runtime, bundle, tmp_path, THETA, [5, 6, 7]).reused == 1

@@ -37,6 +37,7 @@ def test_a_step_over_its_prefix_gives_the_loss_and_the_gradient_above_the_cut(
     inputs = random_inputs(model, 4, 9)
     loss, gradient, _ = TrainingStep(model)(*inputs.values())
     prefix, above = PrefixStep(model, 1), StepAbove(model, 1)
+    assert prefix.states == (1 if kind == "lora" else 2), "LoRA changes what the attention reads"
     with torch.no_grad():
         inputs["hidden"] = prefix(*(inputs[name] for name in prefix.inputs))
     found_loss, found = above(*(inputs[name] for name in above.inputs))

@@ -18,16 +18,21 @@ def _base(directory: Path, family: str) -> Base:
     return load_base(str(save_tiny_model(directory, family)), "sequence-classification")
 
 
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_part_above_a_cut_gives_over_the_part_below_what_the_whole_base_gives(
-    family: str, tmp_path: Path
+    family: str, attention: bool, tmp_path: Path
 ) -> None:
     base = _base(tmp_path, family)
     with torch.no_grad():
         whole = base.run(IDS, MASK)
-        below = Prefix(base, 1)(IDS, MASK)
-        assert torch.equal(run_above(base, 1, below, MASK), whole)
-        assert not torch.equal(run_above(base, 1, torch.zeros_like(below), MASK), whole)
+        below = Prefix(base, 1, attention=attention)(IDS, MASK)
+        assert torch.equal(run_above(base, 1, below, MASK, attention=attention), whole)
+        for state in below.chunk(1 + attention, -1):
+            kept = state.clone()
+            state.zero_()
+            assert not torch.equal(run_above(base, 1, below, MASK, attention=attention), whole)
+            state.copy_(kept)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
