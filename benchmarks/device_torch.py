@@ -94,13 +94,14 @@ def _lora(row: Row, bundle: Path, seed: int) -> tuple[list[Any], Callable[[], An
     return trained, loss
 
 
-def step_gflop(batch: int, tokens: int) -> float:
-    """The products of the step at full depth with the frozen base.
+def step_gflop(batch: int, tokens: int, cached: int | None = None) -> float:
+    """The products with the frozen base: at full depth, or of so many last blocks over kept activations.
 
-    6 blocks of 4 h² + 2 h (4 h) weights at h = 384, times 2 FLOP, times forward and backward to the input;
-    the backward pass of what lies below the first adapter (4 h²) is not needed.
+    6 blocks of 4 h² + 2 h (4 h) weights at h = 384, times 2 FLOP, times forward and backward to the input.
+    The backward pass of what lies below the first adapter (4 h²) is not needed, nor its forward pass if kept.
     """
-    return (6 * 12 * 2 - 4) * 384**2 * 2 * batch * tokens / 1e9
+    units = 6 * 24 - 4 if cached is None else cached * 24 - 8
+    return units * 384**2 * 2 * batch * tokens / 1e9
 
 
 def matmul_gflops(seed: int, steps: int) -> float:

@@ -69,7 +69,12 @@ class ExecutorchRuntime:
     def private_gradient(
         self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
     ) -> tuple[float, Theta]:
-        raise RuntimeFailure("there is no step that clips gradients for ExecuTorch: use onnxruntime")
+        if (name := self._graphs.private) is None:
+            raise RuntimeFailure("the bundle has no step that clips gradients: export it with --dp")
+        labels = () if batch.labels is None else (batch.labels,)
+        bound = np.array(clip, np.float32)
+        loss, grad = self._run(name, theta, batch.ids, batch.mask, *labels, live, bound)
+        return float(loss), grad
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         (logits,) = self._run(self._graphs.eval, theta, batch.ids, batch.mask)
@@ -136,7 +141,7 @@ class _Program:
             self._library.fedtt_free(self._handle)
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        arrays = [np.ascontiguousarray(array) for array in inputs]
+        arrays = [np.asarray(array, order="C") for array in inputs]
         tensors = (_Tensor * len(arrays))(*map(_tensor, arrays))
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         if self._library.fedtt_run(self._handle, tensors, len(arrays), error, _ERROR_BYTES):

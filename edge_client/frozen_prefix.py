@@ -17,7 +17,7 @@ from fedtt.adapter import AdapterSpec
 from fedtt.layout import LiveSet, Theta
 from fedtt.manifest import Manifest
 
-__all__ = ["FrozenPrefix", "least_depth", "width"]
+__all__ = ["FrozenPrefix", "least_depth"]
 
 
 def least_depth(adapter: AdapterSpec, live: LiveSet, depths: Sequence[int]) -> int | None:
@@ -25,12 +25,6 @@ def least_depth(adapter: AdapterSpec, live: LiveSet, depths: Sequence[int]) -> i
     blocks = [adapter.block_of(index) for index in live.indices]
     lowest = min((block for block in blocks if block is not None), default=adapter.layers)
     return next((depth for depth in depths if depth >= adapter.layers - lowest), None)
-
-
-def width(manifest: Manifest, runtime: RuntimeName, depth: int) -> int:
-    """Numbers a token of what enters the step at a depth, W."""
-    states = {cut.depth: cut.states for cut in manifest.graphs[runtime].depths}
-    return manifest.adapter.hidden * states[depth]
 
 
 class FrozenPrefix:
@@ -56,7 +50,7 @@ class FrozenPrefix:
         self._runtime, self._depth, self._activations = runtime, depth, activations
         self._least = manifest.tokenization.min_tokens
         self._below = manifest.adapter.size_below(depth)
-        self._hidden = width(manifest, runtime.name, depth)
+        self._hidden = _width(manifest, runtime.name, depth)
         # runtimes differ in the last bits
         parts = (runtime.name, manifest.model.base_sha256, depth, replace(manifest.adapter, head=None))
         self._parts = msgspec.json.encode(parts) if manifest.adapter.depth else msgspec.json.encode(parts[:3])
@@ -134,3 +128,9 @@ class FrozenPrefix:
         if self._activations:
             self._activations.put(key, half)
         return half
+
+
+def _width(manifest: Manifest, runtime: RuntimeName, depth: int) -> int:
+    """Numbers a token of what enters the step at a depth, W."""
+    states = {cut.depth: cut.states for cut in manifest.graphs[runtime].depths}
+    return manifest.adapter.hidden * states[depth]

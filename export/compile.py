@@ -59,7 +59,9 @@ def export_bundle(
         if "executorch" in request.runtimes:
             report("lowering the step to ExecuTorch (minutes)")
             depths = request.cut_depths(spec)
-            graphs["executorch"] = executorch_graphs(model, depths, request.max_tokens, stage)
+            graphs["executorch"] = executorch_graphs(
+                model, depths, request.max_tokens, stage, private=request.private
+            )
         base.tokenizer.enable_truncation(request.max_tokens)
         base.tokenizer.save(str(stage / _TOKENIZER))
         save_file(spec.layout.unflatten(initial_theta(spec, request.seed)), stage / _FACTORS)

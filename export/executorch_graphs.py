@@ -13,6 +13,7 @@ from fedtt.manifest import Graphs
 
 from .depths import CUT_AXES, PrefixStep, StepAbove, cut_graphs, cut_inputs
 from .inputs import TRACED, random_inputs
+from .private import PRIVATE_AXES, PrivateStep, private_inputs
 from .step import AdaptedModel, TrainingStep
 from .trace import trace
 
@@ -21,7 +22,7 @@ __all__ = ["EXECUTORCH", "executorch_graphs"]
 EXECUTORCH = "1.5.1"  #: the release that lowers, and exactly the one that a device must run
 
 _ROWS = 32  #: most rows of a batch; memory is planned for them, and made resident only where it is written
-_STEP, _EVAL, _WEIGHTS = "step.pte", "eval.pte", "base.ptd"
+_STEP, _EVAL, _PRIVATE, _WEIGHTS = "step.pte", "eval.pte", "private.pte", "base.ptd"
 
 
 class _Step(nn.Module):
@@ -37,9 +38,9 @@ class _Step(nn.Module):
 
 
 def executorch_graphs(
-    model: AdaptedModel, depths: tuple[int, ...], max_tokens: int, directory: Path
+    model: AdaptedModel, depths: tuple[int, ...], max_tokens: int, directory: Path, *, private: bool
 ) -> Graphs:
-    """Write the whole step, those of `depths`, evaluation and weights.
+    """Write the whole step, those of `depths`, evaluation, weights and, if asked for, the step that clips.
 
     Raises ConfigError where executorch is not installed.
     """
@@ -50,7 +51,14 @@ def executorch_graphs(
             "runtimes", "executorch", f"only where it is installed ({error}): pip install 'fedtt[executorch]'"
         ) from None
     cuts = tuple(cut_graphs(model, depth, "pte") for depth in depths)
-    found = Graphs(step=_STEP, eval=_EVAL, weights=(_WEIGHTS,), depths=cuts, rows=_ROWS)
+    found = Graphs(
+        step=_STEP,
+        eval=_EVAL,
+        private=_PRIVATE if private else None,
+        weights=(_WEIGHTS,),
+        depths=cuts,
+        rows=_ROWS,
+    )
     addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     stored = {addresses[name]: kept for name, kept in model.stored.items()}
     write_programs(_programs(model, found, max_tokens), _WEIGHTS, directory, stored)
@@ -64,6 +72,8 @@ def _programs(model: AdaptedModel, names: Graphs, max_tokens: int) -> Iterator[t
     forward = {name: inputs[name] for name in PrefixStep.inputs}
     yield names.step, trace(_Step(model), inputs, most=most)
     yield names.eval, trace(model, forward, most=most)
+    if names.private is not None:
+        yield names.private, trace(PrivateStep(model), private_inputs(model, *TRACED), PRIVATE_AXES, most)
     for cut in names.depths:
         prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
         yield cut.prefix, trace(prefix, forward, most=most)

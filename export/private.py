@@ -17,9 +17,9 @@ from .step import AdaptedModel, next_token_nll, nll
 from .to_onnx import convert
 from .trace import AXES, trace
 
-__all__ = ["PrivateStep", "private_inputs", "private_step"]
+__all__ = ["PRIVATE_AXES", "PrivateStep", "private_inputs", "private_step"]
 
-_AXES: dict[str, tuple[str, ...]] = {**AXES, "live": (), "clip": ()}
+PRIVATE_AXES: dict[str, tuple[str, ...]] = {**AXES, "live": (), "clip": ()}
 
 
 class PrivateStep(nn.Module):
@@ -64,7 +64,9 @@ def private_step(model: AdaptedModel, weights: Mapping[str, Tensor]) -> ir.Model
     """The graph of `PrivateStep`; weights: the base's and the head's rows, by name."""
     inputs = private_inputs(model, *TRACED)
     outputs: dict[str, tuple[str, ...]] = {"loss": (), "grad": ()}
-    return convert(trace(PrivateStep(model), inputs, _AXES), list(inputs), weights, outputs, _AXES)
+    return convert(
+        trace(PrivateStep(model), inputs, PRIVATE_AXES), list(inputs), weights, outputs, PRIVATE_AXES
+    )
 
 
 def private_inputs(model: AdaptedModel, batch: int, tokens: int) -> dict[str, Tensor]:

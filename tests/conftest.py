@@ -55,9 +55,9 @@ def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for both runtimes; it takes half a minute to lower."""
+    """The plain and the clipping step for both runtimes; it takes half a minute to lower."""
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
-    both = replace(tiny_request, runtimes=("onnxruntime", "executorch"))
+    both = replace(tiny_request, private=True, runtimes=("onnxruntime", "executorch"))
     return _export("executorch", both, tmp_path_factory)
 
 
@@ -93,6 +93,27 @@ def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the stories260k decoder is not at {STORIES}")
     request = ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16, depths=(1,))
     return _export("stories", request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stories_executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same decoder for both runtimes; backward through one block alone, as lowering takes long."""
+    from export import ExportRequest
+    from tests.support.models import STORIES
+
+    pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
+    if not STORIES.is_dir():
+        pytest.skip(f"SKIPPED: the stories260k decoder is not at {STORIES}")
+    request = ExportRequest(
+        model=str(STORIES),
+        task="causal-lm",
+        depth=2,
+        sites=("mlp",),
+        bottleneck=16,
+        depths=(),
+        runtimes=("onnxruntime", "executorch"),
+    )
+    return _export("stories-executorch", request, tmp_path_factory)
 
 
 def _export(name: str, request: ExportRequest, factory: pytest.TempPathFactory) -> Path:

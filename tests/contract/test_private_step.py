@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, open_bundle
+from edge_client.executorch_runtime import ExecutorchRuntime
 from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch
@@ -111,6 +112,14 @@ class TestOnnxRuntime(PrivateStepContract):
     @classmethod
     def runtime(cls, bundle: Bundle) -> Runtime:
         return OnnxRuntime(bundle)
+
+
+@pytest.mark.slow
+class TestExecutorchRuntime(PrivateStepContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def runtime(cls, executorch_bundle: Path, executorch_library: Path) -> Runtime:
+        return ExecutorchRuntime(open_bundle(executorch_bundle, "executorch"), library=executorch_library)
 
 
 class TestTorchRuntime(PrivateStepContract):

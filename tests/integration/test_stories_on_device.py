@@ -9,16 +9,19 @@ import pytest
 
 from edge_client.bundle import open_bundle
 from edge_client.examples import Example, Shard
+from edge_client.executorch_runtime import ExecutorchRuntime
 from edge_client.inference import Model
 from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Tokens
 from edge_client.trainer import TrainingRequest, train
+from export import verify_bundle
 from fedtt.adapter import initial_theta
 from fedtt.algorithms import FedTT
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.messages import Plan
 from fedtt.optimiser import TrainingSpec
 from fedtt.wire import decode_update, encode_theta, version_digest
+from tests.support.models import STORIES
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +38,23 @@ def test_the_loss_it_trains_by_is_the_loss_it_reports(stories_bundle: Path) -> N
     found = Model(bundle, theta, runtime).evaluate([Example(text) for text in TEXTS])
     assert found.loss == pytest.approx(runtime.gradient(theta, batch)[0], rel=1e-5)
     assert found.accuracy is None
+
+
+def test_executorch_computes_the_same_step_of_a_decoder(
+    stories_executorch_bundle: Path, executorch_library: Path
+) -> None:
+    """Also where rows are of different lengths; `fedtt verify` compares other shapes with torch."""
+    bundle = open_bundle(stories_executorch_bundle, "executorch")
+    theirs = ExecutorchRuntime(bundle, library=executorch_library)
+    ours = OnnxRuntime(open_bundle(stories_executorch_bundle))
+    theta = initial_theta(bundle.manifest.adapter, 0)
+    theta += np.random.default_rng(0).normal(0, 0.05, theta.shape).astype(np.float32)
+    batch, _ = Tokens(bundle).batch(TEXTS)
+    (loss, gradient), (expected_loss, expected) = (r.gradient(theta, batch) for r in (theirs, ours))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert np.linalg.norm(gradient - expected) <= 1e-5 * np.linalg.norm(expected)
+    differences = verify_bundle(stories_executorch_bundle, str(STORIES))
+    assert {difference.runtime for difference in differences} == {"onnxruntime", "executorch"}
 
 
 def test_local_training_lowers_the_loss_of_what_it_was_trained_on(stories_bundle: Path) -> None:
