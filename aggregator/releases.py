@@ -6,6 +6,8 @@ devices see nothing go backward, and the newest version that is no candidate is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from aggregator.evaluating import verdicts
@@ -24,11 +26,15 @@ __all__ = ["Releases"]
 class Releases(Lifecycle):
     """The lifecycle with verdicts in it."""
 
-    def advance(self, tx: Transaction, now: float) -> list[Round]:
+    def advance(
+        self, tx: Transaction, now: float, decided: Callable[[Version], None] = lambda version: None
+    ) -> list[Round]:
+        """decided: told of each version that is released or held now."""
         folding = super().advance(tx, now)
         for task in tx.tasks():
-            if task.state is TaskState.ACTIVE and (version := self._candidate(tx, task)):
-                self._settle(tx, now, task, version)
+            version = self._candidate(tx, task) if task.state is TaskState.ACTIVE else None
+            if version and (judged := self._settle(tx, now, task, version)):
+                decided(judged)
         return folding
 
     @staticmethod
@@ -39,17 +45,21 @@ class Releases(Lifecycle):
         newest = promised(tx.latest_version(task.id, MAIN), "a task's first version")
         return newest if newest.state is VersionState.CANDIDATE else None
 
-    def _settle(self, tx: Transaction, now: float, task: Task, version: Version) -> None:
-        """Go by the devices' verdicts once enough are in; hold a candidate that was not judged in time."""
+    def _settle(self, tx: Transaction, now: float, task: Task, version: Version) -> Version | None:
+        """Go by the devices' verdicts once enough are in; hold a candidate that was not judged in time.
+
+        Returns what has become of it; None while it waits.
+        """
         spec = promised(task.spec.evaluation, "how a candidate is judged")
         found = verdicts(tx.evaluations(task.id, MAIN, version.number))
         is_late = now >= version.created_at + spec.deadline_s
         if len(found) >= (spec.quorum if is_late else spec.devices):
-            self._decide(tx, now, task, version, total(found, most_examples=spec.examples))
-        elif is_late:
+            return self._decide(tx, now, task, version, total(found, most_examples=spec.examples))
+        if is_late:
             judges = f"{len(found)} of at least {spec.quorum} devices" if spec.by == "devices" else "nobody"
             why = f"{judges} had judged it {spec.deadline_s:g} s after its fold"
-            self._hold(tx, now, task, version, why)
+            return self._hold(tx, now, task, version, why)
+        return None
 
     def judge(
         self, tx: Transaction, now: float, name: str, number: int, verdict: Verdict

@@ -28,7 +28,7 @@ from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Pr
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_digest, update_limit_bytes, zeros_digest
 from storage.blobs import BlobStore, load
-from storage.records import MAIN, Device, Round
+from storage.records import MAIN, Device, Round, Version, VersionState
 from storage.store import Store, Transaction
 
 if TYPE_CHECKING:
@@ -267,9 +267,16 @@ class Service:
 
     async def _advance(self) -> list[Round]:
         """Returns the rounds that waited for their sums."""
-        folding = self._claims.due(
-            await self._move_on(lambda tx: self.lifecycle.advance(tx, self.clock.now()))
-        )
+
+        def change(tx: Transaction) -> tuple[list[Round], list[Version]]:
+            decided: list[Version] = []
+            return self.lifecycle.advance(tx, self.clock.now(), decided.append), decided
+
+        waiting, decided = await self._move_on(change)
+        for version in decided:
+            with self.tracer.span("release" if version.state is VersionState.RELEASED else "hold") as span:
+                span.set({"fedtt.version": version.number, "fedtt.state": version.state.value})
+        folding = self._claims.due(waiting)
         for round_ in folding:
             try:
                 with self.tracer.span("fold") as span:

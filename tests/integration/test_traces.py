@@ -14,11 +14,20 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from aggregator.open_telemetry import OpenTelemetry
+from aggregator.service import Service
 from aggregator.tracing import UNTRACED, open_tracer
 from fedtt.cli import main
 from fedtt.errors import ConfigError
+from fedtt.evaluation import EvaluationSpec
+from fedtt.seams import SystemClock
+from fedtt.task import RoundSpec, TaskSpec
+from storage.blobs import MemoryBlobs
+from storage.memory import MemoryStore
+from storage.records import VersionState
+from tests.support import ledger
 from tests.support.logged import REQUEST_ID, lines_of_a_failure
 from tests.support.served import Served, served, task_text, until
+from tests.support.tiny import add_task
 
 CALLER = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 THEIRS = 0x0AF7651916CD43DD8448EB211C80319C
@@ -75,6 +84,19 @@ async def test_a_proxy_may_say_of_which_trace_a_request_is_part_and_a_stranger_m
         await server.raw("GET", "/healthz", None, CALLER)
     (span,) = named(exporter, "GET /healthz")
     assert (trace_of(span) == THEIRS) is forwarded
+
+
+async def test_what_a_tick_decides_about_a_candidate_is_a_span() -> None:
+    exporter = InMemorySpanExporter()
+    tracer, store = OpenTelemetry(SimpleSpanProcessor(exporter)), MemoryStore()
+    service = Service(store, MemoryBlobs(), SystemClock(), inline=True, tracer=tracer)
+    spec = TaskSpec(name="t", rounds=RoundSpec(count=9, cohort=1), evaluation=EvaluationSpec())
+    with store.transaction() as tx:
+        add_task(tx, spec, 0.0)
+        tx.add_version(ledger.version(1, state=VersionState.CANDIDATE, round_number=None))
+    await service.tick()  # nobody has judged it since 1970
+    (hold,) = named(exporter, "hold")
+    assert hold.attributes == {"fedtt.version": 1, "fedtt.state": "held"}
 
 
 class Collector:
