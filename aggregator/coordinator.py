@@ -8,62 +8,41 @@ transactions loses nothing, and any number of coordinators may share one store.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import rules
-from aggregator.evaluating import Evaluations
+from aggregator.evaluating import Evaluations, is_judged
 from aggregator.grouping import group_on, hierarchical
 from aggregator.lifecycle import Lifecycle
-from aggregator.problems import (
-    bad_token,
-    busy,
-    conflict,
-    not_found,
-    replayed,
-    revoked,
-    stale,
-    unknown_device,
-    unknown_lease,
-)
+from aggregator.population import Population, is_new, known_device, newer
+from aggregator.problems import replayed, unknown_device, unknown_lease
 from aggregator.promised import promised
-from aggregator.update_check import Wanted
+from aggregator.uploads import Uploads
 from fedtt.messages import (
     CheckIn,
     CheckInAnswer,
-    Enroll,
-    Enrolled,
     Plan,
     Problem,
-    Receipt,
     Retired,
     Wait,
     Work,
-    device_id,
 )
 from fedtt.task import TaskSpec
-from fedtt.wire import UpdateHeader
 from storage.records import (
-    MAIN,
     Device,
     DeviceState,
     Lease,
     LeaseState,
-    Participation,
     Round,
-    RoundState,
     Task,
     TaskState,
-    Update,
-    UpdateState,
-    VersionState,
     rank_branch,
 )
 from storage.store import Transaction
 
-__all__ = ["NO_TASK", "Admission", "Coordinator", "Upload"]
+__all__ = ["NO_TASK", "Coordinator"]
 
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active
@@ -71,28 +50,11 @@ _FOLDING_RETRY_S = 1.0  #: at most
 _INVITATIONS_KEPT = 16  #: rounds
 
 
-class Admission(Struct, frozen=True, kw_only=True):
-    """An update that may be taken if its content is what its lease's plan asks for."""
-
-    task: Task
-    lease: Lease
-    wanted: Wanted
-
-
-class Upload(Struct, frozen=True, kw_only=True):
-    """An admitted update whose content is sound."""
-
-    admission: Admission
-    digest: str
-    header: UpdateHeader
-    payload: bytes
-
-
-class Coordinator:
+class Coordinator(Population, Uploads):
     """Answers devices; `lifecycle` moves rounds on. Stateless but for who was invited and what they train."""
 
     def __init__(self, lifecycle: Lifecycle, new_lease_id: Callable[[], str] | None = None) -> None:
-        self.lifecycle = lifecycle
+        super().__init__(lifecycle)
         self._invitations: dict[tuple[int, str, int, float], frozenset[str]] = {}
         self._plans: dict[
             tuple[int, str, int | None], Plan
@@ -100,109 +62,18 @@ class Coordinator:
         self._new_lease_id = new_lease_id or (lambda: secrets.token_hex(16))
         self.evaluations = Evaluations(new_lease_id)
 
-    # enrolment
-
-    def enroll(
-        self, tx: Transaction, now: float, message: Enroll, token_sha256: str, nonce: int | None = None
-    ) -> Enrolled | Problem:
-        """Take a key into the population; enrolling it again is harmless and costs no use of the token."""
-        name = device_id(message.public_key)
-        known = tx.device(name)
-        if known and known.state is DeviceState.ACTIVE:
-            return Enrolled(device=name)
-        if known and known.revoked_at is not None:
-            return revoked()
-        if known and not _is_new(known, nonce):
-            return replayed()
-        token = tx.token(token_sha256)
-        if token is None or token.uses_left == 0 or (token.expires_at or now) < now:
-            return bad_token()
-        if token.uses_left is not None:
-            tx.put_token(replace(token, uses_left=token.uses_left - 1))
-        tx.put_device(
-            Device(
-                id=name,
-                public_key=message.public_key,
-                client=message.client,
-                runtimes=(),
-                examples=0,
-                enrolled_at=now,
-                seen_at=now,
-                state=DeviceState.ACTIVE,
-                last_nonce=_newer(known, nonce),
-            )
-        )
-        return Enrolled(device=name)
-
-    def leave(
-        self, tx: Transaction, device_name: str, *, erase: bool, nonce: int | None = None
-    ) -> Problem | None:
-        """Take a device out: its leases end, its updates that are not folded yet are discarded."""
-        device = tx.device(device_name)
-        if device is None:
-            return unknown_device()
-        if device.state is DeviceState.ERASED:
-            return None
-        if not _is_new(device, nonce):
-            return replayed()
-        device = replace(device, last_nonce=_newer(device, nonce))
-        self._discard(tx, device_name, "its device was erased" if erase else "its device left")
-        tx.put_device(_erased(device) if erase else replace(device, state=DeviceState.LEFT))
-        if erase:
-            tx.forget_settled(device_name)
-            tx.forget_participations(device_name)
-            tx.forget_evaluations(device_name)
-        return None
-
-    def revoke(self, tx: Transaction, now: float, device_name: str) -> Device | Problem:
-        """Take a device out for good, on an operator's word: its key is never taken again."""
-        device = tx.device(device_name)
-        if device is None:
-            return not_found(f"device {device_name[:32]}")
-        if device.revoked_at is not None:
-            return device
-        self._discard(tx, device_name, "its device was revoked")
-        state = DeviceState.LEFT if device.state is DeviceState.ACTIVE else device.state
-        device = replace(device, state=state, revoked_at=now)
-        tx.put_device(device)
-        return device
-
-    def _discard(self, tx: Transaction, device_name: str, reason: str) -> None:
-        """What a device leaves unfinished: its leases end, its updates that no fold has claimed go."""
-        discarded = self._not_claimed(tx, tx.updates_of(device_name, UpdateState.ACCEPTED))
-        tx.settle(discarded, UpdateState.DISCARDED, reason=reason)
-        self._free_seats(tx, device_name, discarded)
-
-    @staticmethod
-    def _free_seats(tx: Transaction, device_name: str, discarded: list[str]) -> None:
-        """Of leases that will bring their rounds nothing any more."""
-        unused = (LeaseState.ACTIVE, LeaseState.EXPIRED)
-        leases = [lease for state in unused for lease in tx.leases_of(device_name, state)]
-        leases += [promised(tx.lease(lease_id), "an update's lease") for lease_id in discarded]
-        for lease in leases:
-            tx.put_lease(replace(lease, state=LeaseState.FAILED))
-
-    @staticmethod
-    def _not_claimed(tx: Transaction, updates: list[Update]) -> list[str]:
-        """Those no fold has claimed: the set being summed is fixed, so that a repeated sum is the same."""
-        rounds = {(u.task_id, u.branch, u.round_number) for u in updates}
-        claimed = {key for key in rounds if (r := tx.round(*key)) and r.state is RoundState.FOLDING}
-        return [u.lease_id for u in updates if (u.task_id, u.branch, u.round_number) not in claimed]
-
-    # work
-
     def check_in(
         self, tx: Transaction, now: float, device_name: str, message: CheckIn, nonce: int | None = None
     ) -> CheckInAnswer | Problem:
         """Offer work of the first task that has a seat, or whose newest version this device is to judge; the
         same lease again where one is still held.
         """
-        device = _known(tx, device_name)
+        device = known_device(tx, device_name)
         if device is None:
             return unknown_device()
         if device.state is DeviceState.LEFT:
             return Retired(reason="this device has left; enrol again to take part")
-        if not _is_new(device, nonce):
+        if not is_new(device, nonce):
             return replayed()
         seen = replace(
             device,
@@ -211,7 +82,7 @@ class Coordinator:
             examples=message.examples,
             memory_mb=message.memory_mb,
             seen_at=now,
-            last_nonce=_newer(device, nonce),
+            last_nonce=newer(device, nonce),
         )
         tx.put_device(seen)
         waits: list[Wait] = []
@@ -254,17 +125,11 @@ class Coordinator:
         group, last = group_on(task, branch), tx.latest_round(task.id, branch)
         if group is not None and group.waits and last is not None:
             return self._wait(task.spec, last, device, "its group waits for the others")
-        if last is not None and self._is_judged(tx, task):
+        if last is not None and is_judged(tx, task):
             return self._wait(task.spec, last, device, "the newest version is being judged")
         spec, number = task.spec, last.number if last is not None else 0
         soon_s = rules.retry_after_s(spec.rounds, spec.seed, number, device.id)
         return Wait(retry_after_s=min(_FOLDING_RETRY_S, soon_s), reason="the round is being folded")
-
-    @staticmethod
-    def _is_judged(tx: Transaction, task: Task) -> bool:
-        """Whether the newest version waits for its verdict."""
-        newest = tx.latest_version(task.id, MAIN) if task.spec.evaluation else None
-        return newest is not None and newest.state is VersionState.CANDIDATE
 
     @staticmethod
     def _idle(now: float, device_name: str, reason: str) -> Wait:
@@ -368,105 +233,6 @@ class Coordinator:
         )
         return plan
 
-    # updates
-
-    def admit(
-        self, tx: Transaction, device_name: str, lease_id: str, digest: str
-    ) -> Admission | Receipt | Problem:
-        """Look at the digest first: the same bytes get their receipt whatever has happened since."""
-        device, lease = _known(tx, device_name), tx.lease(lease_id)
-        if device is None:
-            return unknown_device()
-        if lease is None or lease.device_id != device_name:
-            return unknown_lease(lease_id)
-        if known := tx.update(lease_id):
-            return receipt_of(known) if known.digest == digest else conflict(lease_id)
-        task = promised(tx.task_by_id(lease.task_id), "a lease's task")
-        current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
-        granted = promised(tx.round(lease.task_id, lease.branch, lease.round_number), "a lease's round")
-        if task.state in {TaskState.STOPPED, TaskState.FINISHED}:
-            return stale(f"task {task.spec.name!r} is {task.state.value}")
-        if device.state is DeviceState.LEFT:
-            return stale("this device has left")
-        if current.state is RoundState.FOLDING and task.spec.rounds.max_staleness:
-            return busy("a round is being folded")
-        if (
-            current.state is RoundState.FOLDED
-            and task.spec.rounds.max_staleness
-            and self._is_judged(tx, task)
-        ):
-            return busy("the newest version is being judged")
-        if why := rules.refusal(task.spec, granted, current, lease):
-            return stale(why)
-        labels = self.lifecycle.labels(tx, task)
-        layout = self.lifecycle.adapter(tx, task, lease.rank).layout
-        wanted = Wanted(layout, granted.live, task.spec.codec, labels)
-        return Admission(task=task, lease=lease, wanted=wanted)
-
-    def accept(self, tx: Transaction, now: float, upload: Upload) -> Receipt | Problem:
-        """Append a checked update to the ledger. Admission is looked at again: time may have passed."""
-        lease = upload.admission.lease
-        again = self.admit(tx, lease.device_id, lease.id, upload.digest)
-        if not isinstance(again, Admission):
-            return again
-        return self.append(tx, now, replace(upload, admission=again))
-
-    def append(self, tx: Transaction, now: float, upload: Upload) -> Receipt:
-        """Append an update that was admitted in this very transaction."""
-        admission, header = upload.admission, upload.header
-        lease = admission.lease
-        current = promised(tx.latest_round(lease.task_id, lease.branch), "a lease's round")
-        update = tx.add_update(
-            Update(
-                sequence=0,
-                lease_id=lease.id,
-                task_id=lease.task_id,
-                branch=lease.branch,
-                round_number=current.number,
-                version_number=lease.version_number,
-                device_id=lease.device_id,
-                digest=upload.digest,
-                received_at=now,
-                examples=header.examples,
-                loss_first=header.loss_first,
-                loss_last=header.loss_last,
-                payload=upload.payload,
-                state=UpdateState.ACCEPTED,
-                reason="",
-                folded_into=None,
-                rank=lease.rank,
-            )
-        )
-        tx.put_lease(replace(lease, state=LeaseState.UPLOADED))
-        known = tx.participation(lease.task_id, lease.device_id)
-        tx.put_participation(
-            Participation(
-                task_id=lease.task_id,
-                device_id=lease.device_id,
-                count=1 + (known.count if known else 0),
-                last_round=current.number,
-                last_loss=header.loss_first,
-                duration_s=max(0.0, now - lease.granted_at),
-                work=self.lifecycle.work(tx, admission.task, admission.wanted.live),
-                label_counts=header.label_counts or (known.label_counts if known else None),
-            )
-        )
-        if current.deadline_at is None:
-            tx.put_round(replace(current, deadline_at=now + admission.task.spec.rounds.deadline_s))
-        return receipt_of(update)
-
-    def accept_all(self, tx: Transaction, now: float, uploads: Sequence[Upload]) -> list[Receipt | Problem]:
-        """Append many, each as `accept` does."""
-        with tx.together([upload.admission.lease.id for upload in uploads]):
-            return [self.accept(tx, now, upload) for upload in uploads]
-
-    def receipt(self, tx: Transaction, device_name: str, lease_id: str) -> Receipt | Problem:
-        """What has become of an acknowledged update."""
-        update = tx.update(lease_id)
-        if update is None or update.device_id != device_name:
-            return unknown_lease(lease_id)
-        return receipt_of(update)
-
     def fail(self, tx: Transaction, device_name: str, lease_id: str) -> Problem | None:
         """Take a lease back from a device that cannot fulfil it; its seat is free again."""
         lease = tx.lease(lease_id)
@@ -479,21 +245,6 @@ class Coordinator:
         return None
 
 
-def _is_new(device: Device, nonce: int | None) -> bool:
-    """Whether a request is later than all that have changed this device; None needs no proof."""
-    return nonce is None or nonce > device.last_nonce
-
-
-def _newer(device: Device | None, nonce: int | None) -> int:
-    return max(device.last_nonce if device else 0, nonce or 0)
-
-
-def _known(tx: Transaction, device_name: str) -> Device | None:
-    """None also where it was erased: nothing is left that could tell it from a stranger."""
-    device = tx.device(device_name)
-    return None if device is None or device.state is DeviceState.ERASED else device
-
-
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:
     """Of the label counts a device is asked for, as long as it has not told them."""
     method = hierarchical(task)
@@ -501,20 +252,3 @@ def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:
         return None
     part = tx.participation(task.id, device_id)
     return method.label_epsilon if part is None or part.label_counts is None else None
-
-
-def _erased(device: Device) -> Device:
-    """What stays of it: name, times and state."""
-    return replace(
-        device, state=DeviceState.ERASED, public_key=b"", client="", runtimes=(), examples=0, memory_mb=0
-    )
-
-
-def receipt_of(update: Update) -> Receipt:
-    return Receipt(
-        lease=update.lease_id,
-        digest=update.digest,
-        state=update.state,
-        reason=update.reason,
-        version_number=update.folded_into,
-    )

@@ -23,12 +23,18 @@ from storage.records import (
 )
 from storage.store import Transaction
 
-__all__ = ["Evaluations", "verdicts"]
+__all__ = ["Evaluations", "is_judged", "verdicts"]
 
 
 def verdicts(evaluations: list[Evaluation]) -> list[Verdict]:
     """What came of them, in their order; nothing of devices that were erased since."""
     return [e.verdict for e in evaluations if e.state is EvaluationState.DONE and e.verdict]
+
+
+def is_judged(tx: Transaction, task: Task) -> bool:
+    """Whether the newest version waits for its verdict."""
+    newest = tx.latest_version(task.id, MAIN) if task.spec.evaluation else None
+    return newest is not None and newest.state is VersionState.CANDIDATE
 
 
 class Evaluations:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from aggregator.claims import Claims
-from aggregator.coordinator import Admission, Coordinator, Upload
+from aggregator.coordinator import Coordinator
 from aggregator.differences import Differences
 from aggregator.folding import server_state, sum_round
 from aggregator.inline import Aside, InlineTogether, InlineWriter, at_once
@@ -21,6 +21,7 @@ from aggregator.together import Answers, Together
 from aggregator.token_files import token_sha256
 from aggregator.tracing import UNTRACED, Tracer
 from aggregator.update_check import check_update, check_updates
+from aggregator.uploads import Admission, Upload
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.errors import StorageError, WireError

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregator.coordinator import Admission
 from aggregator.folding import server_state, sum_round
 from aggregator.service import Service
 from aggregator.token_files import token_sha256
+from aggregator.uploads import Admission
 from fedtt.codec import CodecSpec
 from fedtt.folds import Contribution, Fold, Mean, TrimmedMean
 from fedtt.messages import Enroll, Enrolled, Receipt, Work

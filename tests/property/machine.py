@@ -17,8 +17,9 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aggregator.coordinator import Admission, Coordinator, Upload
+from aggregator.coordinator import Coordinator
 from aggregator.lifecycle import Fold, Lifecycle
+from aggregator.uploads import Admission, Upload
 from fedtt.messages import (
     CheckIn,
     Code,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from aggregator.coordinator import Admission, Coordinator, Upload
+from aggregator.coordinator import Coordinator
 from aggregator.folding import server_state, sum_round
 from aggregator.lifecycle import Lifecycle
+from aggregator.uploads import Admission, Upload
 from fedtt.algorithms import HierFedTT
 from fedtt.codec import CodecSpec, encode_delta
 from fedtt.errors import WireError

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aggregator.coordinator import Admission, Coordinator, Upload
+from aggregator.coordinator import Coordinator
 from aggregator.lifecycle import Fold, Lifecycle
+from aggregator.uploads import Admission, Upload
 from fedtt.algorithms import ExactFedTT, FedTT, Method
 from fedtt.messages import (
     CheckIn,

@@ -10,10 +10,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.coordinator import Admission
 from aggregator.fair_queue import FairQueue
 from aggregator.metrics import totals
 from aggregator.service import Service
+from aggregator.uploads import Admission
 from aggregator.writer import Writer
 from fedtt.codec import encode_delta
 from fedtt.messages import Code, Problem, Receipt

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from aggregator.coordinator import Admission, Coordinator, Upload
+from aggregator.coordinator import Coordinator
 from aggregator.lifecycle import Fold
 from aggregator.releases import Releases
+from aggregator.uploads import Admission, Upload
 from fedtt.evaluation import EvaluationSpec
 from fedtt.messages import CheckIn, Code, Enroll, Judge, Judged, Problem, Verdict, Wait, Work
 from fedtt.task import RoundSpec, TaskSpec
