@@ -55,10 +55,19 @@ def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain and the clipping step for both runtimes; it takes half a minute to lower."""
+    """The same for both runtimes; it takes half a minute to lower."""
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
-    both = replace(tiny_request, private=True, runtimes=("onnxruntime", "executorch"))
+    both = replace(tiny_request, runtimes=("onnxruntime", "executorch"))
     return _export("executorch", both, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def private_executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`private_bundle` for both runtimes."""
+    _takes_minutes("lowering the step that clips")
+    pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
+    both = replace(tiny_request, private=True, depths=(), runtimes=("onnxruntime", "executorch"))
+    return _export("private-executorch", both, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +110,7 @@ def stories_executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export import ExportRequest
     from tests.support.models import STORIES
 
+    _takes_minutes("lowering a decoder")
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
     if not STORIES.is_dir():
         pytest.skip(f"SKIPPED: the stories260k decoder is not at {STORIES}")
@@ -114,6 +124,11 @@ def stories_executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runtimes=("onnxruntime", "executorch"),
     )
     return _export("stories-executorch", request, tmp_path_factory)
+
+
+def _takes_minutes(what: str) -> None:
+    if not os.environ.get("FEDTT_LONG"):
+        pytest.skip(f"SKIPPED: {what} takes minutes; FEDTT_LONG=1 ./scripts/check does it, too")
 
 
 def _export(name: str, request: ExportRequest, factory: pytest.TempPathFactory) -> Path:

@@ -134,11 +134,12 @@ class _Lives:
 
     async def finish(self) -> None:
         """Lives that are not killed, until one ends with an acknowledged update and nothing is in hand."""
-        before = len(self._acknowledged)
-        for _ in range(5):
+        before, patience_ends = len(self._acknowledged), time.monotonic() + 4 * _DEADLINE_S
+        while time.monotonic() < patience_ends:
             await self.undisturbed()
             if len(self._acknowledged) > before:
                 return
+            await asyncio.sleep(1.0)  # told to wait for the end of a round whose lease was given back
         self.counts["never_finished"] = 1
 
     async def _start(self, *more: str) -> asyncio.subprocess.Process:

@@ -118,8 +118,10 @@ class TestOnnxRuntime(PrivateStepContract):
 class TestExecutorchRuntime(PrivateStepContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def runtime(cls, executorch_bundle: Path, executorch_library: Path) -> Runtime:
-        return ExecutorchRuntime(open_bundle(executorch_bundle, "executorch"), library=executorch_library)
+    def runtime(cls, private_executorch_bundle: Path, executorch_library: Path) -> Runtime:
+        return ExecutorchRuntime(
+            open_bundle(private_executorch_bundle, "executorch"), library=executorch_library
+        )
 
 
 class TestTorchRuntime(PrivateStepContract):
