@@ -174,7 +174,7 @@ async def _serve_until_stopped(
 def _collect_seldom() -> None:
     """What lives as long as the process is never looked at again, and the rest less often.
 
-    Collecting by Python's defaults took a tenth of the server's time, and stopped all of it for tens of ms.
+    A collection stops the loop and every thread.
     """
     gc.collect()
     gc.freeze()
