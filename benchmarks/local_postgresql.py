@@ -79,6 +79,11 @@ class LocalPostgresql:
             cursor = connection.execute(command.encode())
             return cursor.fetchall() if cursor.description else []
 
+    @property
+    def pid(self) -> int:
+        """Of the process whose children serve the connections."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://fedtt@127.0.0.1:{self.port}/{database}"
 

@@ -153,6 +153,8 @@ def _engine(url: URL, *, readonly: bool, busy_timeout_s: float) -> Engine:
         "idle_in_transaction_session_timeout": _STOPPED_S * 1000 if not readonly else 60_000,
         "lock_timeout": int(busy_timeout_s * 1000),
         "client_min_messages": "warning",
+        "enable_seqscan": "off",  # a plan made while a table was small would read all of it once it is big
+        "jit": "off",  # whose compilation takes longer than any statement here
     }
     options = " ".join(f"-c {name}={value}" for name, value in settings.items())
     try:

@@ -118,13 +118,13 @@ class SqlTransaction:
         owners = {lease.device_id for lease in found} | set(devices)
         self._named(batch, sql.devices, sql.devices_named, owners)
         if not self._readonly:
-            parts = self._all(sql.participations, sql.participations_of, names=_as_json(owners))
+            parts = self._all(sql.participations, sql.participations_of, names=owners)
             batch.expect(sql.participations, [(lease.device_id, lease.task_id) for lease in found], parts)
 
     def _named(
         self, batch: Batch, rows: sql.Rows[R], statement: Executable, names: Collection[str]
     ) -> list[R]:
-        found = self._all(rows, statement, names=_as_json(names)) if names else []
+        found = self._all(rows, statement, names=names) if names else []
         batch.expect(rows, [(name,) for name in names], found)
         return found
 
@@ -134,7 +134,7 @@ class SqlTransaction:
             for written in self._batch.take_written():
                 self._insert(*written)
             for state, names in self._batch.take_moved().items():
-                self._execute(sql.move_leases, {"moved_to": state, "names": _as_json(names)})
+                self._execute(sql.move_leases, {"moved_to": state, "names": names})
 
     def _put(self, rows: sql.Rows[R], record: R, **more: object) -> None:
         if self._batch is not None and self._batch.keeps_back(rows):
@@ -401,10 +401,6 @@ class SqlTransaction:
     def forget_settled(self, device_id: str) -> int:
         self.has_wiped = True
         return self._write(sql.forget_settled, {"device": device_id}).rowcount
-
-
-def _as_json(names: Collection[str]) -> str:
-    return msgspec.json.encode(names).decode()
 
 
 def _able(seen_since: float, min_examples: int, runtimes: Collection[str], memory_mb: int) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from sqlalchemy import (
+    ARRAY,
     CursorResult,
     Dialect,
     Select,
+    String,
     Table,
+    TypeDecorator,
     bindparam,
     case,
     exists,
@@ -23,7 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import Insert, insert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
+from sqlalchemy.types import TypeEngine
 
 from storage.models import (
     AdminTokenRow,
@@ -119,6 +123,39 @@ __all__ = [
 R = TypeVar("R", bound=msgspec.Struct)
 Values = Callable[[msgspec.Struct], tuple[Any, ...]]
 Read = Callable[[Any], Any]  #: a value as the driver gives it -> as records have it
+
+
+class Names(TypeDecorator[Collection[str]]):
+    """Many texts in one parameter, so that a statement has one text however many there are."""
+
+    impl = String
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(ARRAY(String) if dialect.name == "postgresql" else String())
+
+    def process_bind_param(self, value: Collection[str] | None, dialect: Dialect) -> Any:
+        names = list(value or ())
+        return names if dialect.name == "postgresql" else msgspec.json.encode(names).decode()
+
+
+class is_among(FunctionElement[Any]):  # noqa: N801 - a function of SQL is named as one
+    """Whether a column is one of the names in a parameter: a look into its index for each."""
+
+    inherit_cache = True
+
+
+@compiles(is_among)
+def _as_texts_of_json(element: is_among, compiler: SQLCompiler, **kw: Any) -> str:
+    column, names = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({names}))"  # noqa: S608  # both are compiled already
+
+
+@compiles(is_among, "postgresql")
+def _as_array(element: is_among, compiler: SQLCompiler, **kw: Any) -> str:
+    """Of an array it expects few elements; of a subquery so many that it would read the whole table."""
+    column, names = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{column} = ANY ({names})"
 
 
 class json_texts(GenericFunction[str]):  # noqa: N801 - a function of SQL is named as one
@@ -237,13 +274,12 @@ audits_after = (
     audit.select.where(_sequence > bindparam("after")).order_by(_sequence).limit(bindparam("limit"))
 )
 
-#: one text however many names there are, which stand in one parameter as JSON
-_names = select(func.json_texts(bindparam("names")).table_valued("value").c.value)
-devices_named = devices.select.where(_device.id.in_(_names))
-leases_named = leases.select.where(_lease.id.in_(_names))
-updates_named = updates.select.where(_update.lease_id.in_(_names))
-participations_of = participations.select.where(_part.device_id.in_(_names))
-move_leases = update(leases.table).where(_lease.id.in_(_names)).values(state=bindparam("moved_to"))
+_names = bindparam("names", type_=Names())
+devices_named = devices.select.where(is_among(_device.id, _names))
+leases_named = leases.select.where(is_among(_lease.id, _names))
+updates_named = updates.select.where(is_among(_update.lease_id, _names))
+participations_of = participations.select.where(is_among(_part.device_id, _names))
+move_leases = update(leases.table).where(is_among(_lease.id, _names)).values(state=bindparam("moved_to"))
 
 devices_after = (
     devices.select.where(_device.id > bindparam("after")).order_by(_device.id).limit(bindparam("limit"))

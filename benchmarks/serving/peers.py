@@ -76,7 +76,7 @@ async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> 
     except (Missing, PeerFailed) as error:
         return Measured(skipped=str(error))
     database = part.directory / "data" / "fedtt.db"
-    ours, our_cpu_s = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
+    ours, our_cpu = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
     rate, our_rate = results / theirs["seconds"], results / ours.seconds
     return Measured(
         figures={
@@ -85,7 +85,7 @@ async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> 
             f"{name}_p99_ms": round(theirs["p99_ms"], 1),
             f"{name}_server_cpu_us_per_result": round(1e6 * theirs["server_cpu_s"] / results, 1),
             f"ours_beside_{name}_per_s": round(our_rate, 1),
-            f"ours_beside_{name}_cpu_us_per_result": round(1e6 * our_cpu_s / results, 1),
+            f"ours_beside_{name}_cpu_us_per_result": round(1e6 * our_cpu.servers_s / results, 1),
         },
         against={
             f"{name}_results_ratio": f"ours over {main_pin(environment)}, at least 10: {results} results of "

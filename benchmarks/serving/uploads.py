@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -21,11 +22,18 @@ from benchmarks.serving.part import Measured, Part
 from storage.records import MAIN, Device, DeviceState, Lease, LeaseState, UpdateState
 from storage.sql import SqlStore
 
-__all__ = ["CONNECTIONS", "give_leases", "postgresql", "postgresql_replicas", "sqlite", "taken"]
+__all__ = ["CONNECTIONS", "Cpu", "give_leases", "postgresql", "postgresql_replicas", "sqlite", "taken"]
 
 _NUMBERS = 10_000  #: in an update, a byte each
 CONNECTIONS = 200
 _PUT_AT_ONCE = 2000
+
+
+class Cpu(NamedTuple):
+    """CPU seconds."""
+
+    servers_s: float
+    database_s: float  #: of its processes that live when it is looked at; 0 where it has none
 
 
 async def sqlite(part: Part) -> Measured:
@@ -46,21 +54,33 @@ async def _on_postgresql(part: Part, name: str, *, servers: int) -> Measured:
         return Measured(skipped="no initdb on this machine (Debian: apt install postgresql)")
     database = LocalPostgresql(binaries, durable=True)
     try:
-        return await _measured(part, database.new_database(), name, servers=servers)
+        return await _measured(
+            part, database.new_database(), name, servers=servers, database_pid=database.pid
+        )
     finally:
         database.close()
 
 
-async def _measured(part: Part, database: str | Path, name: str, *, servers: int = 1) -> Measured:
+async def _measured(
+    part: Part, database: str | Path, name: str, *, servers: int = 1, database_pid: int | None = None
+) -> Measured:
     updates = 2000 if part.quick else 15_000
-    answers, server_cpu_s = await taken(part, database, name, updates=updates, servers=servers)
+    answers, cpu = await taken(
+        part, database, name, updates=updates, servers=servers, database_pid=database_pid
+    )
+    database_figures = (
+        {f"database_cpu_us_per_update_{name}": round(1e6 * cpu.database_s / updates, 1)}
+        if database_pid is not None
+        else {}
+    )
     return Measured(
         figures={
             f"durable_signed_updates_per_s_{name}": round(updates / answers.seconds, 1),
             f"p50_ms_{name}": round(answers.p50_ms, 1),
             f"p99_ms_{name}": round(answers.p99_ms, 1),
-            f"server_cpu_us_per_update_{name}": round(1e6 * server_cpu_s / updates, 1),
+            f"server_cpu_us_per_update_{name}": round(1e6 * cpu.servers_s / updates, 1),
             f"load_cpu_us_per_update_{name}": round(1e6 * answers.cpu_s / updates, 1),
+            **database_figures,
         },
         against={
             f"durable_signed_updates_per_s_{name}": f"{updates} updates of {answers.update_bytes} bytes, "
@@ -77,8 +97,9 @@ async def taken(
     updates: int,
     connections: int = CONNECTIONS,
     servers: int = 1,
-) -> tuple[Answers, float]:
-    """So many updates, all acknowledged and in the ledger; and the servers' CPU seconds meanwhile."""
+    database_pid: int | None = None,
+) -> tuple[Answers, Cpu]:
+    """So many updates, all acknowledged and in the ledger; and what that took."""
     options = ("--database", database) if isinstance(database, str) else ()
     first = ServerProcess(part.directory / "data", options=options)
     async with first.running():
@@ -92,14 +113,16 @@ async def taken(
         load = Load(
             url=running[0].url, updates=updates, connections=connections, numbers=_NUMBERS, seed=part.seed
         )
-        answers, server_cpu_s = await _send(load, [server.pid for server in running])
+        answers, cpu = await _send(load, [server.pid for server in running], database_pid)
     with closing(SqlStore.open(database)) as store, store.reading() as tx:
         durable = tx.count_updates(1, MAIN, 1, UpdateState.ACCEPTED)
-    part.report.line(part=name, durable=durable, server_cpu_s=server_cpu_s, **msgspec.structs.asdict(answers))
+    part.report.line(
+        part=name, durable=durable, server_cpu_s=cpu.servers_s, **msgspec.structs.asdict(answers)
+    )
     failed = updates - answers.statuses.get("200", 0)
     if failed or durable != updates:
         raise RuntimeError(f"{failed} of {updates} were not acknowledged, {durable} are in the ledger")
-    return answers, server_cpu_s
+    return answers, cpu
 
 
 def _replicas(directory: Path, servers: int, options: Sequence[str]) -> list[ServerProcess]:
@@ -148,8 +171,8 @@ def give_leases(database: str | Path, count: int) -> None:
                     )
 
 
-async def _send(load: Load, servers: Sequence[int]) -> tuple[Answers, float]:
-    """What was answered, and the CPU seconds that the servers took meanwhile."""
+async def _send(load: Load, servers: Sequence[int], database_pid: int | None) -> tuple[Answers, Cpu]:
+    """What was answered, and the CPU seconds that this took meanwhile."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.serving.load"),
         stdin=asyncio.subprocess.PIPE,
@@ -160,14 +183,20 @@ async def _send(load: Load, servers: Sequence[int]) -> tuple[Answers, float]:
     process.stdin.write(msgspec.json.encode(load) + b"\n")
     await process.stdin.drain()
     await process.stdout.readline()
-    before = _cpu_s(servers)
+    before = _cpu(servers, database_pid)
     process.stdin.write(b"go\n")
     await process.stdin.drain()
     line = await process.stdout.readline()
+    after = _cpu(servers, database_pid)
     await process.wait()
-    return msgspec.json.decode(line, type=Answers), _cpu_s(servers) - before
+    taken = Cpu(after.servers_s - before.servers_s, after.database_s - before.database_s)
+    return msgspec.json.decode(line, type=Answers), taken
 
 
-def _cpu_s(processes: Sequence[int]) -> float:
-    times = [psutil.Process(pid).cpu_times() for pid in processes]
-    return float(sum(time.user + time.system for time in times))
+def _cpu(servers: Sequence[int], database_pid: int | None) -> Cpu:
+    database = [] if database_pid is None else psutil.Process(database_pid).children()
+    return Cpu(_cpu_s(map(psutil.Process, servers)), _cpu_s(database))
+
+
+def _cpu_s(processes: Iterable[psutil.Process]) -> float:
+    return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
