@@ -121,8 +121,9 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
     async with contextlib.AsyncExitStack() as stack:
         tls = server_tls(config.tls_cert, config.tls_key)
         database = config.database or config.data / "fedtt.db"
-        stack.enter_context(server_directory(config.data, alone=not is_shared(database)))
-        store: Store = SqlStore.open(database)
+        alone = not (config.reuse_port or is_shared(database))
+        stack.enter_context(server_directory(config.data, alone=alone))
+        store: Store = SqlStore.open(database, alone=alone)
         stack.callback(store.close)
         if tracer is not UNTRACED:
             store = TracedStore(store, tracer)

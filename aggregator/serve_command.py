@@ -100,7 +100,7 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--reuse-port",
         action="store_true",
-        help="share the devices' port with other servers on one PostgreSQL",
+        help="share the devices' port and the ledger with other servers on this machine",
     )
     serve.add_argument(
         "--behind-proxy",

@@ -17,6 +17,7 @@ from benchmarks.serving.part import Measure, Measured, Part
 
 PARTS: dict[str, Measure] = {
     "sqlite": uploads.sqlite,
+    "sqlite-processes": uploads.sqlite_processes,
     "postgresql": uploads.postgresql,
     "postgresql-replicas": uploads.postgresql_replicas,
     "fold": faults.fold,

@@ -90,10 +90,12 @@ def _add_missing(commands: Commands, extra: str, module: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a FedttError is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Run one command; what went wrong is one line on stderr and status 2, Ctrl-C is status 130."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()  # here, where it can still be said that this failed
+        return status
     except FedttError as error:
         print(f"fedtt: error: {error}", file=sys.stderr)
         return 2
@@ -109,5 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fedtt: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 0
+    except OSError as error:  # of a file, or of the output itself, as on a full disk
+        what = error.filename or "reading or writing failed"
+        print(f"fedtt: error: {what}: {error.strerror or error}", file=sys.stderr)
+        _say_no_more()
+        return 2
+
+
+def _say_no_more() -> None:
+    """What was printed and cannot be written is dropped, or the interpreter would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,7 @@ class Backend(Protocol):
     writer: Engine
     reader: Engine
     is_shared: bool  #: whether other processes may use it at the same time
+    undoes_refused_alone: bool  #: of a row that it refuses it undoes that statement alone
 
     def in_words(self, error: Exception) -> StorageError:
         """What the database raised, as what, where and what to do."""
@@ -46,15 +47,18 @@ class Backend(Protocol):
 
 
 def is_shared(database: str | Path) -> bool:
-    """Whether several processes may use what this path or URL names at a time."""
+    """Whether what this path or URL names is always for several processes, also on other machines."""
     return isinstance(database, str) and is_postgresql(database)
 
 
-def open_backend(database: str | Path, *, busy_timeout_s: float) -> Backend:
-    """By a path or URL; raises StorageError where it names nothing that can be used."""
+def open_backend(database: str | Path, *, busy_timeout_s: float, alone: bool = True) -> Backend:
+    """By a path or URL; raises StorageError where it names nothing that can be used.
+
+    alone: no other process uses it; of no meaning for a database that is always shared.
+    """
     if is_shared(database):
         return PostgresqlBackend(str(database), busy_timeout_s=busy_timeout_s)
-    return SqliteBackend(database, busy_timeout_s=busy_timeout_s)
+    return SqliteBackend(database, busy_timeout_s=busy_timeout_s, alone=alone)
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -18,6 +20,7 @@ __all__ = ["SqliteBackend", "database_path", "prepare_file", "sqlite_engine"]
 
 _READERS = 4
 _READERS_MS = 200  #: that emptying the log waits for readers; writing waits with it
+_LOOK_AGAIN_S = 0.001  #: whether it is this process's turn to write
 _OLDEST = (3, 35)  #: the first SQLite with RETURNING
 
 _PRAGMAS = {
@@ -39,11 +42,13 @@ _CAUSES = {
 
 
 class SqliteBackend:
-    """One file that one process is alone with: one connection that writes, several that read beside it."""
+    """One file on this machine: one connection of a process writes, several read beside it."""
 
-    is_shared = False
+    undoes_refused_alone = True
 
-    def __init__(self, database: str | Path, *, busy_timeout_s: float) -> None:
+    def __init__(self, database: str | Path, *, busy_timeout_s: float, alone: bool = True) -> None:
+        """alone: no other process uses it."""
+        self.is_shared = not alone
         self.path = database_path(database)
         prepare_file(self.path)
         self.where = str(self.path)
@@ -67,18 +72,11 @@ class SqliteBackend:
 
     def empty_log(self) -> bool:
         """Move the write-ahead log into the database and empty it; False where a reader is in the way."""
-        connection = self.writer.raw_connection()
-        try:
-            cursor = connection.cursor()
-            patience: int = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
-            cursor.execute(f"PRAGMA busy_timeout = {_READERS_MS}")
-            try:
-                busy: int = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            finally:
-                cursor.execute(f"PRAGMA busy_timeout = {patience}")
-            return not busy
-        finally:
-            connection.close()
+        with closing(self.writer.raw_connection()) as pooled:
+            connection = cast("sqlite3.Connection", pooled.driver_connection)
+            with _patient(connection, _READERS_MS):
+                (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not is_busy
 
 
 def database_path(database: str | Path) -> Path:
@@ -138,13 +136,45 @@ def sqlite_engine(path: Path, *, readonly: bool, busy_timeout_s: float) -> Engin
         max_overflow=0,  # SQLite keeps the file of a connection that is closed open, while others have locks
         pool_timeout=busy_timeout_s,
     )
-    begin = "BEGIN" if readonly else "BEGIN IMMEDIATE"
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        if readonly:
+            connection.exec_driver_sql("BEGIN")
+        else:
+            _take_turn(cast("sqlite3.Connection", connection.connection.driver_connection), busy_timeout_s)
 
     return engine
+
+
+def _take_turn(connection: sqlite3.Connection, patience_s: float) -> None:
+    """Begin to write as soon as no other process does.
+
+    SQLite itself looks ever less often, after 0.1 s in the end: a busy process begins again in between.
+    """
+    given_up_at = time.monotonic() + patience_s
+    with _patient(connection, 0):
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() >= given_up_at:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
+            else:
+                return
+
+
+@contextmanager
+def _patient(connection: sqlite3.Connection, wait_ms: int) -> Iterator[None]:
+    """Let it wait so long for other connections."""
+    (before,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute(f"PRAGMA busy_timeout = {wait_ms}")
+    try:
+        yield
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {before}")
 
 
 def _connect(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.Connection:

@@ -68,6 +68,7 @@ class PostgresqlBackend:
     """One database, which any number of processes may use at a time."""
 
     is_shared = True
+    undoes_refused_alone = False
 
     def __init__(self, database: str, *, busy_timeout_s: float) -> None:
         url = _checked_url(database)

@@ -46,13 +46,14 @@ class SqlStore:
         self._wipe_due = True  # a process before this one may have ended without
 
     @classmethod
-    def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0) -> Self:
+    def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0, alone: bool = True) -> Self:
         """Open or create the database and migrate it to this program's schema; raises StorageError.
 
         database: a path, or a URL like sqlite:///ledger.db or postgresql+psycopg://fedtt@localhost/fedtt.
         busy_timeout_s: how long a transaction waits for another process before it is given up.
+        alone: no other process uses it; False on SQLite for several servers on one machine.
         """
-        store = cls(open_backend(database, busy_timeout_s=busy_timeout_s))
+        store = cls(open_backend(database, busy_timeout_s=busy_timeout_s, alone=alone))
         try:
             change_schema(store._backend, lambda connection: upgrade(connection, store.where))
             with errors_in_words(store._backend):

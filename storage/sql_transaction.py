@@ -87,8 +87,8 @@ class SqlTransaction:
             yield
         except SQLAlchemyError as error:
             refusal = self._backend.in_words(error)
-            if self._backend.is_shared or not isinstance(error, IntegrityError):
-                self._broken = refusal  # of a row that it refuses, SQLite undoes that statement alone
+            if not (self._backend.undoes_refused_alone and isinstance(error, IntegrityError)):
+                self._broken = refusal
             raise refusal from error
 
     def _write(self, statement: Executable, parameters: Any) -> CursorResult[Any]:

@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT, Report, arguments, reporting
 #: row -> what it does; each is a module of this folder with a coroutine function `run`
 ROWS = {
     "kill": "kill -9 of the server at random instants, devices in flight",
+    "kill-one-of-two": "the same of one of two servers on one SQLite file",
     "flips": "every prefix and single-bit flip of a valid upload",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
     "client": "kill -9 of a client at random points of its rounds",

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import numpy as np
 
 from benchmarks.faults.devices import Device, Notes, devices
 from benchmarks.faults.ledger import NOTHING_WRONG, audit
 from benchmarks.faults.row import Outcome, Setting
-from benchmarks.faults.server import ServerProcess, task_text
+from benchmarks.faults.server import ServerProcess, on_one_port, task_text
 
-__all__ = ["run"]
+__all__ = ["killed", "places", "run"]
 
 NUMBERS = 1000
 _WHILE_STARTING = 0.15  #: of the kills come before it listens
@@ -30,41 +30,53 @@ async def run(setting: Setting) -> Outcome:
     return await killed(setting, count=count, kills=kills)
 
 
-async def killed(setting: Setting, *, count: int, kills: int, up_s: float = 1.0) -> Outcome:
+async def killed(setting: Setting, *, count: int, kills: int, up_s: float = 1.0, servers: int = 1) -> Outcome:
     """up_s: the longest a server lives after its first acknowledgement."""
-    server, rng = ServerProcess(setting.directory / "data"), setting.rng()
+    rng, row = setting.rng(), "kill" if servers == 1 else "kill-one-of-two"
+    running = (
+        [ServerProcess(setting.directory / "data")]
+        if servers == 1
+        else on_one_port(setting.directory / "data", servers)
+    )
+    server = running[0]
     text = task_text(cohort=count, buffer=max(1, count // 2), quorum=1, deadline_s=2, give_up_after=10**6)
     starts_s: list[float] = []
     back_s: list[float] = []
     over = asyncio.Event()
-    async with server.running(), devices(count, server.url, NUMBERS) as (peers, notes):
+    async with AsyncExitStack() as stack:
+        for process in running:
+            await stack.enter_async_context(process.running())
+        peers, notes = await stack.enter_async_context(devices(count, server.url, NUMBERS))
         await server.open_task(text, NUMBERS)
         await asyncio.gather(*(peer.enroll(server.token) for peer in peers))
         living = [asyncio.create_task(peer.live(over)) for peer in peers]
         try:
             for number in range(kills):
                 await asyncio.sleep(float(rng.random() * up_s))
-                await server.kill()
+                victim = running[number % servers]
+                await victim.kill()
                 if rng.random() < _WHILE_STARTING:
-                    await _killed_while_starting(server, rng)
+                    await _killed_while_starting(victim, rng)
                 before = len(notes.acknowledged)
-                starts_s.append(await server.start())
-                back_s.append(await _acknowledges(server, notes, before, starts_s[-1]))
+                starts_s.append(await victim.start())
+                back_s.append(await _acknowledges(notes, before, starts_s[-1]))
                 if (number + 1) % 20 == 0:
-                    setting.report.line(row="kill", kills=number + 1, acknowledged=len(notes.acknowledged))
+                    setting.report.line(row=row, kills=number + 1, acknowledged=len(notes.acknowledged))
         finally:
             over.set()
             await asyncio.gather(*living)
         await server.task("/stop", "POST")
-        await server.stop()
+        for process in running:
+            await process.stop()
     found = audit(server.data, notes, places(peers))
     for line in notes.wrong[:5]:
-        setting.report.line(row="kill", wrong=line)
+        setting.report.line(row=row, wrong=line)
     return Outcome(
         figures={
             **found.figures(),
             "kills": kills,
             "devices": count,
+            "servers": servers,
             "listening_again_median_s": round(float(np.median(starts_s)), 3),
             "listening_again_max_s": round(max(starts_s), 3),
             "acknowledging_again_median_s": round(float(np.median(back_s)), 3),
@@ -87,7 +99,7 @@ async def _killed_while_starting(server: ServerProcess, rng: np.random.Generator
     await server.kill()
 
 
-async def _acknowledges(server: ServerProcess, notes: Notes, before: int, start_s: float) -> float:
+async def _acknowledges(notes: Notes, before: int, start_s: float) -> float:
     """Seconds from the start of the process to its first acknowledgement of something new."""
     started = time.perf_counter()
     async with asyncio.timeout(_NEXT_ACKNOWLEDGEMENT_S):

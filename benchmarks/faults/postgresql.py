@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.faults.devices import Notes, devices
 from benchmarks.faults.row import Figures, Outcome, Setting
-from benchmarks.faults.server import ServerProcess, task_text
+from benchmarks.faults.server import ServerProcess, on_one_port, task_text
 from benchmarks.local_postgresql import LocalPostgresql, postgresql_binaries
 
 __all__ = ["run", "shared"]
@@ -52,10 +52,7 @@ async def shared(setting: Setting, *, count: int, times: int) -> Outcome:
 
 async def _run(setting: Setting, database: LocalPostgresql, count: int, times: int) -> Outcome:
     url = await asyncio.to_thread(database.new_database)
-    options = ("--database", url, "--reuse-port")
-    servers = [ServerProcess(setting.directory / "data", options=options) for _ in range(2)]
-    for server in servers:
-        server.port, server.url = servers[0].port, servers[0].url
+    servers = on_one_port(setting.directory / "data", 2, "--database", url)
     gaps: dict[str, list[float]] = {name: [] for name in _FAULTS}
     over = asyncio.Event()
     async with AsyncExitStack() as stack:

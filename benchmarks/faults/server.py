@@ -20,10 +20,11 @@ import msgspec
 from aggregator.admin_client import AdminClient
 from benchmarks.bundles import bundle_of
 
-__all__ = ["TASK", "ServerProcess", "task_text"]
+__all__ = ["TASK", "ServerProcess", "on_one_port", "task_text"]
 
 TASK = "faults"
 _START_S = 60.0
+_ASK_AGAIN_S = 30.0  #: after which a server that still runs is told once more to end
 
 
 def task_text(quantise: str = "fp32", *, fold: str = "", **rounds: float) -> str:
@@ -86,11 +87,15 @@ class ServerProcess:
         await self._end(signal.SIGTERM)
 
     async def _end(self, how: signal.Signals) -> None:
-        if self.process is not None:
+        while self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, how)
-            await self.process.wait()
-            self.process = None
+            with contextlib.suppress(
+                TimeoutError
+            ):  # the call that tells its loop of the signal may have failed
+                async with asyncio.timeout(_ASK_AGAIN_S):
+                    await self.process.wait()
+                    self.process = None
 
     @property
     def is_running(self) -> bool:
@@ -145,6 +150,14 @@ class ServerProcess:
             yield self
         finally:
             await self.kill()
+
+
+def on_one_port(data: Path, count: int, *options: str) -> list[ServerProcess]:
+    """Servers on one directory and port; the kernel gives each new connection to one of them."""
+    servers = [ServerProcess(data, options=(*options, "--reuse-port")) for _ in range(count)]
+    for server in servers:
+        server.port, server.url = servers[0].port, servers[0].url
+    return servers
 
 
 def _free_ports() -> tuple[int, int]:

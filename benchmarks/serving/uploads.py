@@ -15,14 +15,23 @@ import psutil
 
 from aggregator.lifecycle import Lifecycle
 from aggregator.promised import promised
-from benchmarks.faults.server import TASK, ServerProcess, task_text
+from benchmarks.faults.server import TASK, ServerProcess, on_one_port, task_text
 from benchmarks.local_postgresql import LocalPostgresql, postgresql_binaries
 from benchmarks.serving.load import Answers, Load, identity, lease_id
 from benchmarks.serving.part import Measured, Part
 from storage.records import MAIN, Device, DeviceState, Lease, LeaseState, UpdateState
 from storage.sql import SqlStore
 
-__all__ = ["CONNECTIONS", "Cpu", "give_leases", "postgresql", "postgresql_replicas", "sqlite", "taken"]
+__all__ = [
+    "CONNECTIONS",
+    "Cpu",
+    "give_leases",
+    "postgresql",
+    "postgresql_replicas",
+    "sqlite",
+    "sqlite_processes",
+    "taken",
+]
 
 _NUMBERS = 10_000  #: in an update, a byte each
 CONNECTIONS = 200
@@ -38,6 +47,10 @@ class Cpu(NamedTuple):
 
 async def sqlite(part: Part) -> Measured:
     return await _measured(part, part.directory / "data" / "fedtt.db", "sqlite")
+
+
+async def sqlite_processes(part: Part) -> Measured:
+    return await _measured(part, part.directory / "data" / "fedtt.db", "sqlite_2_processes", servers=2)
 
 
 async def postgresql(part: Part) -> Measured:
@@ -107,7 +120,7 @@ async def taken(
         await first.stop()
     give_leases(database, updates)
     async with AsyncExitStack() as stack:
-        running = [first] if servers == 1 else _replicas(part.directory, servers, options)
+        running = [first] if servers == 1 else on_one_port(part.directory / "data", servers, *options)
         for server in running:
             await stack.enter_async_context(server.running())
         load = Load(
@@ -123,14 +136,6 @@ async def taken(
     if failed or durable != updates:
         raise RuntimeError(f"{failed} of {updates} were not acknowledged, {durable} are in the ledger")
     return answers, cpu
-
-
-def _replicas(directory: Path, servers: int, options: Sequence[str]) -> list[ServerProcess]:
-    """On one port, for which the kernel gives each new connection to one of them."""
-    found = [ServerProcess(directory / "data", options=(*options, "--reuse-port")) for _ in range(servers)]
-    for server in found:
-        server.port, server.url = found[0].port, found[0].url
-    return found
 
 
 def give_leases(database: str | Path, count: int) -> None:

@@ -38,6 +38,14 @@ async def test_a_server_killed_again_and_again_loses_and_doubles_nothing(setting
     assert int(outcome.figures["unreachable"]) > 0
 
 
+async def test_one_of_two_servers_on_one_file_killed_again_and_again_loses_and_doubles_nothing(
+    setting: Setting,
+) -> None:
+    outcome = await killed(setting, count=12, kills=3, up_s=0.3, servers=2)
+    assert wrong(outcome) == {}
+    assert int(outcome.figures["acknowledged"]) >= 3
+
+
 def test_calls_are_counted_of_threads_with_short_and_with_long_numbers() -> None:
     log = (
         '417   fdatasync(9) = 0\n417   fdatasync(9) = 0\n31234 fdatasync(9) = 0\n31234 write(2, "", 0) = 0\n'

@@ -150,6 +150,19 @@ def test_a_reader_who_leaves_early_is_no_error(parrot: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_full_disk_behind_the_output_is_one_line(parrot: Path) -> None:
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{sys.executable} -m fedtt parrot say hello > /dev/full"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(parrot)},
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 2
+    assert done.stderr == "fedtt: error: reading or writing failed: No space left on device\n"
+
+
 @pytest.mark.usefixtures("parrot")
 def test_a_command_without_its_library_names_it_and_the_extra(
     capsys: pytest.CaptureFixture[str],
