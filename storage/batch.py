@@ -10,7 +10,8 @@ from sqlalchemy import Executable
 from sqlalchemy.dialects.postgresql import Insert
 
 from storage.records import Lease, LeaseState
-from storage.statements import Rows, leases, participations, updates
+from storage.rows import Rows
+from storage.statements import leases, participations, updates
 
 __all__ = ["Batch", "Written"]
 
