@@ -166,7 +166,8 @@ async def change_task(service: Service, name: str, state: TaskState) -> TaskRow 
         if state is TaskState.STOPPED:
             task = lifecycle.stop(tx, service.clock.now(), name, reason)
         else:
-            task = lifecycle.set_active(tx, name, state, reason if state is TaskState.PAUSED else "")
+            paused = state is TaskState.PAUSED
+            task = lifecycle.set_active(tx, service.clock.now(), name, state, reason if paused else "")
         if task is None:
             return unknown_task(name)
         if task.state is not state:

@@ -23,7 +23,7 @@ from storage.records import (
 )
 from storage.store import Transaction
 
-__all__ = ["Evaluations", "is_judged", "verdicts"]
+__all__ = ["Evaluations", "is_judged", "judged_until", "verdicts"]
 
 
 def verdicts(evaluations: list[Evaluation]) -> list[Verdict]:
@@ -35,6 +35,11 @@ def is_judged(tx: Transaction, task: Task) -> bool:
     """Whether the newest version waits for its verdict."""
     newest = tx.latest_version(task.id, MAIN) if task.spec.evaluation else None
     return newest is not None and newest.state is VersionState.CANDIDATE
+
+
+def judged_until(task: Task, version: Version, spec: EvaluationSpec) -> float:
+    """When a candidate's time is over; while its task is paused no time is lost."""
+    return max(version.created_at, task.resumed_at) + spec.deadline_s
 
 
 class Evaluations:
@@ -53,12 +58,18 @@ class Evaluations:
         version = tx.latest_version(task.id, MAIN)
         if version is None or version.state is not VersionState.CANDIDATE:
             return None
+        ends_at = judged_until(task, version, spec)
+        if now >= ends_at:
+            return None
         asked = tx.evaluations(task.id, MAIN, version.number)
         mine = next((e for e in asked if e.device_id == device.id), None)
         if mine is None and not self._trained(tx, device, version) and _wanted(spec, asked, now):
-            mine = self._ask(tx, now, device, version, spec)
-        if mine is None or mine.state is not EvaluationState.ACTIVE or now >= mine.expires_at:
+            mine = self._ask(tx, now, device, version, ends_at)
+        if mine is None or mine.state is not EvaluationState.ACTIVE:
             return None
+        if mine.expires_at < ends_at:  # the task was resumed since
+            mine = replace(mine, expires_at=ends_at)
+            tx.put_evaluation(mine)
         return self._question(tx, now, task, spec, version, mine)
 
     @staticmethod
@@ -68,11 +79,8 @@ class Evaluations:
         return part is not None and part.last_round == version.round_number
 
     def _ask(
-        self, tx: Transaction, now: float, device: Device, version: Version, spec: EvaluationSpec
-    ) -> Evaluation | None:
-        ends_at = version.created_at + spec.deadline_s
-        if now >= ends_at:
-            return None
+        self, tx: Transaction, now: float, device: Device, version: Version, ends_at: float
+    ) -> Evaluation:
         evaluation = Evaluation(
             lease_id=self._new_lease_id(),
             task_id=version.task_id,

@@ -143,10 +143,12 @@ class Lifecycle(Rounds):
                 self.ensure_round(tx, now, task, branch)
 
     def _give_up(self, tx: Transaction, task: Task) -> Task:
+        """Pause a task whose last rounds were all abandoned; one that is paused or has ended stays as it is."""
         limit = task.spec.rounds.give_up_after
         newest = tx.rounds(task.id, limit=limit + len(task.groups))
         last = [r for r in newest if r.number > task.resumed_after and r.state is not RoundState.OPEN][:limit]
-        if len(last) == limit and all(r.state is RoundState.ABANDONED for r in last):
+        failed = len(last) == limit and all(r.state is RoundState.ABANDONED for r in last)
+        if failed and task.state is TaskState.ACTIVE:
             reason = f"{limit} rounds in a row were abandoned, the last because {last[0].reason}"
             task = replace(task, state=TaskState.PAUSED, reason=reason)
             tx.put_task(task)
@@ -342,17 +344,19 @@ class Lifecycle(Rounds):
             parents = (version.sha256,) if version.number else ()
             tx.add_version(replace(version, branch=rank_branch(rank), sha256=sha256, parents=parents))
 
-    def set_active(self, tx: Transaction, name: str, state: TaskState, reason: str) -> Task | None:
+    def set_active(
+        self, tx: Transaction, now: float, name: str, state: TaskState, reason: str
+    ) -> Task | None:
         """Pause or resume; a task that has ended stays so. None where there is no such task.
 
-        Rounds from before it was resumed count no longer towards giving up.
+        Rounds from before it was resumed count no longer towards giving up, and a candidate has all of its time.
         """
         task = tx.task(name)
         if task is not None and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:
-            resumed_after = task.resumed_after
             if state is TaskState.ACTIVE:
-                resumed_after = self.newest_round(tx, task)
-            task = replace(task, state=state, reason=reason, resumed_after=resumed_after)
+                resumed_at = now if task.state is TaskState.PAUSED else task.resumed_at
+                task = replace(task, resumed_after=self.newest_round(tx, task), resumed_at=resumed_at)
+            task = replace(task, state=state, reason=reason)
             tx.put_task(task)
         return task
 

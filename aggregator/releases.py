@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from aggregator.evaluating import verdicts
+from aggregator.evaluating import judged_until, verdicts
 from aggregator.grouping import Grouping
 from aggregator.lifecycle import Lifecycle
 from aggregator.problems import conflict_version, not_found
@@ -52,12 +52,14 @@ class Releases(Lifecycle):
         """
         spec = promised(task.spec.evaluation, "how a candidate is judged")
         found = verdicts(tx.evaluations(task.id, MAIN, version.number))
-        is_late = now >= version.created_at + spec.deadline_s
+        is_late = now >= judged_until(task, version, spec)
         if len(found) >= (spec.quorum if is_late else spec.devices):
             return self._decide(tx, now, task, version, total(found, most_examples=spec.examples))
         if is_late:
             judges = f"{len(found)} of at least {spec.quorum} devices" if spec.by == "devices" else "nobody"
-            why = f"{judges} had judged it {spec.deadline_s:g} s after its fold"
+            resumed = task.resumed_at > version.created_at
+            since = "the task was resumed" if resumed else "its fold"
+            why = f"{judges} had judged it {spec.deadline_s:g} s after {since}"
             return self._hold(tx, now, task, version, why)
         return None
 
@@ -72,21 +74,30 @@ class Releases(Lifecycle):
         return self._decide(tx, now, task, version, verdict)
 
     def release(self, tx: Transaction, now: float, name: str, number: int) -> Version | Problem:
-        """Release a candidate without a verdict."""
-        found = self._judged(tx, name, number)
-        return found if isinstance(found, Problem) else self._release(tx, now, *found)
+        """Release a candidate without a verdict, or allow a version that was held to be brought back."""
+        found = self._judged(tx, name, number, held=True)
+        if isinstance(found, Problem):
+            return found
+        task, version = found
+        if version.state is VersionState.CANDIDATE:
+            return self._release(tx, now, task, version)
+        version = replace(version, state=VersionState.RELEASED)
+        tx.put_version(version)
+        return version
 
     def hold(self, tx: Transaction, now: float, name: str, number: int, why: str) -> Version | Problem:
         """Hold a candidate without a verdict."""
         found = self._judged(tx, name, number)
         return found if isinstance(found, Problem) else self._hold(tx, now, *found, why)
 
-    def _judged(self, tx: Transaction, name: str, number: int) -> tuple[Task, Version] | Problem:
+    def _judged(
+        self, tx: Transaction, name: str, number: int, *, held: bool = False
+    ) -> tuple[Task, Version] | Problem:
         task = tx.task(name)
         version = tx.version(task.id, MAIN, number) if task else None
         if task is None or version is None:
             return not_found(f"version {number} of task {name[:100]!r}")
-        if version.state is not VersionState.CANDIDATE:
+        if version.state is VersionState.RELEASED or (version.state is VersionState.HELD and not held):
             return conflict_version(name, number, f"{version.state.value} already")
         return task, version
 
@@ -130,7 +141,8 @@ class Releases(Lifecycle):
     def roll_back(self, tx: Transaction, now: float, name: str, number: int) -> Version | Problem:
         """Publish an earlier version again under the next number; what was trained since is left behind.
 
-        Open rounds are abandoned, and a fold under way comes to nothing: its updates are discarded.
+        Open rounds are abandoned, and a fold under way comes to nothing: its updates are discarded. None of
+        these rounds counts as a failure. A version that was held is refused until it is released.
         """
         task = tx.task(name)
         source = tx.version(task.id, MAIN, number) if task else None
@@ -139,6 +151,9 @@ class Releases(Lifecycle):
         newest = promised(tx.latest_version(task.id, MAIN), "a task's first version")
         if newest.sha256 == source.sha256:
             return conflict_version(name, number, "what stands there now")
+        if source.state is VersionState.HELD:
+            remedy = f"if it is good after all, run `fedtt version release {name} {number}` first"
+            return conflict_version(name, number, "held", remedy)
         why = f"an operator brought version {number} back"
         for branch in self._branches(task):
             round_ = tx.latest_round(task.id, branch)
@@ -147,6 +162,8 @@ class Releases(Lifecycle):
         if newest.state is VersionState.CANDIDATE:
             tx.put_version(replace(newest, state=VersionState.HELD, reason=why))
         again = self._publish_again(tx, now, source, why)
+        task = replace(task, resumed_after=self.newest_round(tx, task))
+        tx.put_task(task)
         if task.groups:
             task = self._begin_period(tx, now, task, again, None, Grouping(groups=task.groups))
         self._open_next(tx, now, task)

@@ -184,7 +184,8 @@ class TaskRow(Base):
     state: Mapped[TaskState] = mapped_column(one_of(TaskState))  #: whether rounds are opened
     reason: Mapped[Reason]  #: why it is in this state
     created_at: Mapped[Seconds]  #: when an operator made it
-    resumed_after: Mapped[Count]  #: newest round when it was last resumed; 0 where it never was
+    resumed_after: Mapped[Count]  #: newest round when it was last resumed or rolled back; 0 where never
+    resumed_at: Mapped[Seconds] = mapped_column(server_default="0")  #: when it was last resumed
     groups: Mapped[tuple[Group, ...]] = mapped_column(_GROUPS, server_default="[]")  #: as JSON
 
 

@@ -184,7 +184,8 @@ class Task(Struct, frozen=True, kw_only=True):
     state: TaskState
     reason: str  #: why it is in this state, for people
     created_at: float
-    resumed_after: int  #: newest round when it was last resumed; later ones count towards giving up
+    resumed_after: int  #: newest round when it was last resumed or rolled back; later ones count as failures
+    resumed_at: float = 0.0  #: when it was last resumed
     groups: tuple[Group, ...] = ()  #: in which its devices train now; none while all train together
 
 

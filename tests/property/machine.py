@@ -348,7 +348,8 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     @rule(state=st.sampled_from([TaskState.ACTIVE, TaskState.ACTIVE, TaskState.PAUSED]))
     def pause_or_resume(self, state: TaskState) -> None:
-        self._transact(lambda tx: self.coordinator.lifecycle.set_active(tx, self.name, state, "operator"))
+        lifecycle = self.coordinator.lifecycle
+        self._transact(lambda tx: lifecycle.set_active(tx, self.now, self.name, state, "operator"))
 
     @precondition(lambda self: self.now > 1400)
     @rule()

@@ -98,7 +98,7 @@ class Played:
 
     def _set(self, state: TaskState) -> None:
         lifecycle = self.server.coordinator.lifecycle
-        self.server.write(lambda tx: lifecycle.set_active(tx, "groups", state, "operator"))
+        self.server.write(lambda tx: lifecycle.set_active(tx, self.server.now, "groups", state, "operator"))
 
     def _take(self, i: int) -> None:
         answer = self.server.check_in(self.server.devices[i])

@@ -279,7 +279,7 @@ def test_a_task_that_is_resumed_gives_up_only_after_as_many_rounds_as_at_first()
             lifecycle.advance(tx, now)
             states.append(tx.tasks()[0].state)
             if attempt == 1:
-                lifecycle.set_active(tx, "t", TaskState.ACTIVE, "")
+                lifecycle.set_active(tx, 0.0, "t", TaskState.ACTIVE, "")
     assert states == [TaskState.ACTIVE, TaskState.PAUSED] * 2
 
 

@@ -107,7 +107,7 @@ def test_a_schema_that_is_behind_or_unknown_and_a_log_without_guard_are_found(da
         downgrade(migrating, "0005")
     engine.dispose()
     seen = found(data)["schema"]
-    assert "0005 is 2 migrations behind 0007" in seen.said
+    assert "0005 is 3 migrations behind 0008" in seen.said
     assert seen.fix == "back it up, then start `fedtt serve`, which migrates it"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")

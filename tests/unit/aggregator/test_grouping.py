@@ -275,7 +275,7 @@ def test_where_no_group_folds_anything_the_period_begins_again_and_at_last_the_t
     assert len(server.versions()) == 2
     assert len(server.versions("group-1")) == 1
     with server.store.transaction() as tx:
-        server.coordinator.lifecycle.set_active(tx, "groups", TaskState.ACTIVE, "")
+        server.coordinator.lifecycle.set_active(tx, 0.0, "groups", TaskState.ACTIVE, "")
     for _ in range(3):
         server.everyone()
     assert len(server.versions()) > 2

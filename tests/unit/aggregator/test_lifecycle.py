@@ -94,6 +94,19 @@ def test_a_round_whose_sum_is_given_up_is_abandoned_with_the_reason(
     assert (newest[-1].state, newest[-1].reason) == (RoundState.ABANDONED, "no sum")
 
 
+@pytest.mark.parametrize("state", [TaskState.STOPPED, TaskState.PAUSED])
+def test_only_an_active_task_pauses_itself(state: TaskState) -> None:
+    claimed = Claimed([1.0], [1])
+    with claimed.store.transaction() as tx:
+        if state is TaskState.STOPPED:
+            claimed.lifecycle.stop(tx, 2.0, "t", "operator")
+        else:
+            claimed.lifecycle.set_active(tx, 2.0, "t", state, "operator")
+        claimed.lifecycle.give_up_fold(tx, 3.0, claimed.round, "no sum")
+    assert (claimed.task().state, claimed.task().reason) == (state, "operator")
+    assert claimed.states(1) == [UpdateState.DISCARDED]
+
+
 @pytest.mark.parametrize("state", [RoundState.OPEN, RoundState.FOLDED])
 def test_a_round_that_another_server_has_moved_on_is_left_alone(state: RoundState) -> None:
     claimed = Claimed([1.0], [1])

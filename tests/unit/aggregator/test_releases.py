@@ -100,6 +100,11 @@ class Server:
             return self.lifecycle.roll_back(tx, 2.0, "t", number)
 
 
+    def set_active(self, now: float, state: TaskState) -> None:
+        with self.store.transaction() as tx:
+            self.lifecycle.set_active(tx, now, "t", state, "operator")
+
+
 FILE = EvaluationSpec(by="file")
 
 
@@ -161,6 +166,31 @@ def test_a_version_that_nobody_judges_in_time_is_held() -> None:
         server.lifecycle.advance(tx, 35.0)
     assert server.versions()[1].state is VersionState.HELD
     assert server.versions()[1].reason == "nobody had judged it 30 s after its fold"
+
+
+def test_a_candidate_loses_no_time_while_its_task_is_paused() -> None:
+    server = Server(EvaluationSpec(devices=1, deadline_s=30.0))
+    server.train(now=5.0)
+    question = asked(server, 1, now=6.0)
+    server.set_active(7.0, TaskState.PAUSED)
+    server.set_active(100.0, TaskState.ACTIVE)
+    advance(server, 129.9)
+    assert server.versions()[1].state is VersionState.CANDIDATE
+    again = asked(server, 1, now=120.0)
+    assert (again.lease, again.expires_in_s) == (question.lease, 10.0)  # 100 + 30 - 120
+    assert answer(server, 1, again.lease, BETTER, now=121.0) is None
+    server.set_active(122.0, TaskState.ACTIVE)  # it was active, so no time is given
+    advance(server, 130.0)
+    assert server.versions()[1].state is VersionState.RELEASED
+
+
+def test_a_candidate_that_nobody_judges_after_its_task_was_resumed_is_held() -> None:
+    server = Server(EvaluationSpec(by="file", deadline_s=30.0))
+    server.train()
+    server.set_active(7.0, TaskState.PAUSED)
+    server.set_active(100.0, TaskState.ACTIVE)
+    advance(server, 130.0)
+    assert server.versions()[1].reason == "nobody had judged it 30 s after the task was resumed"
 
 
 def test_a_task_whose_versions_are_held_again_and_again_pauses_itself_and_says_why() -> None:
@@ -265,6 +295,35 @@ def test_a_roll_back_holds_a_version_that_waits_for_its_verdict() -> None:
     assert isinstance(server.roll_back(1), Version)
     assert [v.state.value for v in server.versions()] == ["released", "released", "held", "released"]
     assert isinstance(server.check_in(), Work)
+
+
+def test_a_version_that_was_held_is_brought_back_only_once_it_is_released() -> None:
+    server = Server(FILE)
+    server.train()
+    server.judge(1, WORSE)
+    refusal = server.roll_back(1)
+    assert isinstance(refusal, Problem)
+    assert (refusal.code, refusal.detail) == (Code.CONFLICT, "version 1 of task 't' is held")
+    assert refusal.remedy == "if it is good after all, run `fedtt version release t 1` first"
+    assert len(server.versions()) == 3
+    with server.store.transaction() as tx:
+        assert isinstance(server.lifecycle.release(tx, 2.0, "t", 1), Version)
+    again = server.roll_back(1)
+    assert isinstance(again, Version)
+    assert (again.number, again.sha256) == (3, server.versions()[1].sha256)
+
+
+def test_rounds_that_a_roll_back_ends_are_no_failures() -> None:
+    server = Server(None, give_up_after=2, deadline_s=10.0)
+    server.train()
+    assert isinstance(server.check_in(), Work)
+    server.roll_back(0)
+    assert isinstance(server.check_in(now=2.0), Work)
+    advance(server, 20.0)  # nobody sent anything: the first failure of two
+    assert server.task().state is TaskState.ACTIVE
+    assert isinstance(server.check_in(now=20.0), Work)
+    advance(server, 40.0)
+    assert server.task().state is TaskState.PAUSED
 
 
 def test_what_stands_there_now_or_never_stood_is_not_brought_back() -> None:
