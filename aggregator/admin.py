@@ -32,6 +32,7 @@ from fedtt.messages import Problem, UpdateState
 from fedtt.server_optimiser import published
 from fedtt.task import TaskSpec, parse_task
 from fedtt.wire import encode_theta
+from storage.blobs import BlobStore
 from storage.blobs import load as load_blob
 from storage.blobs import save as save_blob
 from storage.records import MAIN, Bundle, Round, Task, TaskState, Token
@@ -62,16 +63,22 @@ async def add_bundle(service: Service, manifest_bytes: bytes) -> SentBundle | Pr
         return malformed(
             f"the bundle is not signed by the release key of this server, {key}: run `fedtt bundle sign`"
         )
-    for name, entry in manifest.files.items():
-        if not service.blobs.has(entry.sha256) or service.blobs.size(entry.sha256) != entry.bytes:
-            return not_found(
-                f"file {name!r} of the bundle (sha256 {entry.sha256[:12]}…, {entry.bytes} bytes)"
-            )
+    if problem := await service.aside(_missing_file, service.blobs, manifest):
+        return problem
     bundle = Bundle(
         sha256=bundle_digest(manifest_bytes), manifest=manifest_bytes, added_at=service.clock.now()
     )
     answer = await audited(service, "bundle.add", bundle.sha256, lambda tx: tx.put_bundle(bundle))
     return answer if isinstance(answer, Problem) else SentBundle(bundle=bundle.sha256)
+
+
+def _missing_file(blobs: BlobStore, manifest: Manifest) -> Problem | None:
+    for name, entry in manifest.files.items():
+        if not blobs.has(entry.sha256) or blobs.size(entry.sha256) != entry.bytes:
+            return not_found(
+                f"file {name!r} of the bundle (sha256 {entry.sha256[:12]}…, {entry.bytes} bytes)"
+            )
+    return None
 
 
 async def create_task(service: Service, text: str, bundle_sha256: str) -> TaskRow | Problem:

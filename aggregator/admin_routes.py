@@ -100,7 +100,8 @@ async def list_audit(request: web.Request) -> web.Response:
 
 
 async def has_blob(request: web.Request) -> web.Response:
-    present = request.app[SERVICE].blobs.has(request.match_info["sha256"])
+    service = request.app[SERVICE]
+    present = await service.aside(service.blobs.has, request.match_info["sha256"])
     return web.Response(status=200 if present else 404)
 
 

@@ -22,7 +22,7 @@ from aggregator.admin_routes import add_admin_routes, admin_problem, require_tok
 from aggregator.connections import ConnectionLimits, Connections
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
-from aggregator.handling import BODY_S, KEYS, SERVICE, answer, limited, problems_as
+from aggregator.handling import BODY_S, KEYS, RENDER, SERVICE, answer, limited, problems
 from aggregator.limits import Buckets, Rates
 from aggregator.logs import tell_request
 from aggregator.request_meter import meter
@@ -32,6 +32,7 @@ from aggregator.tls import server_tls
 from aggregator.token_files import secret_file, token_sha256
 from aggregator.traced_requests import traced
 from aggregator.tracing import UNTRACED, TracedStore, Tracer
+from aggregator.unreadable import Protocol
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared
@@ -46,6 +47,7 @@ _log = logging.getLogger("fedtt.aggregator")
 _HEADER_LIMIT_BYTES = 4096
 _BACKLOG = 1024
 BODY_LIMIT_S = 60.0
+_HANDSHAKE_S = 10.0  #: for TLS; a connection counts towards its limits only once that is done
 _LINGER_S = 2.0  #: for which the rest of a refused body is read, so that its sender sees the refusal
 
 
@@ -88,22 +90,19 @@ def device_app(
     forwarded: bool = False,
 ) -> web.Application:
     limit = limited(rates, forwarded=forwarded)
-    app = web.Application(
-        middlewares=[*_spans(service, joined=forwarded), problems_as(answer, candid=False), limit]
-    )
+    app = web.Application(middlewares=[*_spans(service, joined=forwarded), problems(candid=False), limit])
     app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S], app[KEYS] = service, body_s, Buckets(rates.key)
+    app[RENDER] = answer
     add_device_routes(app)
     return app
 
 
 def admin_app(service: Service, admin_token: str, *, body_s: float = BODY_LIMIT_S) -> web.Application:
     secret = require_token(token_sha256(admin_token))
-    app = web.Application(
-        middlewares=[*_spans(service, joined=True), problems_as(admin_problem, candid=True), secret]
-    )
+    app = web.Application(middlewares=[*_spans(service, joined=True), problems(candid=True), secret])
     app.on_response_prepare.append(tell_request)
-    app[SERVICE], app[BODY_S] = service, body_s
+    app[SERVICE], app[BODY_S], app[RENDER] = service, body_s, admin_problem
     add_admin_routes(app)
     return app
 
@@ -180,26 +179,34 @@ async def _listen(
     reuse_port: bool = False,
 ) -> str:
     """Serve an application until the stack is left; `option` begins the names of its two options."""
-    runner = web.AppRunner(
+    runner = web.AppRunner(app, shutdown_timeout=5.0)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    assert runner.server is not None  # noqa: S101  # once it is set up
+    protocol = partial(
+        Protocol,
         app,
+        runner.server,
         access_log=_log,  # nothing is written to it: the meter counts and keeps no line
         access_log_class=meter,
         keepalive_timeout=idle_s,
         lingering_time=_LINGER_S,
-        shutdown_timeout=5.0,
         auto_decompress=False,  # a few bytes could unpack to gigabytes
         max_line_size=_HEADER_LIMIT_BYTES,
         max_field_size=_HEADER_LIMIT_BYTES,
     )
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    protocol = runner.server
-    assert protocol is not None  # noqa: S101  # once it is set up
     counted = protocol if connections is None else lambda: connections.counted(protocol())
+    handshake_s = None if tls is None else min(idle_s, _HANDSHAKE_S)
     loop = asyncio.get_running_loop()
     try:
         server = await loop.create_server(
-            counted, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, ssl=tls
+            counted,
+            host,
+            port,
+            backlog=_BACKLOG,
+            reuse_port=reuse_port or None,
+            ssl=tls,
+            ssl_handshake_timeout=handshake_s,
         )
     except OSError as error:
         raise _not_listening(error, host, port, option) from None

@@ -61,6 +61,7 @@ DEVICE_CALLS: dict[str, Call] = {
         about="The factors to start from, whole or as the difference from those held",
         gives=(BINARY, DIFFERENCE_MEDIA_TYPE),
         query={"from": _HASH | None},
+        ranged=True,
         refuses=_LONG,
     ),
     "PUT /v1/leases/{lease}/update": Call(

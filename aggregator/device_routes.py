@@ -11,11 +11,20 @@ from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, re
 from aggregator.problems import bad_signature, busy, not_found, too_many
 from aggregator.service import Proof, Service
 from fedtt.manifest import MANIFEST, decode_manifest
-from fedtt.messages import DIFFERENCE_MEDIA_TYPE, MESSAGE_LIMIT_BYTES, CheckIn, Enroll, Failure, Verdict
+from fedtt.messages import (
+    DIFFERENCE_MEDIA_TYPE,
+    MESSAGE_LIMIT_BYTES,
+    CheckIn,
+    Enroll,
+    Failure,
+    Problem,
+    Verdict,
+)
 from fedtt.signature import Signed, content_digest, hex_digest
 from storage.blobs import BlobStore, FileBlobs
 
 _PIECE_BYTES = 1 << 18
+_FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 __all__ = ["add_device_routes", "serve_bundle_file"]
 
@@ -30,11 +39,16 @@ async def _sender(request: web.Request) -> Signed:
     """The device that signed this request; its body is not read yet, its digest is part of the claim."""
     service = request.app[SERVICE]
     claim, signature = _claim(request)
-    if problem := await service.sender(claim.device, _proof(service, claim, signature)):
-        raise ProblemError(problem)
-    if wait_s := request.app[KEYS].take(claim.device, service.clock.now()):
-        raise ProblemError(too_many("this device"), wait_s)
+    _admit(request, claim, await service.sender(claim.device, _proof(service, claim, signature)))
     return claim
+
+
+def _admit(request: web.Request, claim: Signed, problem: Problem | None) -> None:
+    """Refuse whoever is not the device that signed, and a device that asks too often."""
+    if problem is not None:
+        raise ProblemError(problem)
+    if wait_s := request.app[KEYS].take(claim.device, request.app[SERVICE].clock.now()):
+        raise ProblemError(too_many("this device"), wait_s)
 
 
 def _proof(service: Service, claim: Signed, signature: bytes) -> Proof:
@@ -82,7 +96,8 @@ async def upload(request: web.Request) -> web.Response:
     service, lease = request.app[SERVICE], request.match_info["lease"]
     claim, signature = _claim(request)
     digest = hex_digest(claim.digest)
-    admitted = await service.admit(claim.device, lease, digest, _proof(service, claim, signature))
+    problem, admitted = await service.admit(claim.device, lease, digest, _proof(service, claim, signature))
+    _admit(request, claim, problem)
     if not isinstance(admitted, tuple):
         return answer(checked(admitted))
     admission, limit_bytes = admitted
@@ -115,13 +130,14 @@ async def leave(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-async def version(request: web.Request) -> web.Response:
+async def version(request: web.Request) -> web.StreamResponse:
     await _bare_sender(request)
     sha256, held = request.match_info["sha256"], request.query.get("from")
-    body = checked(await request.app[SERVICE].version(sha256, held))
-    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-    kind = DIFFERENCE_MEDIA_TYPE if body.difference else "application/octet-stream"
-    return web.Response(body=body.data, content_type=kind, headers=headers)
+    service = request.app[SERVICE]
+    difference = checked(await service.difference(sha256, held))
+    if difference is None:
+        return await _blob(request, service.blobs, sha256, **_FOR_EVER)
+    return web.Response(body=difference, content_type=DIFFERENCE_MEDIA_TYPE, headers=_FOR_EVER)
 
 
 async def bundle_file(request: web.Request) -> web.StreamResponse:
@@ -141,23 +157,31 @@ async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
     entry = decode_manifest(bundle.manifest).files.get(name)
     if entry is None:
         raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
-    if isinstance(service.blobs, FileBlobs):
-        return web.FileResponse(service.blobs.path(entry.sha256))
-    return await _streamed(request, service.blobs, entry.sha256)
+    return await _blob(request, service.blobs, entry.sha256)
 
 
-async def _streamed(request: web.Request, blobs: BlobStore, sha256: str) -> web.StreamResponse:
-    """What a request's Range asks of a blob that lies in no file, piece by piece."""
-    start, size = request.http_range.start or 0, await asyncio.to_thread(blobs.size, sha256)
-    response = web.StreamResponse(status=206 if start else 200)
-    if start:
-        response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-    response.content_length = max(0, size - start)
+async def _blob(request: web.Request, blobs: BlobStore, sha256: str, **headers: str) -> web.StreamResponse:
+    """All of a blob, or what Range asks of it, piece by piece: a reader may be as slow as it likes."""
+    size = await asyncio.to_thread(blobs.size, sha256)
+    if isinstance(blobs, FileBlobs):
+        return web.FileResponse(blobs.path(sha256), headers=headers)
+    try:
+        start, stop, _ = request.http_range.indices(size)
+    except ValueError:
+        start = stop = size
+    is_part = "Range" in request.headers
+    if is_part and start >= stop:
+        return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
+    response = web.StreamResponse(status=206 if is_part else 200, headers=headers)
+    if is_part:
+        response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    response.content_length = left = stop - start
     with await asyncio.to_thread(blobs.open, sha256) as file:
         await asyncio.to_thread(file.seek, start)
         await response.prepare(request)
-        while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+        while piece := await asyncio.to_thread(file.read, min(left, _PIECE_BYTES)):
             await response.write(piece)
+            left -= len(piece)
     await response.write_eof()
     return response
 

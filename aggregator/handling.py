@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
@@ -31,6 +32,7 @@ from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, decode, e
 __all__ = [
     "BODY_S",
     "KEYS",
+    "RENDER",
     "SERVICE",
     "ProblemError",
     "answer",
@@ -38,20 +40,22 @@ __all__ = [
     "checked",
     "json_answer",
     "limited",
-    "problems_as",
+    "problems",
     "read_body",
     "read_message",
+    "refuse",
 ]
 
+Render = Callable[[Problem, int], web.Response]
 SERVICE = web.AppKey("service", Service)
 KEYS = web.AppKey("keys", Buckets)  #: what each device's key may still send
+RENDER: web.AppKey[Render] = web.AppKey("render")  #: how the listener writes a Problem
 BODY_S = web.AppKey("body_s", float)
 _BUSY_RETRY_S = 2
+_CONTROL = re.compile("%(?:[01][0-9a-f]|7f)", re.IGNORECASE)  #: in a path or query as it came
 _log = logging.getLogger("fedtt.aggregator")
 
 M = TypeVar("M")
-Render = Callable[[Problem, int], web.Response]
-Refuse = Callable[[web.Request, Problem, int], web.Response]
 
 
 class ProblemError(FedttError):
@@ -137,53 +141,55 @@ def json_answer(value: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
 
 
-def problems_as(render: Render, *, candid: bool) -> Middleware:
+def refuse(
+    app: web.Application, problem: Problem, status: int | None = None, retry_after_s: float = _BUSY_RETRY_S
+) -> web.Response:
+    """Count a refusal, and answer with it in the listener's own format."""
+    app[SERVICE].metrics.refused(problem.code)
+    response = app[RENDER](problem, status or STATUS[problem.code])
+    if problem.code in {Code.BUSY, Code.TOO_MANY}:
+        response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return response
+
+
+def problems(*, candid: bool) -> Middleware:
     """Middleware: every refusal is a Problem in the listener's own format.
 
     candid: whether whoever asks may read what is wrong with the server's own files.
     """
 
-    def refuse(
-        request: web.Request,
-        problem: Problem,
-        status: int | None = None,
-        retry_after_s: float = _BUSY_RETRY_S,
-    ) -> web.Response:
-        request.app[SERVICE].metrics.refused(problem.code)
-        response = render(problem, status or STATUS[problem.code])
-        if problem.code in {Code.BUSY, Code.TOO_MANY}:
-            response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-        return response
-
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         name_request(request)
         try:
+            if _CONTROL.search(request.raw_path):  # nothing here has such a name, PostgreSQL holds no NUL
+                raise ProblemError(malformed("the path or its query has a control character"))
             return await handler(request)
         except ProblemError as error:
-            return refuse(request, error.problem, retry_after_s=error.retry_after_s)
+            return refuse(request.app, error.problem, retry_after_s=error.retry_after_s)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return _unrouted(request, error, refuse)
+            return _unrouted(request, error)
         except StorageError as error:
             _log.error("%s %s failed: %s", request.method, request.path, error)
-            return refuse(request, storage_failed(str(error) if candid else ""))
+            return refuse(request.app, storage_failed(str(error) if candid else ""))
         except FedttError as error:
             _log.warning("%s %s refused: %s", request.method, request.path, error)
-            return refuse(request, malformed(str(error)))
+            return refuse(request.app, malformed(str(error)))
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
-            return refuse(request, internal())
+            return refuse(request.app, internal())
 
     return middleware
 
 
-def _unrouted(request: web.Request, error: web.HTTPException, refuse: Refuse) -> web.Response:
+def _unrouted(request: web.Request, error: web.HTTPException) -> web.Response:
     """No route takes this path, or none takes this method on it."""
     if not isinstance(error, web.HTTPMethodNotAllowed):
-        return refuse(request, not_found(f"{request.method} {request.path[:100]}"), error.status)
+        return refuse(request.app, not_found(f"{request.method} {request.path[:100]}"), error.status)
     allowed = ", ".join(sorted(error.allowed_methods))
-    response = refuse(request, not_allowed(request.method, request.path[:100], allowed), error.status)
+    problem = not_allowed(request.method, request.path[:100], allowed)
+    response = refuse(request.app, problem, error.status)
     response.headers["Allow"] = allowed
     return response

@@ -143,7 +143,7 @@ class Lifecycle(Rounds):
                 self.ensure_round(tx, now, task, branch)
 
     def _give_up(self, tx: Transaction, task: Task) -> Task:
-        """Pause a task whose last rounds were all abandoned; one that is paused or has ended stays as it is."""
+        """Pause an active task whose last rounds were all abandoned."""
         limit = task.spec.rounds.give_up_after
         newest = tx.rounds(task.id, limit=limit + len(task.groups))
         last = [r for r in newest if r.number > task.resumed_after and r.state is not RoundState.OPEN][:limit]
@@ -349,7 +349,7 @@ class Lifecycle(Rounds):
     ) -> Task | None:
         """Pause or resume; a task that has ended stays so. None where there is no such task.
 
-        Rounds from before it was resumed count no longer towards giving up, and a candidate has all of its time.
+        Rounds from before it was resumed count no longer towards giving up; a candidate's time starts anew.
         """
         task = tx.task(name)
         if task is not None and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:

@@ -20,12 +20,13 @@ from prometheus_client import (
 
 from fedtt.messages import CheckInAnswer, Code, FailureCode, Judge, Retired, UpdateState, Wait, Work
 
-__all__ = ["Metrics", "totals"]
+__all__ = ["PEOPLE", "Metrics", "totals"]
 
 _REQUEST_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _COMMIT_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _CHANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FOLD_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PEOPLE = "(people)"  #: whose share of the queue before the ledger is theirs alone; no task has this name
 _UPDATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -127,7 +128,8 @@ class Metrics:
             self.updates.labels(state.value)
         for why in FailureCode:
             self.given_back.labels(why.value)
-        self.queue_refusals.labels("")
+        for whose in ("", PEOPLE):
+            self.queue_refusals.labels(whose)
         for limit in ("total", "addresses"):
             self.connections_refused.labels(limit)
 

@@ -11,6 +11,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from aggregator.answers import AdminTokenRow, AuditRow, NewAdminToken, RevokedDevice, as_row
+from aggregator.metrics import PEOPLE
 from aggregator.problems import malformed, not_found, taken_name
 from aggregator.service import Service
 from aggregator.token_files import new_token, same_token, token_sha256
@@ -69,7 +70,7 @@ async def audited(
             audit.append(tx, now, actor, action, subject, detail)
         return answer
 
-    return await service.write(both)
+    return await service.write(both, task=PEOPLE)
 
 
 class AdminTokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -191,9 +191,7 @@ def stale(why: str) -> Problem:
     )
 
 
-def conflict_version(
-    name: str, number: int, why: str, remedy: str = "see `fedtt version list`"
-) -> Problem:
+def conflict_version(name: str, number: int, why: str, remedy: str = "see `fedtt version list`") -> Problem:
     return Problem(
         code=Code.CONFLICT,
         detail=f"version {number} of task {name[:100]!r} is {why}",

@@ -107,10 +107,10 @@ class Service:
         self._claims = Claims(store, self.lifecycle, clock)
         self._wake = asyncio.Event()
 
-    async def write(self, change: Callable[[Transaction], T]) -> T | Problem:
-        """Run a change in the next commit; a full queue is a typed refusal."""
+    async def write(self, change: Callable[[Transaction], T], *, task: str = "") -> T | Problem:
+        """Run a change in the next commit; a full queue is a typed refusal. task: whose share it takes."""
         try:
-            return await self.writer.request(change)
+            return await self.writer.request(change, task=task)
         except QueueFullError as error:
             return busy(str(error))
 
@@ -155,10 +155,12 @@ class Service:
 
     async def admit(
         self, device_name: str, lease: str, digest: str, proof: Proof = lambda device: None
-    ) -> Admitted | Receipt | Problem:
-        """Before the body is read: whether it may come from this sender, and the most bytes it may have."""
+    ) -> tuple[Problem | None, Admitted | Receipt | Problem]:
+        """Before the body is read: what is wrong with whoever says to be this device; then whether an update
+        may come from it, and the most bytes it may have.
+        """
         known = await self._door.ask(_Knock(device_name, proof, lease, digest))
-        return known.problem or known.admitted
+        return known.problem, known.admitted
 
     def _look(self, knocks: Sequence[_Knock]) -> list[_Known]:
         """Answer all from one look at the store; signatures, which take longest, are checked after it."""
@@ -242,21 +244,28 @@ class Service:
 
     async def version(self, sha256: str, held: str | None = None) -> VersionBody | Problem:
         """A version, as its difference from the one the device holds where that is known here and shorter."""
+        difference = await self.difference(sha256, held)
+        if isinstance(difference, Problem):
+            return difference
+        if difference is not None:
+            return VersionBody(data=difference, difference=True)
+        return VersionBody(data=await self.aside(load, self.blobs, sha256))
+
+    async def difference(self, sha256: str, held: str | None = None) -> bytes | Problem | None:
+        """The difference alone; None where the whole version is to be sent."""
         if held is not None and not _SHA256.fullmatch(held):
             return malformed(f"from={held[:80]!r} names no version: a name is a sha256 in 64 hex digits")
         if not await self.read(lambda tx: tx.has_version(sha256)):
             return not_found(f"version {sha256[:12]}…")
-        if held is not None and await self._holds(held, sha256):
-            difference = await self._differences.between(held, sha256)
-            if difference is not None:
-                return VersionBody(data=difference, difference=True)
-        return VersionBody(data=await self.aside(load, self.blobs, sha256))
+        if held is None or not await self._holds(held, sha256):
+            return None
+        return await self._differences.between(held, sha256)
 
     async def _holds(self, held: str, sha256: str) -> bool:
         """Whether a device holds what is known here: a version, or zeros as long as the one it wants."""
         if await self.read(lambda tx: tx.has_version(held)):
             return True
-        return held == zeros_digest(len(await self.aside(load, self.blobs, sha256)))
+        return held == zeros_digest(await self.aside(self.blobs.size, sha256))
 
     # rounds
 

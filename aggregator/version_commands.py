@@ -62,7 +62,7 @@ def register(commands: Commands) -> None:
     )
 
     for name, about in {
-        "release": "let devices train from a version that waits for its verdict; one held may be brought back",
+        "release": "let devices train from a version that waits for its verdict, or one held be brought back",
         "hold": "let no device train from it: what stood before it follows under the next number",
         "rollback": "publish an earlier version again under the next number",
     }.items():

@@ -20,6 +20,7 @@ status 2, and never show a traceback for it.
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -42,6 +43,20 @@ __all__ = [
 ]
 
 
+class _Shown(reprlib.Repr):
+    """A value from outside in few words, however long, deep or large it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 200, 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 64 else f"an integer of {x.bit_length()} bits"
+
+
+_SHOWN = _Shown()
+
+
 class FedttError(Exception):
     """Base of the tree; catch it to catch all that is not a bug."""
 
@@ -52,7 +67,7 @@ class ConfigError(FedttError):
     def __init__(self, field: str, value: object, allowed: str, where: str = "") -> None:
         self.field, self.value, self.allowed, self.where = field, value, allowed, where
         prefix = f"{where}: " if where else ""
-        super().__init__(f"{prefix}{field} = {value!r} is not allowed: {allowed}")
+        super().__init__(f"{prefix}{field} = {_SHOWN.repr(value)} is not allowed: {allowed}")
 
 
 class DataError(FedttError):

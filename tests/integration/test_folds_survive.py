@@ -89,7 +89,7 @@ async def upload_all(service: Service, updates: Sequence[tuple[Delta, int]]) -> 
         assert isinstance(work, Work)
         frame = frame_of(work.plan, delta, examples=examples)
         digest = hashlib.sha256(frame).hexdigest()
-        admitted = await service.admit(enrolled.device, work.lease, digest)
+        _, admitted = await service.admit(enrolled.device, work.lease, digest)
         assert isinstance(admitted, tuple)
         assert isinstance(admitted[0], Admission)
         assert isinstance(await service.upload(admitted[0], frame, digest), Receipt)

@@ -12,7 +12,7 @@ import pytest
 from aggregator.limits import Rate, Rates, raise_file_limit
 from fedtt.errors import Refused
 from fedtt.messages import Code
-from tests.support.served import CHECK_IN, refused, served, task_text
+from tests.support.served import CHECK_IN, frame_of, refused, served, task_text
 
 
 async def test_a_device_that_asks_too_often_is_told_when_and_others_are_not_slowed(tmp_path: Path) -> None:
@@ -34,6 +34,17 @@ async def test_a_device_that_asks_too_often_is_told_when_and_others_are_not_slow
             await honest.work()
         body = (await server.people("GET", "/activity")).body
         assert b'"too_many":1' in body
+
+
+async def test_uploads_count_too_also_those_that_are_refused(tmp_path: Path) -> None:
+    rates = Rates(key=Rate(per_s=0.1, burst=4))
+    async with served(tmp_path, task_text(), rates=rates) as server, server.device() as flood:
+        work = await flood.work()
+        path, frame = f"/v1/leases/{work.lease}/update", frame_of(work.plan)
+        assert (await flood.request("PUT", path, frame)).status == 200
+        assert (await flood.request("PUT", path, frame)).status == 200  # the same receipt
+        refused(await flood.request("PUT", f"/v1/leases/{'0' * 32}/update", frame), Code.UNKNOWN_LEASE)
+        refused(await flood.request("PUT", path, frame), Code.TOO_MANY)
 
 
 async def test_a_range_of_addresses_is_refused_before_its_body_is_read(tmp_path: Path) -> None:

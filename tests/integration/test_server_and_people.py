@@ -136,7 +136,7 @@ async def test_a_tasks_name_is_taken_once(place: Attacked, known: str) -> None:
     ("method", "path"),
     [("GET", ""), ("POST", "/pause"), ("POST", "/stop"), ("GET", "/rounds"), ("GET", "/versions")],
 )
-@pytest.mark.parametrize("name", ["nobody", "a%2Fb", "%00", "x" * 2000])
+@pytest.mark.parametrize("name", ["nobody", "a%2Fb", "x" * 2000])
 async def test_a_task_that_is_not_there_is_named(place: Attacked, name: str, method: str, path: str) -> None:
     refused(await place.server.people(method, f"/tasks/{name}{path}"), Code.NOT_FOUND, "there is no task '")
 
@@ -175,12 +175,12 @@ async def test_a_task_that_has_ended_says_so_when_it_is_resumed(place: Attacked,
     assert await admin.task("over") | shown == stopped | shown
 
 
-@pytest.mark.parametrize("after", ["", "%FF", "%00", "'%20OR%201=1", "f" * 2000])
+@pytest.mark.parametrize("after", ["", "%FF", "'%20OR%201=1", "f" * 2000])
 async def test_devices_are_listed_without_their_keys_from_any_point(place: Attacked, after: str) -> None:
     answer = await place.server.people("GET", f"/devices?after={after}")
     assert answer.status == 200
     known = [device["id"] for device in json.loads(answer.body)]
-    assert known == ([place.honest.identity.device] if after in ("", "%00", "'%20OR%201=1") else [])
+    assert known == ([place.honest.identity.device] if after in ("", "'%20OR%201=1") else [])
     assert b"public_key" not in answer.body
 
 

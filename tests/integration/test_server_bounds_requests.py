@@ -9,14 +9,12 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from yarl import URL
 
-from fedtt.messages import (
-    MESSAGE_LIMIT_BYTES,
-    Code,
-    encode,
-)
+from aggregator.metrics import totals
+from fedtt.messages import MEDIA_TYPE, MESSAGE_LIMIT_BYTES, Code, encode
 from fedtt.wire import update_limit_bytes
-from tests.support.served import CHECK_IN, LAYOUT, Attacked, Peer, frame_of, refused
+from tests.support.served import CHECK_IN, LAYOUT, Answer, Attacked, Peer, frame_of, refused
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_accepted_is_lost")]
 
@@ -173,19 +171,57 @@ async def test_a_sender_that_hangs_up_is_no_bug_of_the_server(
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_headers_without_end_are_cut_off(place: Attacked) -> None:
-    reader, writer = await place.server.connect()
-    writer.write(b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 20_000)
+HEADS = {
+    "longer than 4096 bytes": (400, b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Long: " + b"secret" * 4000),
+    "longer than 4096 bytes ": (400, b"GET /" + b"secret" * 4000),
+    "more than 128 fields": (400, b"GET / HTTP/1.1\r\n" + b"X-secret: y\r\n" * 200 + b"\r\n"),
+    "no valid HTTP": (400, b"GET / HTTP/1.1\r\nsecret\r\n\r\n"),
+    "does not begin with a method": (400, b"\x16\x03secret\r\n\r\n"),
+    "Expect may ask for": (417, b"GET /healthz HTTP/1.1\r\nHost: x\r\nExpect: secret\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("said", HEADS)
+@pytest.mark.parametrize("listener", ["devices", "people"])
+async def test_a_head_that_cannot_be_read_is_a_typed_refusal_that_repeats_none_of_it(
+    place: Attacked, said: str, listener: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    listening = place.server.listening
+    url = URL(listening.url if listener == "devices" else listening.admin_url)
+    refusals = place.server.service.metrics.refusals
+    before = totals(refusals, "code")["malformed"]
+    status, head = HEADS[said]
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(head)
     async with asyncio.timeout(5):
-        assert b" 400 " in (await reader.read()).split(b"\r\n")[0]
+        first, _, rest = (await reader.read()).partition(b"\r\n")
     writer.close()
+    assert b" %d " % status in first
+    headers, _, body = rest.partition(b"\r\n\r\n")
+    kind = MEDIA_TYPE if listener == "devices" else "application/json"
+    assert f"Content-Type: {kind}".encode() in headers
+    problem = Answer(status, {"Content-Type": kind}, body).problem
+    assert problem.code is Code.MALFORMED
+    assert said.strip() in problem.detail
+    assert b"secret" not in rest
+    assert caplog.records == []
+    assert totals(refusals, "code")["malformed"] == before + 1
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v2/check-in", "/v1/leases/1/update", "/v1/../etc/passwd", "/v1/%ff%00", "//v1/check-in"]
+    "path", ["/", "/v2/check-in", "/v1/leases/1/update", "/v1/../etc/passwd", "/v1/%ff", "//v1/check-in"]
 )
 async def test_a_path_that_is_not_there_is_a_typed_404(place: Attacked, path: str) -> None:
     refused(await place.server.raw("GET", path), Code.NOT_FOUND, "there is no GET", "here")
+
+
+async def test_a_name_with_a_control_character_is_refused_before_the_ledger_is_asked(place: Attacked) -> None:
+    for path in ("/devices?after=%00", "/tasks/%00", "/tasks/a%1F", "/tasks/t/rounds?limit=%7f"):
+        refused(await place.server.people("GET", path), Code.MALFORMED, "control character")
+    for path in ("/devices/%00/revoke", "/admin-tokens/%00/revoke", "/tasks/%00/pause"):
+        refused(await place.server.people("POST", path), Code.MALFORMED, "control character")
+    refused(await place.server.raw("GET", f"/v1/bundles/{NOBODY}/%00"), Code.MALFORMED, "control character")
+    refused(await place.server.people("GET", "/tasks/%20"), Code.NOT_FOUND)
 
 
 async def test_a_wrong_method_is_a_typed_405_that_names_the_right_one(place: Attacked) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
 from pathlib import Path
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from yarl import URL
 
 from aggregator.admin_client import AdminClient
 from aggregator.app import ServerConfig, serving
@@ -102,6 +104,25 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
         plain = "http" + listening.url.removeprefix("https")
         with pytest.raises(Unreachable):
             await _checked_in(plain, identity, "", listening.enrolment_token)
+
+
+async def test_a_connection_that_never_shakes_hands_is_closed(tmp_path: Path) -> None:
+    authority(tmp_path, "ours")
+    config = ServerConfig(
+        data=tmp_path / "data",
+        port=0,
+        admin_port=0,
+        tls_cert=tmp_path / "server-ours.pem",
+        tls_key=tmp_path / "server-ours-key.pem",
+        idle_s=0.2,
+    )
+    async with serving(config) as listening:
+        for address in (listening.url, listening.admin_url):
+            url = URL(address)
+            reader, writer = await asyncio.open_connection(url.host, url.port)
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
 
 
 async def _checked_in(url: str, identity: Identity, ca: str, token: str) -> bool:

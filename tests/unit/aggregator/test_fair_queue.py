@@ -10,13 +10,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregator.admin import create_token
+from aggregator.answers import NewToken
 from aggregator.fair_queue import FairQueue
 from aggregator.metrics import totals
 from aggregator.service import Service
 from aggregator.uploads import Admission
 from aggregator.writer import Writer
 from fedtt.codec import encode_delta
-from fedtt.messages import Code, Problem, Receipt
+from fedtt.messages import CheckIn, Code, Problem, Receipt
 from fedtt.seams import SystemClock
 from fedtt.task import RoundSpec, TaskSpec
 from fedtt.wire import UpdateHeader, encode_update, layout_tag, update_digest
@@ -76,6 +78,22 @@ def test_nothing_is_lost_and_nobody_waits_behind_more_than_a_turn_of_each(
             assert len(taken) == min(most, sum(before.values()))
             for name, count in counts.items():  # one more than another only where that one has no more
                 assert all(count <= counts[o] + 1 or not waiting[o] for o in "abc" if o != name)
+
+
+async def test_what_people_change_is_not_kept_out_by_a_flood_of_check_ins(tmp_path: Path) -> None:
+    store = SqlStore.open(tmp_path / "ledger.db")
+    service = Service(store, MemoryBlobs(), SystemClock())
+    service.writer = Writer(store, queue_limit=10, refused=service.metrics.no_room)
+    check_in = CheckIn(client="", runtimes=(), examples=1)
+    flood = [asyncio.create_task(service.check_in("0" * 32, check_in)) for _ in range(20)]
+    await asyncio.sleep(0)
+    people = asyncio.create_task(create_token(service, b"{}"))
+    await asyncio.sleep(0)
+    service.writer.start()
+    assert isinstance(await people, NewToken)
+    await asyncio.gather(*flood)
+    await service.writer.stop()
+    store.close()
 
 
 async def test_an_update_beside_a_flood_of_another_task_is_in_the_next_commit_and_not_refused(

@@ -99,7 +99,6 @@ class Server:
         with self.store.transaction() as tx:
             return self.lifecycle.roll_back(tx, 2.0, "t", number)
 
-
     def set_active(self, now: float, state: TaskState) -> None:
         with self.store.transaction() as tx:
             self.lifecycle.set_active(tx, now, "t", state, "operator")

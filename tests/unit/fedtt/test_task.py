@@ -275,6 +275,15 @@ def test_settings_that_contradict_each_other_are_refused_with_the_file() -> None
         (LEAST + "[secrecy]", r"task: secrecy = \{\} is not allowed: known settings here are name, "),
         ("name = t", r"task = '…' is not allowed: valid TOML \(.*line 1, column 8"),
         ("x = " + "[" * 60_000, r"task = '…' is not allowed: valid TOML \("),
+        ("seed = " + "9" * 5000, r"task = '…' is not allowed: valid TOML \("),
+        (
+            f"{LEAST}deadline_s = 0x{'f' * 5000}",
+            r"task: rounds\.deadline_s = an integer of 20000 bits is not allowed",
+        ),
+        (".".join("a" * 20_000) + " = 1", "task = '…' is not allowed: at most 100 dots in a line"),
+        (".".join("a" * 100) + " = 1", r"task: a = .{,50} is not allowed"),
+        (f"x = {'{a = ' * 50}'{'z' * 500}'{'}' * 50}", r"task: x = .{,50} is not allowed"),
+        (f"{LEAST}seed = '{'z' * 500}'", r"task: rounds\.seed = .{,210} is not allowed"),
         ("#" * 65_537, r"task = '65537 characters' is not allowed: at most 65536 bytes"),
     ],
 )

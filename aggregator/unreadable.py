@@ -1,0 +1,51 @@
+"""Requests whose head is no HTTP, or longer than it may be: refused like all others, in a typed problem."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, LineTooLong
+
+from aggregator.handling import refuse
+from aggregator.problems import malformed
+
+__all__ = ["Protocol"]
+
+
+class Protocol(web.RequestHandler):
+    """One connection. What aiohttp says of a request that it cannot read echoes it, and logs a traceback."""
+
+    __slots__ = ("_app",)
+
+    def __init__(self, app: web.Application, server: web.Server, **settings: Any) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **settings)
+        self._app = app
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        response = refuse(self._app, malformed(self._wrong(exc)), status)
+        response.force_close()
+        return response
+
+    def _wrong(self, error: HttpProcessingError) -> str:
+        if isinstance(error, LineTooLong):
+            return f"a line or field of the request's head is longer than {self.max_field_size} bytes"
+        if isinstance(error, BadStatusLine):
+            return "the request does not begin with a method, a path and a version of HTTP"
+        return f"the request's head is no valid HTTP, or has more than {self.max_headers} fields"
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
+            resp = refuse(self._app, malformed("Expect may ask for 100-continue alone"), resp.status)
+        return await super().finish_response(request, resp, start_time)
