@@ -3,9 +3,10 @@
 The cold start is a real `fedtt client run` process against a real server process. Rows
 (`benchmarks.device_rows`) are MiniLM-L6 at 8 texts of 64 tokens and 16 of 128, trained at full depth and in
 the last 3, 2 and 1 blocks, over kept activations or not, with a base stored as fp32, fp16 and int8, in ONNX
-Runtime and, where its package and a C++ compiler are, ExecuTorch; beside them torch eager with the same
-adapters, and LoRA in PEFT where that is installed (`pip install 'fedtt[bench]'`). Each row is a process of
-one thread. `matmul` is the best rate of torch, numpy and ONNX Runtime on the step's own shape.
+Runtime, there with products in int8, too, and, where its package and a C++ compiler are, ExecuTorch; beside
+them torch eager with the same adapters, and LoRA in PEFT where that is installed (`pip install
+'fedtt[bench]'`). Each row is a process of one thread. `matmul` is the best rate of torch, numpy and ONNX
+Runtime on the step's own shape.
 
 Rows with limits come first, and --main measures them alone. A row that was measured here before, of the
 same bundle, machine, packages and seed, is not measured again, so a run that was cut off goes on where it
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING
 from msgspec import to_builtins
 
 from benchmarks.device_processes import measured
-from benchmarks.device_rows import BASES, SHAPES, Kept, Kind, Row, has_limit, rows
+from benchmarks.device_rows import BASES, PRODUCTS, SHAPES, Kept, Kind, Row, bases_of, has_limit, rows
 from benchmarks.device_torch import matmul_gflops, step_gflop
 from benchmarks.harness import ROOT, Report, arguments, minilm_directory, reporting
 
@@ -67,6 +68,8 @@ AGAINST = {
     "step_full_over_eager_cpu_executorch": "<= 0.9",
     "step_k2_cached_over_eager_cpu_onnx": "<= 0.15: the last two blocks over kept activations, once filled",
     "step_k2_cached_over_eager_cpu_executorch": "<= 0.35: the same",
+    "step_full_int8_products_over_eager_cpu_onnx": "<= 0.45",
+    "step_k2_cached_int8_products_over_eager_cpu_onnx": "<= 0.15",
     "client_peak_rss_mb_k2_*": "<= 150: a process that opens the bundle, fills activations, trains a round",
     "activation_reuse_in_a_round_*": "rows read from what was kept, over rows computed, in 10 steps",
     "bundle_mb_int8_*": "<= 25: all that a device downloads",
@@ -171,7 +174,9 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
     for runtime in runtimes:
         figures |= asked(runtime, eager, found)
         figures |= {
-            f"bundle_mb_{base}_{SUFFIX[runtime]}": download_mb(bundles[base], runtime) for base in bundles
+            f"bundle_mb_{base}_{SUFFIX[runtime]}": download_mb(bundles[base], runtime)
+            for base in bundles
+            if base in bases_of(runtime)
         }
     for name, ms in eager.items():
         figures[f"step_{name}_cpu_ms"] = ms
@@ -217,12 +222,17 @@ def medians(found: dict[Row, dict[str, float]], part: str, figure: str) -> dict[
 
 
 def asked(runtime: str, ms: dict[str, float], found: dict[Row, dict[str, float]]) -> dict[str, float]:
-    """The figures with limits: fp32 at 8x64, over torch eager at full depth."""
+    """The figures with limits: at 8x64, over torch eager at full depth in fp32."""
     suffix = SUFFIX[runtime]
     full, cached = (f"{suffix}_fp32_{depth}_8x64" for depth in ("full", "k2_cached"))
     reuse = next(line for row, line in found.items() if row.part == "round" and name_of(row) == cached)
     peaks = medians(found, "round", "peak_mb")
-    return {
+    integers = {
+        f"step_{depth}_int8_products_over_eager_cpu_{suffix}": ms[name] / ms["torch_fp32_full_8x64"]
+        for depth in ("full", "k2_cached")
+        if (name := f"{suffix}_{PRODUCTS}_{depth}_8x64") in ms
+    }
+    return integers | {
         f"step_full_over_eager_cpu_{suffix}": ms[full] / ms["torch_fp32_full_8x64"],
         f"step_k2_cached_over_eager_cpu_{suffix}": ms[cached] / ms["torch_fp32_full_8x64"],
         f"client_peak_rss_mb_k2_{suffix}": peaks[cached],
@@ -235,7 +245,10 @@ def exported_minilm(base: str, runtimes: list[RuntimeName], *, depths: str) -> P
     """A bundle of the whole and of so many last blocks; tests compare such with torch."""
     from benchmarks.federated import exported  # not by the measured processes, whose memory counts
 
-    options = ("--labels", str(LABELS), "--base", base, "--depths", depths, "--no-verify")
+    stored = ("int8", "--products", "int8") if base == PRODUCTS else (base,)
+    if base == PRODUCTS:
+        runtimes = ["onnxruntime"]
+    options = ("--labels", str(LABELS), "--base", *stored, "--depths", depths, "--no-verify")
     name = f"device-minilm-{base}-k{depths.replace(',', '')}{'-both' if 'executorch' in runtimes else ''}"
     return exported(name, minilm_directory(), *options, "--runtime", ",".join(runtimes))
 

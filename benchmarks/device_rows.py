@@ -14,12 +14,13 @@ from msgspec.structs import replace
 
 from benchmarks.harness import machine
 
-__all__ = ["BASES", "SHAPES", "Kept", "Kind", "Row", "has_limit", "rows"]
+__all__ = ["BASES", "PRODUCTS", "SHAPES", "Kept", "Kind", "Row", "bases_of", "has_limit", "rows"]
 
-BASES = ("fp32", "fp16", "int8")
+PRODUCTS = "int8-products"  #: a base in int8, multiplied in int8: by ONNX Runtime alone
+BASES = ("fp32", "fp16", "int8", PRODUCTS)
 SHAPES = ((8, 64), (16, 128))
 DEPTHS = (None, 3, 2, 1)
-TURNS = 3  #: of fp32 steps; the others are taken once
+TURNS = 3  #: of steps in fp32 and by products in int8; the others are taken once
 
 Part = Literal["step", "round"]
 Kind = Literal["onnxruntime", "executorch", "torch", "peft"]
@@ -43,8 +44,8 @@ def rows(kinds: Sequence[Kind]) -> Iterator[Row]:
     """Those that are compared follow one another, so that the machine is the same to them."""
     for turn, (batch, tokens), part, depth in itertools.product(range(TURNS), SHAPES, PARTS, DEPTHS):
         for kind in kinds:
-            for base in BASES if kind in ("onnxruntime", "executorch") else BASES[:1]:
-                if turn and (part == "round" or base != "fp32"):
+            for base in bases_of(kind):
+                if turn and (part == "round" or base not in ("fp32", PRODUCTS)):
                     continue
                 row = Row(
                     part=part, runtime=kind, base=base, depth=depth, batch=batch, tokens=tokens, turn=turn
@@ -54,6 +55,16 @@ def rows(kinds: Sequence[Kind]) -> Iterator[Row]:
                     yield replace(row, cached=True)
 
 
+def bases_of(kind: Kind) -> tuple[str, ...]:
+    match kind:
+        case "onnxruntime":
+            return BASES
+        case "executorch":
+            return BASES[:3]
+        case _:
+            return BASES[:1]
+
+
 def has_limit(row: Row) -> bool:
     """Whether a figure with a limit is made of it: 8 x 64 tokens, full, or the last two blocks and cached."""
     if (row.batch, row.tokens) != SHAPES[0]:
@@ -61,7 +72,7 @@ def has_limit(row: Row) -> bool:
     cached = row.depth == 2 and row.cached
     if row.part == "round":  # whose peak counts
         return cached and row.base != "fp16"
-    return row.base == "fp32" and (cached or row.depth is None)
+    return row.base in ("fp32", PRODUCTS) and (cached or row.depth is None)
 
 
 class Kept:

@@ -35,7 +35,7 @@ finally:
 
 from fedtt.errors import ConfigError
 from fedtt.kinds import Target
-from fedtt.manifest import Precision
+from fedtt.manifest import Precision, Products
 
 from .quantise import Stored, quantise
 from .registry import Architecture, architecture_of
@@ -56,6 +56,7 @@ class Base:
     tokenizer: Tokenizer  #: neither cuts nor pads
     precision: Precision = "fp32"  #: in which its matrices are stored; the model holds them rounded to it
     stored: dict[str, Stored] = field(default_factory=dict)  #: by the names of its parameters
+    products: Products = "fp32"  #: of the frozen matrices of its blocks
 
     @property
     def config(self) -> PretrainedConfig:
@@ -105,8 +106,10 @@ class Base:
 
     @cached_property
     def sha256(self) -> str:
-        """Over names and float32 bytes of all weights, as rounded: equal bases give equal gradients."""
-        digest = hashlib.sha256()
+        """Over names and float32 bytes of all weights, as rounded, and how they are multiplied: equal bases
+        give equal gradients.
+        """
+        digest = hashlib.sha256(b"" if self.products == "fp32" else f"products {self.products}\n".encode())
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(f"{name} {tuple(weight.shape)}\n".encode())
             digest.update(weight.detach().numpy().tobytes())
@@ -127,8 +130,10 @@ def attention_bias(mask: Tensor, *, is_decoder: bool) -> Tensor:
     return bias + future[None, None]
 
 
-def load_base(source: str, task: TaskKind, precision: Precision = "fp32") -> Base:
-    """Load a base for one kind of task, its matrices rounded to a precision.
+def load_base(
+    source: str, task: TaskKind, precision: Precision = "fp32", products: Products = "fp32"
+) -> Base:
+    """Load a base for one kind of task, its matrices rounded to a precision, for products in one.
 
     Raises ConfigError with what is wrong with `source`.
     """
@@ -151,7 +156,17 @@ def load_base(source: str, task: TaskKind, precision: Precision = "fp32") -> Bas
         model.pooler = None  # the graphs pool by themselves, and its weights may be untrained
     model.eval().requires_grad_(False)
     name = Path(source).name if Path(source).is_dir() else source
-    return Base(name, architecture, model, tokenizer, precision, quantise(model, precision))
+    multiplied = set() if products == "fp32" else _matrices_of_blocks(model, architecture)
+    return Base(
+        name, architecture, model, tokenizer, precision, quantise(model, precision, multiplied), products
+    )
+
+
+def _matrices_of_blocks(model: PreTrainedModel, architecture: Architecture) -> set[str]:
+    """The names of the weights of all linear layers in the blocks, the attention's and the MLP's."""
+    blocks = set(model.base_model.get_submodule(architecture.blocks).modules())
+    layers = ((name, module) for name, module in model.named_modules() if module in blocks)
+    return {f"{name}.weight" for name, module in layers if isinstance(module, nn.Linear)}
 
 
 def _load_tokenizer(source: str) -> Tokenizer:

@@ -49,7 +49,7 @@ def export_bundle(
     """
     check_target(out, force=force)
     report(f"loading {request.model}")
-    base = load_base(request.model, request.task, request.base)
+    base = load_base(request.model, request.task, request.base, request.products)
     if not MIN_TOKENS <= request.max_tokens <= base.longest:
         raise ConfigError("max_tokens", request.max_tokens, f"from {MIN_TOKENS} to {base.longest}")
     spec = request.plan(hidden=base.hidden, layers=len(base.blocks), projections=base.projections)
@@ -121,6 +121,7 @@ def _manifest(
             base_sha256=base.sha256,
             vocabulary=int(base.config.vocab_size),
             precision=base.precision,
+            products=base.products,
         ),
         adapter=spec,
         layout_sha256=spec.layout.digest,

@@ -37,7 +37,7 @@ from .step import AdaptedModel
 from .stored_in_graphs import store
 from .to_onnx import convert, share_weights
 from .trace import AXES, trace
-from .verify import TOLERANCE
+from .verify import tolerance
 
 __all__ = ["compile_emulation", "random_rows"]
 
@@ -66,7 +66,7 @@ def compile_emulation(
         return out, found
     manifest = read_bundle(bundle)
     report(f"loading {model}")
-    base = load_base(model, manifest.task, manifest.model.precision)
+    base = load_base(model, manifest.task, manifest.model.precision, manifest.model.products)
     if base.sha256 != manifest.model.base_sha256:
         raise BundleError(f"{bundle} was made from other weights than {model} holds; name the model it is of")
     adapted = AdaptedModel(base, manifest.adapter, manifest.labels)
@@ -109,27 +109,31 @@ def _graphs(model: AdaptedModel, cut: int) -> dict[str, ir.Model]:
 
 
 def _compare(model: AdaptedModel, cut: int, directory: Path, bundle: Path) -> None:
-    """Raise BundleError where a graph and torch differ by more than TOLERANCE."""
-    step = DevicesStep(model, cut)
+    """Raise BundleError where a graph and torch differ by more than is allowed of the base's products."""
+    step, allowed = DevicesStep(model, cut), tolerance(model.base.products)
     for size in _COMPARED:
         inputs = random_rows(step, *size)
-        with torch.no_grad():
+        with torch.no_grad(), model.products():
             loss, grad = step(*inputs.values())
-        _check(open_session(directory / DEVICES, bundle), inputs, {"loss": loss, "grad": grad})
+        _check(open_session(directory / DEVICES, bundle), inputs, {"loss": loss, "grad": grad}, allowed)
         if cut:
             ids = {name: value for name, value in random_inputs(model, *size[1:]).items() if name in _IDS}
-            hidden = Prefix(model.base, cut)(*ids.values())
-            _check(open_session(directory / PREFIX, bundle), ids, {"hidden": hidden})
+            with model.products():
+                hidden = Prefix(model.base, cut)(*ids.values())
+            _check(open_session(directory / PREFIX, bundle), ids, {"hidden": hidden}, allowed)
 
 
 def _check(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    session: onnxruntime.InferenceSession,
+    inputs: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    allowed: float,
 ) -> None:
     found = session.run(list(expected), {name: value.numpy() for name, value in inputs.items()})
     for got, want in zip(found, expected.values(), strict=True):
         difference = float(np.linalg.norm(got - want.numpy()) / want.norm())
-        if not difference <= TOLERANCE:
+        if not difference <= allowed:
             raise BundleError(
-                f"graph and torch differ by {difference:.1e} over many devices, at most {TOLERANCE:.0e} is "
+                f"graph and torch differ by {difference:.1e} over many devices, at most {allowed:.0e} is "
                 "allowed; report the model"
             )

@@ -53,7 +53,7 @@ def load_version(
     config = _read_config(directory)
     theta = _read_theta(directory / FACTORS, config)
     source = base or config.model.name
-    loaded = load_base(source, config.task, config.model.precision)
+    loaded = load_base(source, config.task, config.model.precision, config.model.products)
     if loaded.sha256 != config.model.base_sha256:
         raise BundleError(
             f"{directory} was trained on other weights than {source} holds; "

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import ConfigError
 from fedtt.kinds import AdapterKind, HeadKind, HeadOnly, HeadSpec, Inserted, Site, Target
-from fedtt.manifest import Precision
+from fedtt.manifest import Precision, Products
 from fedtt.planning import plan_adapter, plan_dense, plan_head, plan_lora, plan_lora_sb, plan_tt
 
 __all__ = ["ExportRequest", "RuntimeKind", "TaskKind"]
@@ -51,6 +51,7 @@ class ExportRequest:
     head_rank: int | None = None  #: of a head with a TT matrix; 10
     depths: tuple[int, ...] | None = None  #: at which the step is compiled over a cached prefix; up to 3
     base: Precision = "fp32"  #: in which the base's matrices are stored
+    products: Products = "fp32"  #: in which those of its blocks are multiplied with
     max_tokens: int = 128  #: longer texts are cut
     seed: int = 0  #: of the factors' first values
     private: bool = False  #: whether a step that clips each example's gradient is compiled too, for DP-SGD
@@ -66,6 +67,7 @@ class ExportRequest:
         _check_one_of("base", self.base, Precision)
         for runtime in self.runtimes:
             _check_one_of("runtimes", runtime, RuntimeKind)
+        self._check_products()
         for target in self.targets or ():
             _check_one_of("targets", target, Target)
 
@@ -134,6 +136,19 @@ class ExportRequest:
             raise ConfigError("head_rank", self.head_rank, "only for the heads label-names and tt")
         if self.head_kind is None and self.adapter == "none":
             raise ConfigError("adapter", "none", "only with a head: causal-lm would have nothing to train")
+
+    def _check_products(self) -> None:
+        _check_one_of("products", self.products, Products)
+        if self.products == "fp32":
+            return
+        if self.base != "int8":
+            raise ConfigError(
+                "products", self.products, "only with base = 'int8', whose integers are multiplied"
+            )
+        if "executorch" in self.runtimes:
+            raise ConfigError(
+                "products", self.products, "only in onnxruntime; leave executorch out of runtimes"
+            )
 
     def _check_options(self) -> None:
         own = _OPTIONS[self.adapter]

@@ -14,6 +14,7 @@ from fedtt.adapter import AdapterSpec
 from .base import Base
 from .head import Head, name_rows, pool
 from .insert import Adapters
+from .integer_products import IntegerProducts
 from .prefix import run_noting
 from .quantise import Stored
 
@@ -59,6 +60,10 @@ class AdaptedModel(nn.Module):
     def stored(self) -> dict[str, Stored]:
         """What is stored of the base's matrices, by the names of this module's parameters."""
         return {f"transformer.{name}": stored for name, stored in self.base.stored.items()}
+
+    def products(self) -> IntegerProducts:
+        """What torch computes under as the graphs do, where products by the base are in integers."""
+        return IntegerProducts(dict(self.named_parameters()), self.stored)
 
     def loss(
         self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor, run: Run | None = None

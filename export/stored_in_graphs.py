@@ -1,28 +1,33 @@
-"""Graphs that hold their matrices as fp16 or int8 and compute them as float32 where they are used."""
+"""Graphs that hold matrices as fp16 or int8, and compute them where they are used or multiply integers."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import Tensor
 
+from .products_in_graphs import write_products
 from .quantise import Stored
 
 __all__ = ["store"]
-
-_LAST = "quantise.axis"  #: the initialiser that says -1
 
 
 def store(model: ir.Model, stored: dict[str, Stored]) -> None:
     """Put what is stored in the place of each matrix of a graph; each use computes it again.
 
     So no float32 copy of int8 outlives the product it is for. Of embeddings only rows looked up are computed.
+    Where integers are multiplied there is none at all.
     """
     graph = model.graph
     for name in graph.initializers.keys() & stored.keys():
         weight, kept = graph.initializers[name], stored[name]
         codes = _initialiser(graph, f"{name}.codes", kept.codes)
         scale = None if kept.scale is None else _initialiser(graph, f"{name}.scale", kept.scale)
+        if kept.multiplied and scale is not None:
+            write_products(graph, weight, codes, scale, partial(_constant, graph))
         for node, index in tuple(weight.uses()):
             if node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0:
                 _replace_gather(graph, node, codes, scale)
@@ -32,6 +37,9 @@ def store(model: ir.Model, stored: dict[str, Stored]) -> None:
                 node.replace_input_with(index, value.outputs[0])
         del graph.initializers[name]
     graph.sort()
+    if any(kept.multiplied for kept in stored.values()):
+        passes.RemoveUnusedNodesPass()(model)
+        passes.CommonSubexpressionEliminationPass()(model)  # one value of several products is rounded once
 
 
 def _initialiser(graph: ir.Graph, name: str, value: Tensor) -> ir.Value:
@@ -39,6 +47,12 @@ def _initialiser(graph: ir.Graph, name: str, value: Tensor) -> ir.Value:
     found = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(found)
     return found
+
+
+def _constant(graph: ir.Graph, name: str, value: Tensor) -> ir.Value:
+    """The initialiser of this name, made where there is none."""
+    name = f"quantise.{name}"
+    return graph.initializers.get(name) or _initialiser(graph, name, value)
 
 
 def _value(codes: ir.Value, scale: ir.Value | None) -> ir.Node:
@@ -52,7 +66,7 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, codes: ir.Value, scale: ir.V
     value = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
     made = [rows, value]
     if scale is not None:
-        axis = graph.initializers.get(_LAST) or _initialiser(graph, _LAST, torch.tensor([-1]))
+        axis = _constant(graph, "last", torch.tensor([-1]))
         scales = ir.node("Gather", [scale, node.inputs[1]])
         column = ir.node("Unsqueeze", [scales.outputs[0], axis])
         made += [scales, column, ir.node("Mul", [value.outputs[0], column.outputs[0]])]

@@ -26,6 +26,7 @@ __all__ = [
     "Manifest",
     "ModelInfo",
     "Precision",
+    "Products",
     "Tokenization",
     "bundle_digest",
     "check_format",
@@ -37,7 +38,8 @@ FORMAT: Literal[3] = 3  #: 3: graphs by depth, the files of shared weights, the 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT_BYTES = 1 << 20
 
-Precision = Literal["fp32", "fp16", "int8"]  #: in which a base's weights are stored; all compute in float32
+Precision = Literal["fp32", "fp16", "int8"]  #: in which a base's weights are stored
+Products = Literal["fp32", "int8"]  #: in which the frozen matrices of its blocks are multiplied with
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -57,6 +59,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     base_sha256: Sha256  #: over the base weights as they compute: equal bases give equal gradients
     vocabulary: int
     precision: Precision = "fp32"
+    products: Products = "fp32"  #: int8 only of an int8 base
 
 
 class DepthGraphs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -114,7 +114,7 @@ class TorchBackend:
 
         torch.set_num_threads(threads)
         manifest = bundle.manifest
-        base = load_base(model, manifest.task, manifest.model.precision)
+        base = load_base(model, manifest.task, manifest.model.precision, manifest.model.products)
         if base.sha256 != manifest.model.base_sha256:
             raise BundleError(f"{bundle.directory} was made from other weights than {model} holds")
         adapted = AdaptedModel(base, manifest.adapter, manifest.labels)
@@ -122,11 +122,12 @@ class TorchBackend:
         adapted.to(self.device)
         self.cut = manifest.adapter.blocks.start
         self._step, self._prefix = DevicesStep(adapted, self.cut), Prefix(base, self.cut)
+        self._products = adapted.products
 
     def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), self._products():
             hidden = self._guarded(self._prefix, self._tensor(ids), self._tensor(mask))
         return np.asarray(hidden.cpu().numpy())
 
@@ -135,7 +136,7 @@ class TorchBackend:
 
         theta, *rows = (self._tensor(inputs[name]) for name in self._step.inputs)
         theta.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._products():
             total, losses = self._guarded(self._step.loss, theta, *rows)
             (grad,) = self._guarded(torch.autograd.grad, total, theta)
         return np.asarray(losses.detach().cpu().numpy()), np.asarray(grad.cpu().numpy())

@@ -20,6 +20,8 @@ from export.step import AdaptedModel, TrainingStep
 from export.verify import TOLERANCE
 from fedtt.errors import BundleError
 from fedtt.manifest import Precision
+from fleet.backends import TorchBackend
+from fleet.fastest import made_up_rows
 from tests.support.models import save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -33,7 +35,7 @@ def int8_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _gradients(bundle: Path, model: Path, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
-    """The device's gradient and torch's over a base of a precision, on one batch."""
+    """The device's gradient and torch's in float32 over a base of a precision, on one batch."""
     opened = open_bundle(bundle)
     manifest = opened.manifest
     adapted = AdaptedModel(load_base(str(model), manifest.task, precision), manifest.adapter, manifest.labels)
@@ -90,3 +92,52 @@ def test_an_int8_bundle_is_refused_beside_other_weights(int8_bundle: Path, tmp_p
     other = save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(BundleError, match="was made from other weights"):
         verify_bundle(int8_bundle, str(other))
+
+
+# products in integers
+
+
+@pytest.fixture(scope="module")
+def integer_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("integer") / "bundle"
+    request = replace(tiny_request, base="int8", products="int8", depths=())
+    export_bundle(request, out, verify=False)
+    return out
+
+
+def test_every_graph_agrees_with_integers_in_torch(integer_bundle: Path, tiny_model: Path) -> None:
+    differences = verify_bundle(integer_bundle, str(tiny_model))
+    assert min(d.largest for d in differences) <= TOLERANCE  # where nothing is rounded the other way
+    assert all(0 < d.largest <= d.allowed for d in differences)
+
+
+def test_a_gradient_by_integers_points_where_that_of_float32_does(
+    integer_bundle: Path, tiny_model: Path
+) -> None:
+    found, expected = _gradients(integer_bundle, tiny_model, "fp32")
+    cosine = found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert 0.99 < cosine < 1 - 1e-6  # and it is another
+
+
+def test_a_base_for_integers_has_another_name_and_says_so(integer_bundle: Path, int8_bundle: Path) -> None:
+    models = [open_bundle(bundle).manifest.model for bundle in (integer_bundle, int8_bundle)]
+    assert [(m.precision, m.products) for m in models] == [("int8", "int8"), ("int8", "fp32")]
+    assert models[0].base_sha256 != models[1].base_sha256
+
+
+def test_what_integers_make_of_a_row_does_not_depend_on_the_others(integer_bundle: Path) -> None:
+    bundle, rng = open_bundle(integer_bundle), np.random.default_rng(0)
+    runtime, theta = OnnxRuntime(bundle), rng.normal(0, 0.1, bundle.manifest.adapter.layout.size)
+    ids, mask = rng.integers(4, 30, (5, 9)), np.ones((5, 9), np.int64)
+    together = runtime.logits(theta.astype(np.float32), Batch(ids=ids, mask=mask))
+    alone = [runtime.logits(theta.astype(np.float32), Batch(ids=row[None], mask=mask[:1])) for row in ids]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_trains_many_devices_on_the_same_integers(integer_bundle: Path, tiny_model: Path) -> None:
+    bundle = open_bundle(integer_bundle)
+    rows = made_up_rows(bundle, devices=1, rows=5, tokens=9)
+    _, found = TorchBackend(bundle, model=str(tiny_model)).step(rows)
+    batch = Batch(ids=rows["ids"], mask=rows["mask"], labels=rows["labels"])
+    _, alone = OnnxRuntime(bundle).gradient(rows["theta"][0], batch)
+    assert np.linalg.norm(found[0] - alone) <= 1e-2 * np.linalg.norm(alone)

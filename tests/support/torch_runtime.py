@@ -27,7 +27,7 @@ __all__ = ["TorchOracle", "TorchRuntime", "adapted_model"]
 def adapted_model(bundle: Bundle, model: Path, dtype: torch.dtype = torch.float32) -> AdaptedModel:
     """The bundle's adapters on its base, which `model` holds."""
     manifest = bundle.manifest
-    base = load_base(str(model), manifest.task, manifest.model.precision)
+    base = load_base(str(model), manifest.task, manifest.model.precision, manifest.model.products)
     nn.Module.to(base.model, dtype)  # before the labels' rows are computed from it
     return AdaptedModel(base, manifest.adapter, manifest.labels)
 
