@@ -178,8 +178,8 @@ def _operation(types: _Types, listener: _Listener, call: Call, patterns: Mapping
         schema = types.slot(_present(kind))
         parameters.append({"name": name, "in": "query", "required": not optional, "schema": schema})
     if call.ranged:
-        start = {"type": "string", "pattern": "^bytes=[0-9]{1,15}-$"}
-        parameters.append({"name": "Range", "in": "header", "required": False, "schema": start})
+        part = {"type": "string", "pattern": "^bytes=([0-9]{1,15}-[0-9]{0,15}|-[1-9][0-9]{0,14})$"}
+        parameters.append({"name": "Range", "in": "header", "required": False, "schema": part})
     operation: Json = {
         "summary": call.about,
         "tags": [listener.tag],
@@ -207,8 +207,8 @@ def _responses(types: _Types, listener: _Listener, call: Call) -> Json:
     responses = {str(call.status): good}
     if call.ranged:
         part, past = FILE_PARTS
-        responses[str(part)] = {**good, "description": "the file from the byte asked for"}
-        responses[str(past)] = {"description": "the file ends before the byte asked for"}
+        responses[str(part)] = {**good, "description": "the part asked for"}
+        responses[str(past)] = {"description": "the file has no such part"}
     codes = (*listener.refuses, *(listener.guarded if call.signed else ()), *call.refuses)
     for status in sorted({STATUS[code] for code in codes}):
         names = ", ".join(sorted({code.value for code in codes if STATUS[code] == status}))

@@ -47,5 +47,5 @@ class Protocol(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
-            resp = refuse(self._app, malformed("Expect may ask for 100-continue alone"), resp.status)
+            resp = refuse(self._app, malformed("Expect may ask for 100-continue alone"))
         return await super().finish_response(request, resp, start_time)

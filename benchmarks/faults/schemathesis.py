@@ -1,16 +1,20 @@
 """Requests made up from the OpenAPI document: none meets a fault of the server, each answer is as documented.
 
-Each operation is called three ways: with what the document allows, with what it does not allow, and with what
-it allows at names that the server knows. Devices' requests are signed by an enrolled device, so that they get
-as far as the calls themselves.
+Each operation is called in up to four ways: as an honest client would, with what the document allows at
+names that the server knows, with what it allows at any, and with what it does not. Each pass begins with a
+device that has a lease, and ends with it gone; what people stop, revoke and make is new in each pass, too.
+So calls are taken as well as refused: which, and how often, is in the row's lines. Half of the passes have
+their blobs in files, the others in object storage.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,16 +32,19 @@ from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
 from aggregator.openapi import document
-from benchmarks.faults.devices import CHECK_IN, Device, Habits, Notes
+from benchmarks.faults.devices import CHECK_IN, Device, Habits, Notes, frame_of
 from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.server import TASK, ServerProcess, task_text
 from edge_client.identity import Identity
-from fedtt.manifest import MANIFEST
-from fedtt.messages import MEDIA_TYPE, Work
+from fedtt.manifest import MANIFEST, decode_manifest
+from fedtt.messages import MEDIA_TYPE, Enroll, Work, encode
+from fedtt.version_config import FACTORS
 
 __all__ = ["Findings", "Side", "bearer", "explore", "run", "signed_by"]
 
 NUMBERS = 20
+ADMIN = "/v1/admin"
+_NEVER_TAKEN = 4  #: calls: those that want a version which waits for its verdict
 _CASES, _QUICK_CASES = 10_000, 1_000
 _AT_ONCE = 20  #: requests of one kind to an operation before the next
 _METHODS = frozenset({"delete", "get", "head", "post", "put"})
@@ -47,7 +54,6 @@ _CHECKS = [
     checks.content_type_conformance,
     checks.response_headers_conformance,
     checks.response_schema_conformance,
-    checks.negative_data_rejection,
 ]
 Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
 
@@ -59,6 +65,7 @@ class Side(Struct, frozen=True, kw_only=True):
     url: str
     auth: Auth
     known: Mapping[str, str]  #: part of a path -> a name that the server knows
+    honest: Mapping[str, Mapping[str, Any]] = {}  #: call -> `body`, `query` and `path` that it takes
 
 
 class Findings(Struct, kw_only=True):
@@ -66,6 +73,7 @@ class Findings(Struct, kw_only=True):
 
     cases: int = 0
     statuses: Counter[int] = msgspec.field(default_factory=Counter)
+    taken: Counter[str] = msgspec.field(default_factory=Counter)  #: calls answered with a 2xx
     server_errors: int = 0
     undocumented: int = 0
     examples: dict[str, str] = {}  #: one of each kind of failure
@@ -132,69 +140,133 @@ schemathesis.openapi.media_type(
 
 
 async def run(setting: Setting) -> Outcome:
-    cases = _QUICK_CASES if setting.quick else _CASES
-    server, findings = ServerProcess(setting.directory / "data"), Findings()
-    async with server.running():
-        await server.open_task(task_text(cohort=1000), NUMBERS)
-        async with Device(0, server.url, NUMBERS, Notes(), Habits()) as device:
-            await device.enroll(server.token)
-            work = await device.transport.check_in(CHECK_IN)
-            assert isinstance(work, Work), work
-            names = {"task": TASK, "number": "0", "lease": work.lease, "device": "0" * 32}
-            token = (server.data / "admin-token").read_text().strip()
-            sides = {
-                2 * cases // 3: Side(
-                    tag="people",
-                    url=f"http://127.0.0.1:{server.admin_port}",
-                    auth=bearer(token),
-                    known={**names, "sha256": work.plan.bundle, "file": MANIFEST},
-                ),
-                cases - 2 * cases // 3: Side(
-                    tag="devices",
-                    url=server.url,
-                    auth=signed_by(device.identity),
-                    known={**names, "sha256": work.plan.version},
-                ),
-            }
-            for share, side in sides.items():
-                await asyncio.to_thread(explore, side, findings, cases=share, seed=setting.seed)
+    cases, findings = (_QUICK_CASES if setting.quick else _CASES), Findings()
+    for blobs in ("files", "objects"):
+        options = ("--blobs", "memory:///") if blobs == "objects" else ()
+        server = ServerProcess(setting.directory / blobs / "data", options=options)
+        async with server.running():
+            await server.open_task(task_text(cohort=1_000_000, buffer=1), NUMBERS)
+            loop, until = asyncio.get_running_loop(), cases * (1 + (blobs == "objects")) // 2
+
+            def sides(number: int, server: ServerProcess = server) -> Sequence[Side]:
+                return asyncio.run_coroutine_threadsafe(_pass(server, number), loop).result()  # noqa: B023
+
+            await asyncio.to_thread(explore, sides, findings, until=until, seed=setting.seed)
     for name, example in findings.examples.items():
         setting.report.line(row="schemathesis", failure=name, example=example)
+    paths = document()["paths"].items()
+    calls = [f"{method.upper()} {path}" for path, item in paths for method in _METHODS & set(item)]
+    never = sorted(set(calls) - set(findings.taken))
+    setting.report.line(row="schemathesis", taken=dict(sorted(findings.taken.items())), never_taken=never)
     return Outcome(
         figures={
             "cases": findings.cases,
             "server_errors": findings.server_errors,
             "undocumented": findings.undocumented,
+            "calls": len(calls),
+            "calls_taken": len(calls) - len(never),
             **{f"status_{status}": count for status, count in sorted(findings.statuses.items())},
         },
         at_most={"server_errors": 0, "undocumented": 0},
-        at_least={"cases": cases},
+        at_least={"cases": cases, "calls_taken": len(calls) - _NEVER_TAKEN},
     )
 
 
-def explore(side: Side, findings: Findings, *, cases: int, seed: int) -> None:
-    """Ask a listener at least so many times, each operation about as often, with one seed after another."""
-    until = findings.cases + cases
-    operations = [found.ok() for found in _schema(side.tag).get_all_operations() if isinstance(found, Ok)]
-    ways = [way for operation in operations for way in _ways(operation, side.known)]
-    most = min(_AT_ONCE, 1 + cases // len(ways))
-    with requests.Session() as session:
-        for number in count(seed):
-            for mode, strategy in ways:
-                _ask(strategy, mode, side, findings, most=most, number=number, session=session)
-            if findings.cases >= until:
-                return
+async def _pass(server: ServerProcess, number: int) -> Sequence[Side]:
+    """A device with a lease, another for people to revoke, and what is honest of both sides."""
+    notes, habits = Notes(), Habits()
+    async with (
+        Device(2 * number, server.url, NUMBERS, notes, habits) as device,
+        Device(2 * number + 1, server.url, NUMBERS, notes, habits) as victim,
+    ):
+        for one in (device, victim):
+            await one.enroll(server.token)
+        work = await device.transport.check_in(CHECK_IN)
+    assert isinstance(work, Work), work
+    public_key, blob, name = device.identity.public_key, b"blob", f"pass-{number}"
+    manifest = (server.data.parent / "bundle" / MANIFEST).read_bytes()
+    names = {"task": TASK, "number": "0", "lease": work.lease, "device": victim.identity.device, "name": name}
+    version, tasks = f"{ADMIN}/tasks/{{task}}/versions/{{number}}/{{file}}", f"{ADMIN}/tasks"
+    file, entry = next(iter(decode_manifest(manifest).files.items()))
+    return (
+        Side(
+            tag="devices",
+            url=server.url,
+            auth=signed_by(device.identity),
+            known={**names, "sha256": work.plan.version, "file": MANIFEST},
+            honest={
+                "POST /v1/enroll": {
+                    "body": encode(Enroll(public_key=public_key, token=server.token, client="made up"))
+                },
+                "PUT /v1/leases/{lease}/update": {"body": frame_of(work.plan, NUMBERS, 0)},
+                "GET /v1/bundles/{sha256}/{file}": {"path": {"sha256": work.plan.bundle, "file": file}},
+            },
+        ),
+        Side(
+            tag="people",
+            url=f"http://127.0.0.1:{server.admin_port}",
+            auth=bearer((server.data / "admin-token").read_text().strip()),
+            known={**names, "sha256": work.plan.bundle, "file": MANIFEST},
+            honest={
+                f"PUT {ADMIN}/blobs/{{sha256}}": {
+                    "path": {"sha256": hashlib.sha256(blob).hexdigest()},
+                    "body": blob,
+                },
+                f"HEAD {ADMIN}/blobs/{{sha256}}": {"path": {"sha256": entry.sha256}},
+                f"POST {ADMIN}/bundles": {"body": manifest},
+                f"POST {tasks}": {
+                    "query": {"bundle": work.plan.bundle},
+                    "body": task_text().replace(TASK, name).encode(),
+                },
+                f"POST {tasks}/{{task}}/stop": {"path": {"task": name}},
+                f"GET {version}": {"path": {"file": FACTORS}},
+                f"POST {ADMIN}/admin-tokens": {"body": msgspec.json.encode({"name": name, "role": "viewer"})},
+            },
+        ),
+    )
+
+
+def explore(sides: Callable[[int], Sequence[Side]], findings: Findings, *, until: int, seed: int) -> None:
+    """Pass after pass, each with its seed, until there are so many cases; operations come about as often."""
+    operations: dict[str, list[APIOperation[Any, Any, Any, Any]]] = {}
+    for number in count(seed):
+        for side in sides(number):
+            if side.tag not in operations:
+                found = _schema(side.tag).get_all_operations()
+                operations[side.tag] = [one.ok() for one in found if isinstance(one, Ok)]
+            ways = [way for operation in operations[side.tag] for way in _ways(operation, side)]
+            most = min(_AT_ONCE, 1 + (until - findings.cases) // len(ways))
+            with requests.Session() as session:
+                for mode, strategy in ways:
+                    _ask(strategy, mode, side, findings, most=most, number=number, session=session)
+        if findings.cases >= until:
+            return
 
 
 def _ways(
-    operation: APIOperation[Any, Any, Any, Any], known: Mapping[str, str]
+    operation: APIOperation[Any, Any, Any, Any], side: Side
 ) -> Iterator[tuple[GenerationMode, st.SearchStrategy[Case[Any]]]]:
+    honest = side.honest.get(operation.label, {})
+    known = {**side.known, **honest.get("path", {})}
     named = {p.name: known[p.name] for p in operation.path_parameters if p.name in known}
+    if honest:
+        given: dict[str, Any] = {"path_parameters": named} if named else {}
+        given |= {"query": honest["query"]} if "query" in honest else {}
+        yield (
+            GenerationMode.POSITIVE,
+            operation.as_strategy(**given).map(partial(_with_body, honest.get("body"))),
+        )
     if named:
         yield GenerationMode.POSITIVE, operation.as_strategy(path_parameters=named)
     yield GenerationMode.POSITIVE, operation.as_strategy()
     if list(operation.query) or list(operation.body):  # hardly any part of a path can be wrong
         yield GenerationMode.NEGATIVE, operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
+
+
+def _with_body(body: bytes | None, case: Case[Any]) -> Case[Any]:
+    if body is not None:
+        case.body = body
+    return case
 
 
 def _schema(tag: str) -> schemathesis.BaseSchema:
@@ -220,6 +292,8 @@ def _ask(
     number: int,
     session: requests.Session,
 ) -> None:
+    expected = [*_CHECKS, *([checks.negative_data_rejection] if mode is GenerationMode.NEGATIVE else [])]
+
     @seed(number)
     @settings(
         max_examples=most,
@@ -234,8 +308,10 @@ def _ask(
         response = case.call(base_url=side.url, auth=auth, session=session)
         findings.cases += 1
         findings.statuses[response.status_code] += 1
+        if response.status_code < 300:
+            findings.taken[case.operation.label] += 1
         try:
-            case.validate_response(response, checks=_CHECKS)
+            case.validate_response(response, checks=expected)
         except FailureGroup as group:
             for failure in group.exceptions:
                 findings.failed(case, failure)

@@ -143,6 +143,6 @@ async def test_made_up_calls_of_people_meet_no_fault_and_no_answer_that_is_not_i
         known={"task": "lights", "number": "0", "sha256": task["bundle"], "file": MANIFEST},
     )
     findings = Findings()
-    await asyncio.to_thread(explore, side, findings, cases=100, seed=0)
+    await asyncio.to_thread(explore, lambda _: [side], findings, until=100, seed=0)
     assert (findings.server_errors, findings.undocumented, findings.examples) == (0, 0, {})
     assert {200, 201, 400, 403, 404, 409} <= set(findings.statuses)
