@@ -187,7 +187,7 @@ class Coordinator(Population, Uploads):
             self._end_older_leases(tx, device, task)
         tx.put_lease(lease)
         if round_.deadline_at is None:
-            round_ = replace(round_, deadline_at=now + task.spec.rounds.deadline_s)
+            round_ = rules.with_deadline(task.spec.rounds, round_, now)
             tx.put_round(round_)
         return self._work(tx, now, task, round_, lease)
 

@@ -112,7 +112,7 @@ class Lifecycle(Rounds):
         for group in task.groups:
             round_ = self.ensure_round(tx, now, task, group.branch)
             if round_ is not None and round_.deadline_at is None:
-                tx.put_round(replace(round_, deadline_at=now + task.spec.rounds.deadline_s))
+                tx.put_round(rules.with_deadline(task.spec.rounds, round_, now))
 
     def give_up_fold(self, tx: Transaction, now: float, claimed: Round, why: str) -> None:
         """Abandon a round whose sum makes no version, so that it does not wait for ever."""

@@ -12,11 +12,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+from msgspec.structs import replace
+
 from fedtt.rng import Purpose, uniform_at
 from fedtt.task import RoundSpec, TaskSpec
 from storage.records import Lease, LeaseState, Round, RoundState
 
-__all__ = ["Due", "due", "free_seats", "idle_retry_s", "refusal", "retry_after_s", "seat_open_to_all"]
+__all__ = [
+    "Due",
+    "due",
+    "free_seats",
+    "idle_retry_s",
+    "refusal",
+    "retry_after_s",
+    "seat_open_to_all",
+    "with_deadline",
+]
 
 _GRACE = 0.25  #: of the deadline, for which seats are kept for the invited
 
@@ -38,6 +49,14 @@ def due(spec: RoundSpec, round_: Round, accepted: int, now: float) -> Due:
     if round_.deadline_at is None or now < round_.deadline_at:
         return Due.NOTHING
     return Due.FOLD if accepted >= spec.quorum else Due.ABANDON
+
+
+def with_deadline(spec: RoundSpec, round_: Round, now: float) -> Round:
+    """The round with its time set to run, if it does not; a clock that was set back since it opened is not
+    gone by."""
+    if round_.deadline_at is not None:
+        return round_
+    return replace(round_, deadline_at=max(now, round_.opened_at) + spec.deadline_s)
 
 
 def free_seats(spec: RoundSpec, leases: Mapping[LeaseState, int]) -> int:

@@ -133,7 +133,7 @@ class Uploads:
             )
         )
         if current.deadline_at is None:
-            tx.put_round(replace(current, deadline_at=now + admission.task.spec.rounds.deadline_s))
+            tx.put_round(rules.with_deadline(admission.task.spec.rounds, current, now))
         return _receipt_of(update)
 
     def accept_all(self, tx: Transaction, now: float, uploads: Sequence[Upload]) -> list[Receipt | Problem]:

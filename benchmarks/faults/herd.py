@@ -1,8 +1,8 @@
-"""10,000 devices that connect and check in at the same moment, to one process; and when they come back.
+"""10,000 devices that check in at the same moment, to one process; and when they are told to return.
 
 All connections are open before the first request is sent. A device that is told the server is busy asks again
-when it was told to. One of them gets the round's only lease, the others are told when to return: the arrivals
-that follow from those answers are counted in twentieths of the time over which they spread.
+when it was told to. One of them gets the round's only lease, the others are told when to return. Nobody waits
+for that: the arrivals that would follow are those answers, in twentieths of the time they span.
 """
 
 from __future__ import annotations
