@@ -32,6 +32,7 @@ class Protocol(web.RequestHandler):
     ) -> web.StreamResponse:
         if not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
+        exc.with_traceback(None)
         response = refuse(self._app, malformed(self._wrong(exc)), status)
         response.force_close()
         return response
@@ -42,6 +43,14 @@ class Protocol(web.RequestHandler):
         if isinstance(error, BadStatusLine):
             return "the request does not begin with a method, a path and a version of HTTP"
         return f"the request's head is no valid HTTP, or has more than {self.max_headers} fields"
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Let go of what was read: each piece behind the first error has failed too, and its error's frames
+        hold it in a cycle that is collected seldom (0.5 MB for each head of 1 MB)."""
+        super().connection_lost(exc)
+        for message, _ in self._messages:
+            if error := getattr(message, "exc", None):
+                error.with_traceback(None)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import gzip
 import logging
 from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from aggregator.metrics import totals
@@ -205,6 +208,23 @@ async def test_a_head_that_cannot_be_read_is_a_typed_refusal_that_repeats_none_o
     assert b"secret" not in rest
     assert caplog.records == []
     assert totals(refusals, "code")["malformed"] == before + 1
+
+
+async def test_what_cannot_be_read_is_not_kept_until_garbage_is_collected(place: Attacked) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        reader, writer = await place.server.connect()
+        writer.write(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 20))
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                await reader.read()
+        writer.close()
+        await asyncio.sleep(0.2)
+        kept = [found for found in gc.get_objects() if isinstance(found, HttpProcessingError)]
+    finally:
+        gc.enable()
+    assert kept == []
 
 
 @pytest.mark.parametrize(
