@@ -8,6 +8,7 @@ from pathlib import Path
 
 from yarl import URL
 
+from edge_client.label_counts import LABEL_SETS
 from fedtt.errors import ConfigError
 
 __all__ = ["ask", "consent_text"]
@@ -23,7 +24,8 @@ def consent_text(
     old_server: the one the device goes away from, if any.
     label_epsilon: of the counts of labels that may be told; 0 for none.
     """
-    told = "  Once, if it asks: how many examples of each label you have, made vague by random noise"
+    told = f"  Once for each set of labels that it asks about, {LABEL_SETS} at most:\n"
+    told += "  how many examples of each label you have, made vague by random noise"
     counts = [f"{told} (epsilon {label_epsilon:g})."] if label_epsilon else []
     moving = [
         f"This device belongs to {old_server} and is to go over to {server}, with what it has not sent yet.",

@@ -152,8 +152,8 @@ class LeasedWork:
         if privacy is None:
             return spent, b""
         training, count = plan.training, max(1, self._examples.count())
-        mu_squared = spent.get(plan.task, 0.0)
-        mu_squared += privacy.spent(count, training.batch_size, training.local_steps)
+        before = spent.get(plan.task, 0.0)
+        mu_squared = before + privacy.spent(count, training.batch_size, training.local_steps)
         epsilon = epsilon_of(mu_squared, privacy.delta)
         if privacy.epsilon is not None and epsilon > privacy.epsilon:
             raise Declined(
@@ -161,7 +161,7 @@ class LeasedWork:
             )
         if not self._journal.state.noise_secret:
             self._journal.update(noise_secret=noise_secret(self._uniform))
-        key = noise_key(self._journal.state.noise_secret, lease)
+        key = noise_key(self._journal.state.noise_secret, lease, plan, before)
         return spent | {plan.task: mu_squared}, key
 
     def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ from edge_client.passes import PASSES, in_passes
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch
 from fedtt.layout import Theta
+from fedtt.messages import Plan
 from fedtt.privacy import PrivacySpec
 
 __all__ = ["GaussianMechanism", "Noise", "PrivateGradient", "noise_key", "noise_secret"]
@@ -28,9 +30,14 @@ def noise_secret(uniform: Callable[[], float]) -> bytes:
     return bytes(int(256 * uniform()) for _ in range(32))
 
 
-def noise_key(secret: bytes, lease: str) -> bytes:
-    """Of one lease's noise: another lease of the same round draws anew."""
-    return hmac.digest(secret, f"fedtt-noise-1\n{lease}".encode(), hashlib.sha256)
+def noise_key(secret: bytes, lease: str, plan: Plan, spent: float) -> bytes:
+    """Of one training's noise: two frames under one key would differ by what the noise was to hide.
+
+    spent: μ² of the task before it, which grows with each frame; so a server that gives a lease again,
+    with the same plan or another, gets other noise, and a training that a crash cut short the same.
+    """
+    message = msgspec.msgpack.encode(("fedtt-noise-2", lease, plan, spent))
+    return hmac.digest(secret, message, hashlib.sha256)
 
 
 class Noise:

@@ -90,7 +90,8 @@ class Trace:
 
     def window(self, index: int, now: float) -> Window | None:
         mine = self._windows[index]
-        at = bisect_right(mine, now - self._start_s, key=lambda window: window[1])
+        # on the sums that are given out: a difference is rounded otherwise, and `now` may be such an end
+        at = bisect_right(mine, now, key=lambda window: self._start_s + window[1])
         if at == len(mine):
             return None
         start, end = mine[at]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,21 @@ def test_the_same_list_is_told_again_after_a_restart_whatever_has_changed(tmp_pa
     assert len(first) == 6
     other = Shard([Example("d", "perhaps")] * 50)
     assert told_labels(Journal(Home(tmp_path)), other, LABELS, 100.0) == first
+
+
+def test_labels_in_another_order_are_the_same_set_and_draw_no_noise_anew(tmp_path: Path) -> None:
+    journal = Journal(Home(tmp_path))
+    told = {
+        frozenset(
+            zip(
+                order,
+                decode_label_counts(told_labels(journal, SHARD, order, 0.5), 3).tolist(),
+                strict=True,
+            )
+        )
+        for order in permutations(LABELS)
+    }
+    assert len(told) == len(journal.state.label_counts) == 1
 
 
 def test_noise_is_fresh_on_each_device(tmp_path: Path) -> None:

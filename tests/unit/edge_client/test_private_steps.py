@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_client import events
+from edge_client.journal import Leased, Trained
 from edge_client.private_steps import GaussianMechanism, Noise, PrivateGradient, noise_key, noise_secret
 from edge_client.tokens import Batch
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.layout import Theta
-from fedtt.messages import FailureCode
+from fedtt.messages import FailureCode, Plan
 from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec, epsilon_of
 from fedtt.wire import decode_update
@@ -33,6 +34,20 @@ PRIVATE = replace(
     training=TrainingSpec(optimiser="sgd", momentum=0.0, learning_rate=1.0, local_steps=1, batch_size=8),
 )
 SIZE = tiny_spec().layout.size
+PLAN = Plan(
+    task="t",
+    seed=1,
+    bundle="a" * 64,
+    version="b" * 64,
+    version_number=0,
+    round=1,
+    live=(0,),
+    training=PRIVATE.training,
+    codec=PRIVATE.codec,
+    method=PRIVATE.method,
+    min_examples=1,
+    privacy=PRIVACY,
+)
 
 
 class Flat(MeanTarget):
@@ -66,7 +81,7 @@ def sent(frame: bytes) -> NDArray[np.float32]:
 
 
 def test_the_noise_is_standard_normal_and_goes_on_where_it_stopped() -> None:
-    key = noise_key(bytes(32), "a lease")
+    key = noise_key(bytes(32), "a lease", PLAN, 0.0)
     drawn = Noise(key).draw(200_000)
     assert abs(drawn.mean()) < 4 / np.sqrt(200_000)
     assert drawn.std() == pytest.approx(1.0, abs=0.01)
@@ -81,12 +96,31 @@ def test_the_noise_is_standard_normal_and_goes_on_where_it_stopped() -> None:
     np.testing.assert_array_equal(Noise(key).draw(4), first)
 
 
-def test_another_lease_or_device_draws_other_noise() -> None:
+def test_another_device_lease_version_or_training_draws_other_noise() -> None:
     numbers = count()
-    one, other = (noise_secret(lambda: next(numbers) % 97 / 97) for _ in range(2))
-    keys = {noise_key(secret, lease) for secret in (one, other) for lease in ("a", "b")}
-    assert len(keys) == 4
+    secrets = [noise_secret(lambda: next(numbers) % 97 / 97) for _ in range(2)]
+    plans = [PLAN, replace(PLAN, version="c" * 64)]
+    keys = {noise_key(*each) for each in product(secrets, ("a", "b"), plans, (0.0, 0.5))}
+    assert len(keys) == 16
     assert {len(key) for key in keys} == {32}
+
+
+def test_a_server_that_gives_a_finished_lease_again_sees_no_noise_twice(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, _ = world.device()
+        await device.run(lambda step: isinstance(step, events.Granted))
+        leased, frames = device.journal.state.phase, []
+        for _ in range(2):
+            await device.run(trained)
+            phase = device.journal.state.phase
+            assert isinstance(phase, Trained)
+            frames.append(sent(phase.frame))
+            device.journal.drop("another one")
+            device.journal.update(phase=leased)
+        first, second = frames
+        assert not np.intersect1d(first, second).size
+
+    in_world(tmp_path, test)
 
 
 def test_an_example_is_scaled_down_to_the_bound_over_its_live_numbers_and_no_further() -> None:
@@ -146,17 +180,20 @@ def test_a_training_repeated_after_a_crash_sends_the_same_noise_and_another_roun
         world.runtime = Crashing()
         await device.run(lambda step: isinstance(step, events.Granted))
         device, _ = world.device()
+        leased = device.journal.state.phase
+        assert isinstance(leased, Leased)
         with pytest.raises(SystemError):
             await device.run()
         world.runtime = Flat()
-        device, transport = world.device()
+        device, _ = world.device()
         await device.run(lambda step: isinstance(step, events.Acknowledged))
         assert device.journal.state.noise_secret == whole.noise_secret
         frames = [frame for transport in world.transports for _, frame in transport.frames]
         first, second = (sent(frame) for frame in frames[:2])
         assert not np.array_equal(first, second)
-        lease = transport.frames[0][0]
-        noise = Noise(noise_key(whole.noise_secret, lease)).draw(SIZE)
+        spent = whole.privacy_spent[SPEC.name]
+        key = noise_key(whole.noise_secret, leased.work.lease, leased.work.plan, spent)
+        noise = Noise(key).draw(SIZE)
         np.testing.assert_allclose(second, -0.6 * noise, atol=1e-5)
 
     in_world(tmp_path, test)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedtt.errors import ConfigError
 from fleet.availability import Always, Nightly, Trace, read_trace
+from fleet.experiment import START_S
 
 DAY_S = 86400.0
 
@@ -74,6 +75,16 @@ def test_a_trace_is_read_and_counts_from_the_start_of_the_run(tmp_path: Path) ->
     assert trace.window(0, 1010) == (1020, 1030)  # an end is no longer part of its window
     assert trace.window(1, 1000) == (1005, 1007.5)
     assert trace.window(1, 1007.5) is None
+
+
+@given(st.lists(st.floats(0.001, 30 * DAY_S), min_size=2, max_size=9, unique=True).map(sorted))
+def test_an_end_is_behind_its_window_whatever_the_sum_rounds_to(times: list[float]) -> None:
+    windows = list(zip(times[::2], times[1::2], strict=False))
+    trace, now, seen = Trace([windows], START_S), START_S, 0
+    while (found := trace.window(0, now)) is not None:
+        assert found[1] > now
+        now, seen = found[1], seen + 1
+    assert seen <= len(windows)
 
 
 @pytest.mark.parametrize(
