@@ -18,8 +18,9 @@ import msgspec
 
 from benchmarks.harness import ROOT
 from benchmarks.peer.environments import Missing, main_pin, python_of
+from benchmarks.serving.load import Answers
 from benchmarks.serving.part import Measured, Part
-from benchmarks.serving.uploads import CONNECTIONS, taken
+from benchmarks.serving.uploads import CONNECTIONS, Cpu, taken
 
 __all__ = ["flare", "flower"]
 
@@ -30,6 +31,7 @@ class PeerFailed(Exception):
 
 _LIMIT_S = 1200.0  #: of one run of a peer, its start and end included
 _RESULT_BYTES = 10_000
+_PROCESSES = 2  #: of ours
 
 
 async def flower(part: Part) -> Measured:
@@ -69,18 +71,19 @@ def _counts(part: Part) -> tuple[int, int]:
 
 
 async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> Measured:
-    """Theirs first, then ours, the same count over as many connections."""
+    """Theirs first, then ours, the same count over as many connections: two processes, and one."""
     results, connections = _counts(part)
     try:
         theirs = await _theirs(part, name, environment, results, connections, **more)
     except (Missing, PeerFailed) as error:
         return Measured(skipped=str(error))
-    database = part.directory / "data" / "fedtt.db"
-    ours, our_cpu = await taken(part, database, f"beside_{name}", updates=results, connections=connections)
+    one, _ = await _ours(part, f"beside_{name}_alone", servers=1)
+    ours, our_cpu = await _ours(part, f"beside_{name}", servers=_PROCESSES)
     rate, our_rate = results / theirs["seconds"], results / ours.seconds
     return Measured(
         figures={
             f"{name}_results_ratio": round(our_rate / rate, 2),
+            f"{name}_results_ratio_one_process": round(results / one.seconds / rate, 2),
             f"{name}_results_per_s": round(rate, 1),
             f"{name}_p99_ms": round(theirs["p99_ms"], 1),
             f"{name}_server_cpu_us_per_result": round(1e6 * theirs["server_cpu_s"] / results, 1),
@@ -89,9 +92,17 @@ async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> 
         },
         against={
             f"{name}_results_ratio": f"ours over {main_pin(environment)}, at least 10: {results} results of "
-            f"{_RESULT_BYTES} bytes over {connections} connections; ours signed and on disk, theirs in memory"
+            f"{_RESULT_BYTES} bytes over {connections} connections on the same two cores; ours in "
+            f"{_PROCESSES} processes on one SQLite file, signed and on disk, theirs in memory"
         },
     )
+
+
+async def _ours(part: Part, name: str, *, servers: int) -> tuple[Answers, Cpu]:
+    results, connections = _counts(part)
+    own = msgspec.structs.replace(part, directory=part.directory / name)
+    database = own.directory / "data" / "fedtt.db"
+    return await taken(own, database, name, updates=results, connections=connections, servers=servers)
 
 
 async def _theirs(
