@@ -61,6 +61,8 @@ _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_S
 
 _SERVED = {events.Waiting, events.Acknowledged}  #: steps after which the server is known to answer
 
+_LONGEST_PAUSE_S = 86400.0  #: that a server may ask for
+
 #: What a failed training is called towards the server; DataError and the like may quote private data.
 _FAILURES: dict[type[FedttError], FailureCode] = {
     BundleError: FailureCode.BUNDLE,
@@ -192,7 +194,8 @@ class Device:
             return events.Retired(reason=error.problem.detail)
         if code is Code.UNKNOWN_DEVICE:
             await self._aside(self.journal.update, enrolled=False)
-        return events.Retrying(error=str(error), pause_s=self._backoff.failed(error.retry_after_s or 0.0))
+        at_least_s = min(error.retry_after_s or 0.0, _LONGEST_PAUSE_S)
+        return events.Retrying(error=str(error), pause_s=self._backoff.failed(at_least_s))
 
     async def _enroll(self) -> Step:
         """Enrol, without a token where the server may know this key: it takes a known one for nothing."""
@@ -233,7 +236,7 @@ class Device:
             case Work():
                 return await self._take(answer)
             case Wait():
-                return events.Waiting(reason=answer.reason, pause_s=answer.retry_after_s)
+                return events.Waiting(reason=answer.reason, pause_s=min(answer.retry_after_s, _LONGEST_PAUSE_S))
             case Retired():
                 await self._aside(self.journal.update, enrolled=False)
                 return events.Retired(reason=answer.reason)

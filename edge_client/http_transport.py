@@ -6,6 +6,7 @@ is not the protocol's) or `Unreachable` (no answer, or one that broke off: the o
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import time
@@ -39,6 +40,7 @@ from fedtt.messages import (
     encode,
 )
 from fedtt.seams import Clock, VersionBody
+from fedtt.signature import LATEST_S
 
 __all__ = ["HttpTransport", "Traffic"]
 
@@ -55,7 +57,7 @@ class _Request(Struct, frozen=True, kw_only=True):
     body: bytes = b""
     media: str = MEDIA_TYPE
     headers: dict[str, str] = {}
-    total_s: float | None = None  #: for the whole exchange; None where its length is not bounded
+    total_s: float | None = None  #: for the whole exchange; None where its body may be of any length
 
 
 @dataclass
@@ -176,7 +178,8 @@ class HttpTransport:
     def _check_answer(self, response: aiohttp.ClientResponse, data: bytes) -> None:
         """Nothing is begun unless whoever this device trusts has signed it, for this very request."""
         key = self._release_key()
-        sent, now = response.request_info.headers["Signature"], self._clock.now() + self._offset_s
+        sent = response.request_info.headers["Signature"]
+        now = max(self._clock.now(), self._now())  # a refusal is unsigned: it makes no key young again
         try:
             if key:
                 check_answer(response.status, response.headers, data, sent, key, now)
@@ -230,18 +233,26 @@ class HttpTransport:
             headers["Content-Type"] = request.media
         headers |= self._sign(request, url)
         self.traffic.sent_bytes += len(request.body)
-        return await self._open_session().request(
-            request.method,
-            url,
-            data=request.body or None,
-            headers=headers,
-            allow_redirects=False,  # a signature covers one address
-            timeout=aiohttp.ClientTimeout(total=request.total_s, sock_connect=15, sock_read=self._timeout_s),
-        )
+        async with asyncio.timeout(self._timeout_s):  # headers trickle, too
+            return await self._open_session().request(
+                request.method,
+                url,
+                data=request.body or None,
+                headers=headers,
+                allow_redirects=False,  # a signature covers one address
+                timeout=aiohttp.ClientTimeout(
+                    total=request.total_s, sock_connect=15, sock_read=self._timeout_s
+                ),
+            )
+
+    def _now(self) -> float:
+        """The server's time as far as it is known, Unix seconds: one that a signature can bear, whatever the
+        journal says of the clocks; the server puts it right where it is wrong."""
+        return min(max(0.0, self._clock.now() + self._offset_s), LATEST_S)
 
     def _sign(self, request: _Request, url: URL) -> dict[str, str]:
         """Microseconds are the nonce, so that it also rises from one run of the client to the next."""
-        now = self._clock.now() + self._offset_s
+        now = self._now()
         self._nonce = max(self._nonce + 1, int(now * 1e6))
         return self._identity.sign(
             method=request.method,
@@ -269,7 +280,8 @@ class HttpTransport:
     async def _refusal(self, response: aiohttp.ClientResponse) -> Refused:
         if response.content_type != MEDIA_TYPE:
             raise self._foreign(response)
-        problem = decode(await self._read(response, MESSAGE_LIMIT_BYTES), Problem)
+        async with asyncio.timeout(self._timeout_s):
+            problem = decode(await self._read(response, MESSAGE_LIMIT_BYTES), Problem)
         retry_after = response.headers.get("Retry-After", "")
         return Refused(problem, float(retry_after) if retry_after.isdecimal() else None)
 

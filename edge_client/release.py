@@ -43,7 +43,7 @@ def check_answer(
 ) -> None:
     """Raises WireError unless a key that the release key vouches for has signed this answer to this request.
 
-    request: the Signature header of the request. now: by the server's clock, as far as it is known.
+    request: the Signature header of the request. now: Unix seconds.
     """
     if DELEGATION_HEADER not in headers:
         raise WireError("the answer is not signed, and this device follows only servers of its release key")
@@ -55,7 +55,10 @@ def check_answer(
             f"{release_key.hex()}: is it the right server?"
         )
     if delegation.expires < now:
-        raise WireError("the server's key has expired: whoever runs the server must have it renewed")
+        raise WireError(
+            "the server's key has expired: whoever runs the server must have it renewed, "
+            "unless this device's clock is ahead"
+        )
     digest = headers.get("Content-Digest", "")
     signed_input, signature = headers.get("Signature-Input", ""), headers.get("Signature", "")
     answer, value = parse_answer(status, digest, request, signed_input, signature, delegation.server_key)

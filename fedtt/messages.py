@@ -20,6 +20,7 @@ from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, WireError
 from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec
+from fedtt.signature import LATEST_S
 
 __all__ = [
     "DIFFERENCE_MEDIA_TYPE",
@@ -60,6 +61,7 @@ Name = Annotated[str, Meta(max_length=100, pattern="^[^\0]*$")]  #: PostgreSQL h
 Text = Annotated[str, Meta(max_length=500)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=10**9)]
+UnixSeconds = Annotated[float, Meta(ge=0, le=LATEST_S)]  #: no NaN either
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag=str.lower):
@@ -265,7 +267,7 @@ class Problem(Message, frozen=True):
     code: Code
     detail: Text
     remedy: Text = ""
-    now: float | None = None  #: the server's time in Unix seconds, where it helps
+    now: UnixSeconds | None = None  #: the server's time in Unix seconds, where it helps
 
 
 M = TypeVar("M")

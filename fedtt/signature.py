@@ -18,6 +18,7 @@ from fedtt.errors import WireError
 
 __all__ = [
     "LASTS_S",
+    "LATEST_S",
     "Signed",
     "content_digest",
     "hex_digest",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 LASTS_S = 300  #: longest that a request may be good for
+LATEST_S = 9e9  #: Unix seconds, in 2255: as microseconds they are a nonce
 
 _COVERED = '("@method" "@authority" "@path" "content-digest")'
 _INPUT = re.compile(

@@ -294,6 +294,11 @@ async def test_an_expired_key_of_a_server_is_not_followed(tmp_path: Path) -> Non
         seen, _ = await steps(tmp_path, server.url, server.token, 2)
         assert isinstance(seen[1], events.Retrying)
         assert "the server's key has expired" in seen[1].error
+        server.service.clock = Ahead(-(10.0**6))  # who answers sets the clock of requests, never this one
+        seen, _ = await steps(tmp_path / "lied-to", server.url, server.token, 2)
+        assert isinstance(seen[1], events.Retrying)
+        assert "the server's key has expired" in seen[1].error
+        server.service.clock = SystemClock()
         forged = replace(old, expires=expires + 10**6)  # who extends it breaks the release key's word
         server.service.server_key = ServerKey(base_key, forged)
         seen, _ = await steps(tmp_path, server.url, server.token, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,15 @@ def test_retries_wait_longer_and_longer(tmp_path: Path) -> None:
     in_world(tmp_path, test)
 
 
-def test_a_busy_server_is_left_alone_as_long_as_it_asks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked_s", "waited_s"), [(120.0, 120), (math.inf, 86400)])
+def test_a_busy_server_is_left_alone_as_long_as_it_asks_and_a_day_at_most(
+    asked_s: float, waited_s: int, tmp_path: Path
+) -> None:
     async def test(world: World) -> None:
-        device, transport = world.device(before=failing(refusal(Code.BUSY, 120.0), "upload"))
+        device, transport = world.device(before=failing(refusal(Code.BUSY, asked_s), "upload"))
         await device.run(until=acknowledged)
         (retry,) = [event for event in world.seen if isinstance(event, events.Retrying)]
-        assert 120 <= retry.pause_s <= 121
+        assert waited_s <= retry.pause_s <= waited_s + 1
         assert len(set(transport.frames)) == 1
 
     in_world(tmp_path, test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -201,6 +202,32 @@ def test_a_clock_that_is_a_week_wrong_serves_also_after_a_restart_and_after_it_w
     )
 
 
+@pytest.mark.parametrize("now", [math.nan, math.inf, -1.0, 1e11])
+def test_a_time_that_is_none_moves_no_clock(now: float, tmp_path: Path) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return problem(Code.CLOCK_SKEW, status=401, now=now)
+
+    async def test(transport: HttpTransport) -> None:
+        with pytest.raises(WireError, match=r"now"):
+            await transport.check_in(CHECK_IN)
+        assert transport._offset_s == 0.0
+
+    at_server(tmp_path, handler, test)
+
+
+@pytest.mark.parametrize("offset_s", [math.nan, math.inf, -math.inf, 1e300])
+def test_an_offset_that_is_none_is_mended_by_the_server(offset_s: float, tmp_path: Path) -> None:
+    offsets: list[float] = []
+
+    async def test(real: Real) -> None:
+        real.transport._offset_s = offset_s
+        real.clock._now += 1
+        assert isinstance(await real.transport.check_in(CHECK_IN), Work)
+        assert offsets == [0.0]
+
+    at_real_server(tmp_path, test, remember=offsets.append)
+
+
 def test_a_clock_the_server_will_not_have_either_way_is_a_refusal(tmp_path: Path) -> None:
     asked: list[str] = []
 
@@ -375,6 +402,25 @@ def test_bodies_that_trickle_for_ever_come_to_an_end(tmp_path: Path) -> None:
         with pytest.raises(Unreachable, match=r"base\.bin trickles, \d+ bytes in"):
             await download()
         assert came  # and may be gone on from
+
+    at_server(tmp_path, handler, test)
+
+
+@pytest.mark.parametrize("trickling", ["headers", "refusal"])
+def test_what_comes_before_a_file_may_not_trickle_either(trickling: str, tmp_path: Path) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        body = f"HTTP/1.1 404 Not Found\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: 9999\r\n\r\n"
+        request.transport.write(b"HTTP/1.1 200 OK\r\nX: " if trickling == "headers" else body.encode())
+        for _ in range(100):
+            request.transport.write(b"x")
+            await asyncio.sleep(0.02)
+        return web.Response()
+
+    async def test(transport: HttpTransport) -> None:
+        async with asyncio.timeout(1.5):
+            with pytest.raises(Unreachable, match="did not answer"):
+                await anext(transport.bundle_file("0" * 64, "base.bin", 0))
 
     at_server(tmp_path, handler, test)
 
