@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from edge_client.allowance import check_download
 from edge_client.aside import beside
@@ -46,6 +46,10 @@ class Bundles(Protocol):
         """
         ...
 
+    def using(self, digest: str) -> AbstractContextManager[None]:
+        """While work on a bundle lasts, from before it is asked for: no other makes it go."""
+        ...
+
 
 class BundleCache:
     """A directory of bundles by name. Any number of devices and processes may use one at a time.
@@ -68,7 +72,8 @@ class BundleCache:
         self.directory, self._clock, self._runtime = directory, clock, runtime
         self._limit_bytes, self._observe = limit_bytes, observe
         self._checked: dict[str, Bundle] = {}
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._in_use: list[str] = []
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def ensure(
         self,
@@ -78,7 +83,7 @@ class BundleCache:
         limit_bytes: int | None = None,
     ) -> Bundle:
         """The bundle of this name, downloading what is missing or damaged; raises what `Bundles` says."""
-        async with self._locks[digest], self._lock(digest):
+        async with self._locks.setdefault(digest, asyncio.Lock()), self._lock(digest):
             known = self._checked.pop(digest, None)
             if known is None or not self._is_there(known):
                 known = await self._complete(transport, digest, release_key, limit_bytes)
@@ -91,6 +96,14 @@ class BundleCache:
             self._checked[digest] = known
             return known
 
+    @contextmanager
+    def using(self, digest: str) -> Iterator[None]:
+        self._in_use.append(digest)
+        try:
+            yield
+        finally:
+            self._in_use.remove(digest)
+
     def _is_there(self, bundle: Bundle) -> bool:
         names = (MANIFEST, *needed_files(bundle.manifest, self._runtime))
         return all(bundle.path(name).is_file() for name in names)
@@ -98,30 +111,32 @@ class BundleCache:
     async def _complete(
         self, transport: Transport, digest: str, release_key: bytes | None, limit_bytes: int | None
     ) -> Bundle:
+        """Nothing is written before it is known to be wanted, readable and to have room."""
         directory = self.directory / digest
-        with storage_errors(directory):
-            directory.mkdir(mode=0o700, exist_ok=True)
-        data = await self._manifest(transport, digest, directory / MANIFEST)
+        path = directory / MANIFEST
+        cached = await beside(_contents, path)
+        if cached is not None and bundle_digest(cached) != digest:
+            self._observe(Redownloading(file=MANIFEST))
+            cached = None
+        data = cached or await self._manifest(transport, digest)
         if release_key is not None:
             check_manifest(data, f"bundle {digest[:12]}…", release_key)
-        manifest = decode_manifest(data, f"the manifest of bundle {digest[:12]}…")
+        manifest = await beside(decode_manifest, data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
         here = await beside(_bytes_here, directory, files)
         check_download(limit_bytes, manifest, sum(entry.bytes for entry in files.values()) - here)
         total_bytes = sum(entry.bytes for entry in files.values())
-        await beside(self._make_room, digest, total_bytes)
+        await beside(self._make_room, digest, len(data) + total_bytes)
+        if cached is None:
+            with storage_errors(directory):
+                directory.mkdir(mode=0o700, exist_ok=True)
+            await beside(write_atomically, path, data)
         for name, entry in files.items():
             await self._file(transport, digest, name, entry)
         self._observe(Downloaded(bundle=digest, bytes=total_bytes))
         return Bundle(directory=directory, digest=digest, manifest=manifest)
 
-    async def _manifest(self, transport: Transport, digest: str, path: Path) -> bytes:
-        with storage_errors(path):
-            cached = path.read_bytes() if path.exists() else None
-        if cached is not None:
-            if bundle_digest(cached) == digest:
-                return cached
-            self._observe(Redownloading(file=MANIFEST))
+    async def _manifest(self, transport: Transport, digest: str) -> bytes:
         data = bytearray()
         async with aclosing(transport.bundle_file(digest, MANIFEST, 0)) as pieces:
             async for piece in pieces:
@@ -132,7 +147,6 @@ class BundleCache:
                     )
         if bundle_digest(bytes(data)) != digest:
             raise BundleError(f"the manifest of bundle {digest[:12]}… does not match the bundle's name")
-        await beside(write_atomically, path, bytes(data))
         return bytes(data)
 
     async def _file(self, transport: Transport, digest: str, name: str, entry: FileEntry) -> None:
@@ -184,7 +198,7 @@ class BundleCache:
             for _, size, directory in found:
                 if room >= needed_bytes:
                     return
-                if directory.name not in self._checked and self._remove(directory):
+                if directory.name not in self._in_use and self._remove(directory):
                     room += size
         if room < needed_bytes:
             raise self._no_room(digest, needed_bytes)
@@ -202,9 +216,10 @@ class BundleCache:
         if descriptor is None:
             return False
         try:
+            self._checked.pop(directory.name, None)
             shutil.rmtree(directory)
         finally:
-            os.close(descriptor)
+            self._unlock(directory.name, descriptor)
         return True
 
     def _lock_path(self, digest: str) -> Path:
@@ -220,7 +235,13 @@ class BundleCache:
         try:
             yield
         finally:
-            os.close(descriptor)
+            self._unlock(digest, descriptor)
+
+    def _unlock(self, digest: str, descriptor: int) -> None:
+        """The file of a lock goes with its bundle, while it is held."""
+        if not (self.directory / digest).exists():
+            self._lock_path(digest).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _use(directory: Path) -> tuple[float, int]:
@@ -232,6 +253,11 @@ def _use(directory: Path) -> tuple[float, int]:
             with suppress(FileNotFoundError):
                 size += file.stat().st_size
     return used_at, size
+
+
+def _contents(path: Path) -> bytes | None:
+    with storage_errors(path):
+        return path.read_bytes() if path.exists() else None
 
 
 def _bytes_here(directory: Path, files: dict[str, FileEntry]) -> int:

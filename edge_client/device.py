@@ -236,7 +236,9 @@ class Device:
             case Work():
                 return await self._take(answer)
             case Wait():
-                return events.Waiting(reason=answer.reason, pause_s=min(answer.retry_after_s, _LONGEST_PAUSE_S))
+                return events.Waiting(
+                    reason=answer.reason, pause_s=min(answer.retry_after_s, _LONGEST_PAUSE_S)
+                )
             case Retired():
                 await self._aside(self.journal.update, enrolled=False)
                 return events.Retired(reason=answer.reason)

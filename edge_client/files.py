@@ -83,4 +83,14 @@ def try_lock(path: Path) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        if not _is_at(path, descriptor):  # whoever held it has removed the file
+            os.close(descriptor)
+            return None
         return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

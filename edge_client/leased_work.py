@@ -64,6 +64,10 @@ class LeasedWork:
         """Fetch, train and store the frame. Raises Declined before anything is loaded or run that is beyond
         a budget, and what `LocalTraining` does.
         """
+        with self._training.using(leased.work.plan):
+            return await self._train(leased)
+
+    async def _train(self, leased: Leased) -> events.Trained:
         plan = leased.work.plan
         budget = plan.budget.within(self._config.budget)
         check_memory(plan, self._config.budget, await self._watch.free_mb())

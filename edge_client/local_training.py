@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.bundle import Bundle
@@ -37,6 +39,10 @@ class LocalTraining:
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
         self._activations, self._aside = activations, aside
 
+    def using(self, plan: Plan) -> AbstractContextManager[None]:
+        """For as long as what `fetch` gives is worked with: the bundle stays."""
+        return self._bundles.using(plan.bundle)
+
     async def fetch(
         self, plan: Plan, release_key: bytes | None = None, limit_bytes: int | None = None
     ) -> tuple[Bundle, bytes]:
@@ -58,6 +64,10 @@ class LocalTraining:
         self, question: Judge, release_key: bytes | None = None, limit_bytes: int | None = None
     ) -> Verdict:
         """Answer a question; raises what `fetch` and `Trainer.judge` do."""
+        with self._bundles.using(question.bundle):
+            return await self._judge(question, release_key, limit_bytes)
+
+    async def _judge(self, question: Judge, release_key: bytes | None, limit_bytes: int | None) -> Verdict:
         try:
             bundle = await self._bundles.ensure(self._transport, question.bundle, release_key, limit_bytes)
             layout = bundle.manifest.adapter.layout
@@ -86,7 +96,8 @@ class LocalTraining:
             return held.data
         if limit_bytes is not None and size_bytes > limit_bytes:
             raise Declined(f"a version has {size_bytes} bytes, {limit_bytes} may be downloaded", "traffic")
-        held = held or zeros(size_bytes)
+        if held is None:
+            held = await self._aside(zeros, size_bytes)
         body = await self._transport.version(sha256, size_bytes, held.sha256)
         version = await self._aside(self._keep, key, body, held, sha256)
         if version is None and body.difference:

@@ -71,15 +71,19 @@ class Runtime(Scorer, Protocol):
 
 
 class Runtimes:
-    """The runtimes of a process, one for each bundle: devices that share a base share its memory."""
+    """The runtime of the bundle that a process opened last: devices that share a base share its memory.
+
+    Another bundle's takes its place, and goes once nobody trains on it.
+    """
 
     def __init__(self, load: Callable[[Bundle], Runtime], name: RuntimeName = "onnxruntime") -> None:
         self.name, self._load = name, load
-        self._loaded: dict[str, Runtime] = {}
+        self._newest: tuple[str, Runtime] | None = None
         self._guard = threading.Lock()
 
     def open(self, bundle: Bundle) -> Runtime:
         with self._guard:
-            if bundle.digest not in self._loaded:
-                self._loaded[bundle.digest] = self._load(bundle)
-            return self._loaded[bundle.digest]
+            if self._newest is None or self._newest[0] != bundle.digest:
+                self._newest = None  # its memory goes before the next is loaded
+                self._newest = bundle.digest, self._load(bundle)
+            return self._newest[1]

@@ -23,6 +23,9 @@ from fedtt.tensor_train import TTMatrix
 __all__ = ["AdapterSpec", "LoraPair", "TTFactors", "initial_theta"]
 
 
+_MOST_FACTORS = 2**13  #: of all blocks; a reader plans for each
+
+
 class TTFactors(NamedTuple):
     """One TT matrix of a spec: which factors of its layout are its cores."""
 
@@ -56,6 +59,10 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
                 raise ConfigError("adapter.depth", self.depth, "0 where nothing is inserted")
         elif not 1 <= self.depth <= self.layers:
             raise ConfigError("adapter.depth", self.depth, f"a whole number from 1 to {self.layers}")
+        if (factors := self.depth * self._factors_a_block) > _MOST_FACTORS:
+            raise ConfigError(
+                "adapter.depth", self.depth, f"less: {factors} factors, at most {_MOST_FACTORS}"
+            )
         for width in _widths(self.inserted, self.head):
             if width != self.hidden:
                 raise ConfigError("adapter.hidden", self.hidden, f"{width}, the width of its matrices")

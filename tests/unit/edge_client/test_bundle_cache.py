@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ from edge_client.bundle import open_bundle
 from edge_client.bundle_cache import BundleCache
 from edge_client.events import Event
 from edge_client.files import try_lock
-from fedtt.errors import BundleError, ConfigError, Unreachable
-from fedtt.manifest import MANIFEST
+from fedtt.errors import BundleError, ConfigError, Declined, Unreachable
+from fedtt.manifest import MANIFEST, bundle_digest
 from fedtt.seams import Transport
 from tests.support.clock import VirtualClock
 from tests.support.edge import write_small_bundle
@@ -198,7 +199,7 @@ def test_a_bundle_that_another_process_is_fetching_is_not_removed(tmp_path: Path
 
 
 def test_where_all_others_are_in_use_the_bundle_is_refused_and_they_stay(tmp_path: Path) -> None:
-    place = Place(tmp_path, limit_bytes=BASE_BYTES + 1000)
+    place = Place(tmp_path, limit_bytes=BASE_BYTES + 10_000)
     fetched = other_bundle(place, "fetched", BASE_BYTES // 2, used_at=1)
     held = try_lock(place.directory / "fetched.lock")
     assert held is not None
@@ -225,19 +226,50 @@ def test_using_a_bundle_makes_it_the_last_to_go(tmp_path: Path) -> None:
     assert min(asyncio.run(run())) > 1_000_000_000, "each use is stamped with today's time"
 
 
-def test_a_bundle_opened_by_this_process_is_never_removed(tmp_path: Path) -> None:
+def test_a_bundle_makes_room_once_the_work_on_it_is_done(tmp_path: Path) -> None:
     place = Place(tmp_path)
     second = tmp_path / "second"
     second_digest = write_small_bundle(second, BASE_BYTES - 1)
 
-    async def run() -> Path:
+    async def run() -> None:
         cache = BundleCache(place.directory, VirtualClock(), limit_bytes=BASE_BYTES * 2 - 1)
-        opened = await cache.ensure(place.server, place.digest)  # type: ignore[arg-type]
-        with pytest.raises(BundleError, match="with what is in use"):
-            await cache.ensure(Directory(second), second_digest)  # type: ignore[arg-type]
-        return opened.directory
+        with cache.using(place.digest):
+            opened = await cache.ensure(place.server, place.digest)  # type: ignore[arg-type]
+            with pytest.raises(BundleError, match="with what is in use"):
+                await cache.ensure(Directory(second), second_digest)  # type: ignore[arg-type]
+            assert open_bundle(opened.directory).digest == place.digest
+        await cache.ensure(Directory(second), second_digest)  # type: ignore[arg-type]
 
-    assert open_bundle(asyncio.run(run())).digest == place.digest
+    asyncio.run(run())
+    assert {path.name for path in place.directory.iterdir()} == {second_digest, f"{second_digest}.lock"}
+
+
+@pytest.mark.parametrize("refused", ["unreadable", "declined", "too large"])
+def test_of_a_bundle_that_is_not_taken_nothing_stays(refused: str, tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES if refused == "too large" else 1 << 30)
+    if refused == "unreadable":
+        (manifest := place.server.directory / MANIFEST).write_bytes(b"{".ljust(1 << 20))
+        place.digest = bundle_digest(manifest.read_bytes())
+    cache = BundleCache(place.directory, VirtualClock(), limit_bytes=place.limit_bytes)
+    limit_bytes = 1 if refused == "declined" else None
+    with pytest.raises((BundleError, Declined)):
+        asyncio.run(cache.ensure(place.server, place.digest, None, limit_bytes))  # type: ignore[arg-type]
+    assert list(place.directory.iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, taken = tmp_path / "lock", fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        path.unlink()  # by whoever held it, between opening and locking
+        taken(descriptor, operation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", late)
+        assert try_lock(path) is None
+    assert try_lock(path) is not None
 
 
 def test_a_bundle_that_another_process_removed_is_downloaded_again(tmp_path: Path) -> None:
