@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from obstore.store import LocalStore as ObjectsInFiles
@@ -51,6 +57,31 @@ async def arriving(pieces: Iterable[bytes], breaks: Exception | None = None) -> 
         yield piece
     if breaks:
         raise breaks
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of moto's S3 server with a bucket `blobs`."""
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip(
+            "NOT TESTED OVER S3: no moto_server on the path (pip install 'moto[server]', in any place)"
+        )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(200):
+            with suppress(OSError), urlopen(Request(f"{url}/blobs", method="PUT"), timeout=5):  # noqa: S310
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
 
 
 class BlobContract:
@@ -146,6 +177,17 @@ class TestObjectBlobs(BlobContract):
     @pytest.fixture
     def blobs(self) -> BlobStore:
         return ObjectBlobs(ObjectsInMemory(), "memory")
+
+
+class TestObjectBlobsOverS3(BlobContract):
+    """Every byte through S3's own protocol, signed, to a server of its own."""
+
+    @pytest.fixture
+    def blobs(self, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlobStore:
+        settings = {"ENDPOINT_URL": s3, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+        for name, value in {**settings, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        return open_blobs(f"s3://blobs/{tmp_path.name}")  # a prefix of its own
 
 
 class TestObjectBlobsInADirectory(BlobContract):
