@@ -61,6 +61,7 @@ class FileActivations:
         self._directory, self.limit_bytes = directory, limit_bytes
         self._guard = threading.Lock()
         self._held: OrderedDict[str, int] | None = None  #: bytes by name, the one used longest ago first
+        self._held_bytes = 0  #: of all
 
     def get(self, key: str, shape: tuple[int, int]) -> Half | None:
         with self._guard:
@@ -81,10 +82,14 @@ class FileActivations:
                 return
             held = self._known()
             self._drop(key)
-            while held and sum(held.values()) + size > self.limit_bytes:
-                self._drop(next(iter(held)))
+            self._make_room(size)
             if self._write(key, _digest(key, data) + data):
                 held[key] = size
+                self._held_bytes += size
+
+    def _make_room(self, size: int) -> None:
+        while self._held and self._held_bytes + size > self.limit_bytes:
+            self._drop(next(iter(self._held)))
 
     def _known(self) -> OrderedDict[str, int]:
         """What lies in the directory, read once; what does not fit it now is removed."""
@@ -98,8 +103,8 @@ class FileActivations:
                         Path(entry).unlink()
                     else:
                         self._held[entry.name] = _occupied(stat.st_size)
-            while self._held and sum(self._held.values()) > self.limit_bytes:
-                self._drop(next(iter(self._held)))
+            self._held_bytes = sum(self._held.values())
+            self._make_room(0)
         return self._held
 
     def _read(self, key: str, size: int) -> bytes | None:
@@ -127,7 +132,8 @@ class FileActivations:
         return True
 
     def _drop(self, key: str) -> None:
-        if self._known().pop(key, None) is not None:
+        if (size := self._known().pop(key, None)) is not None:
+            self._held_bytes -= size
             with suppress(OSError):
                 (self._directory / key).unlink()
 

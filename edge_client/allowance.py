@@ -20,10 +20,14 @@ __all__ = [
     "check_upload",
     "pace_key",
     "rows",
+    "spent_before",
     "with_pace",
+    "with_spent",
 ]
 
 _PACES_KEPT = 16  #: of bundles and depths
+_PRIVATE_TASKS_KEPT = 64
+_FORGOTTEN = "\0"  #: no task's name: the most that was spent of one which made room
 _LASTS_S = 30 * 86400.0  #: by then a device may have become faster, or been replaced
 
 
@@ -47,6 +51,19 @@ def with_pace(paces: dict[str, Pace], key: str, measured: Pace) -> dict[str, Pac
     """Those known, the longest unused first, with one more; the oldest make room."""
     others = ((name, kept) for name, kept in paces.items() if name != key)
     return dict([*others, (key, measured)][-_PACES_KEPT:])
+
+
+def spent_before(spent: dict[str, float], task: str) -> float:
+    """μ² of a task so far; of one that may have been forgotten, the most that any of those had spent."""
+    return spent.get(task, spent.get(_FORGOTTEN, 0.0))
+
+
+def with_spent(spent: dict[str, float], task: str, mu_squared: float) -> dict[str, float]:
+    """Those known, the longest unused first, with one changed; the oldest make room and leave their most."""
+    others = ((name, kept) for name, kept in spent.items() if name not in {task, _FORGOTTEN})
+    tasks = [*others, (task, mu_squared)]
+    gone = [spent.get(_FORGOTTEN, 0.0), *(kept for _, kept in tasks[:-_PRIVATE_TASKS_KEPT])]
+    return {_FORGOTTEN: max(gone)} | dict(tasks[-_PRIVATE_TASKS_KEPT:])
 
 
 def rows(plan: Plan, examples: int) -> int:

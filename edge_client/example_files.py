@@ -45,7 +45,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> _Rows:
             continue
         try:
             yield number, msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise DataError(f"{path} row {number} is not a JSON object: {error}") from None
 
 

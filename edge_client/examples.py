@@ -20,6 +20,9 @@ __all__ = ["Example", "ExampleLimits", "ExampleStore", "Examples", "Shard", "Tex
 Label = str | int
 Text = str | tuple[str, str]  #: one text, or two that are read together
 
+_LARGEST = 2**63 - 1  #: label that a store can hold
+_INDEX_DIGITS = 18  #: of a text that may be an index
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS example (
     id INTEGER PRIMARY KEY,
@@ -146,8 +149,9 @@ class ExampleStore:
     def _insert(self, examples: Sequence[Example], file: str | None) -> int:
         for example in examples:
             self._check(example)
+        file = None if file is None else _printable(file)
         now = self._clock.now()
-        rows = [(e.text, e.text_pair, e.label, e.source, file, now) for e in examples]
+        rows = [(e.text, e.text_pair, e.label, _printable(e.source), file, now) for e in examples]
         with self._transaction() as db:
             if file is not None:
                 db.execute("DELETE FROM example WHERE file = ?", (file,))
@@ -169,7 +173,14 @@ class ExampleStore:
         texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
         if not all(text.strip() for text in texts):
             raise DataError(f"{where}an example needs a text that is not empty")
-        if (size := len("".join(texts).encode(errors="replace"))) > self._limits.max_text_bytes:
+        if isinstance(example.label, int) and abs(example.label) > _LARGEST:
+            raise DataError(f"{where}the label is a number of more than 63 bits")
+        try:
+            size = len("".join(texts).encode())
+            str(example.label).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}a text or label holds half a character: it is no Unicode") from None
+        if size > self._limits.max_text_bytes:
             raise DataError(
                 f"{where}the text has {size} bytes, at most {self._limits.max_text_bytes} are kept"
             )
@@ -201,6 +212,11 @@ class ExampleStore:
             ) from None
 
 
+def _printable(name: str) -> str:
+    """A name of a file as it may be stored: one that is not UTF-8 shows its bytes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def label_index(example: Example, labels: Sequence[str]) -> int:
     """The index of an example's label: a name of the task's labels, or an index into them.
 
@@ -212,7 +228,7 @@ def label_index(example: Example, labels: Sequence[str]) -> int:
             raise DataError(f"{where}the example has no label, and the task is to tell labels apart")
         case str(name) if name in labels:
             return labels.index(name)
-        case str(name) if not name.isdecimal():
+        case str(name) if not name.isdecimal() or len(name) > _INDEX_DIGITS:
             known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
             raise DataError(
                 f"{where}label {name[:50]!r} is not among the task's {len(labels)} labels: {known}"
@@ -220,7 +236,8 @@ def label_index(example: Example, labels: Sequence[str]) -> int:
         case number:
             index = int(number)
     if not 0 <= index < len(labels):
+        shown = index if abs(index) <= _LARGEST else "of more than 63 bits"
         raise DataError(
-            f"{where}label index {index} is out of range: the task has labels 0..{len(labels) - 1}"
+            f"{where}label index {shown} is out of range: the task has labels 0..{len(labels) - 1}"
         )
     return index

@@ -95,7 +95,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     round_ends: dict[str, float] = {}  #: by task: when that one was to end, so that none stands still
     label_counts: dict[str, bytes] = {}  #: by sha256 of the labels: what was told of them, noise and all
     noise_secret: bytes = b""  #: of private trainings; b"" before the first
-    privacy_spent: dict[str, float] = {}  #: by task: μ² of what was sent of it (`fedtt.privacy`)
+    privacy_spent: dict[str, float] = {}  #: by task: μ² of what was sent of it (`with_spent`)
     paces: dict[str, Pace] = {}  #: by `pace_key`, the longest unused first
 
 

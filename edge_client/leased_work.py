@@ -9,7 +9,17 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from edge_client import events
-from edge_client.allowance import Pace, check_memory, check_time, check_upload, pace_key, rows, with_pace
+from edge_client.allowance import (
+    Pace,
+    check_memory,
+    check_time,
+    check_upload,
+    pace_key,
+    rows,
+    spent_before,
+    with_pace,
+    with_spent,
+)
 from edge_client.aside import Aside
 from edge_client.bundle import Bundle
 from edge_client.conditions import Watch
@@ -156,7 +166,7 @@ class LeasedWork:
         if privacy is None:
             return spent, b""
         training, count = plan.training, max(1, self._examples.count())
-        before = spent.get(plan.task, 0.0)
+        before = spent_before(spent, plan.task)
         mu_squared = before + privacy.spent(count, training.batch_size, training.local_steps)
         epsilon = epsilon_of(mu_squared, privacy.delta)
         if privacy.epsilon is not None and epsilon > privacy.epsilon:
@@ -166,7 +176,7 @@ class LeasedWork:
         if not self._journal.state.noise_secret:
             self._journal.update(noise_secret=noise_secret(self._uniform))
         key = noise_key(self._journal.state.noise_secret, lease, plan, before)
-        return spent | {plan.task: mu_squared}, key
+        return with_spent(spent, plan.task, mu_squared), key
 
     def _label_counts(self, plan: Plan, labels: Sequence[str]) -> bytes:
         """What is told of this device's labels: nothing, unless the plan asks and the owner allows it."""

@@ -7,6 +7,7 @@ read is None; a file that holds no such number is as none.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -103,10 +104,10 @@ class LinuxConditions:
         Linux, Documentation/ABI/testing/sysfs-class-power. A machine without a battery lives on such power;
         the batteries of a mouse (scope Device) are not its own.
         """
-        supplies = self._sys / "class" / "power_supply"
-        if not supplies.is_dir():
+        supplies = _entries(self._sys / "class" / "power_supply")
+        if supplies is None:
             return None, None
-        own = [supply for supply in supplies.iterdir() if _text(supply / "scope") != "Device"]
+        own = [supply for supply in supplies if _text(supply / "scope") != "Device"]
         batteries = [supply for supply in own if _text(supply / "type") == "Battery"]
         if not batteries:
             return None, True
@@ -131,7 +132,8 @@ class LinuxConditions:
 
     def _temperature(self) -> float | None:
         """The hottest of the thermal zones, which the kernel gives in thousandths of a degree."""
-        zones = (self._sys / "class" / "thermal").glob("thermal_zone*/temp")
+        entries = _entries(self._sys / "class" / "thermal") or []
+        zones = (entry / "temp" for entry in entries if entry.name.startswith("thermal_zone"))
         found = [value / 1000 for path in zones if (value := _number(path)) is not None]
         return max((value for value in found if -40 <= value <= 150), default=None)
 
@@ -191,6 +193,14 @@ def _either(told: T | None, found: T | None) -> T | None:
     return found if told is None else told
 
 
+def _entries(directory: Path) -> list[Path] | None:
+    """What lies in a directory; None where that cannot be seen."""
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return None
+
+
 def _text(path: Path) -> str:
     """What a file says; "" where it cannot be read."""
     try:
@@ -211,9 +221,10 @@ def _named(text: str, name: str) -> int | None:
 
 def _number(path: Path) -> float | None:
     try:
-        return float(_text(path))
+        value = float(_text(path))
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def _told(path: Path, most: float) -> float | None:

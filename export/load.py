@@ -81,5 +81,5 @@ def _read_theta(path: Path, config: VersionConfig) -> Theta:
     try:
         theta = layout.flatten(load(path.read_bytes()))
         return decode_theta(encode_theta(theta), layout, config.version_sha256)
-    except (OSError, SafetensorError, LayoutError, WireError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, LayoutError, WireError) as error:
         raise BundleError(f"{path} cannot be used: {error}; download the version again") from None

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 from export import load_version
 from export.bundle import read_bundle
@@ -96,7 +97,7 @@ def test_one_flipped_bit_in_the_factors_is_found(tiny_bundle: Path, tiny_model: 
         load_version(tmp_path / "version", str(tiny_model))
 
 
-@pytest.mark.parametrize("damage", ["config", "factors", "directory"])
+@pytest.mark.parametrize("damage", ["config", "factors", "bfloat16", "directory"])
 def test_what_is_no_version_is_refused(
     damage: str, tiny_bundle: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -104,5 +105,7 @@ def test_what_is_no_version_is_refused(
     if damage != "directory":
         _save_version(tiny_bundle, version)
         (version / (CONFIG if damage == "config" else FACTORS)).write_text("nonsense")
+    if damage == "bfloat16":
+        save_tensors({"head.bias": torch.zeros(3, dtype=torch.bfloat16)}, version / FACTORS)
     with pytest.raises(BundleError, match=str(version)):
         load_version(version, str(tiny_model))

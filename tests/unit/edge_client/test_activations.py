@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edge_client import activations
 from edge_client.activations import FileActivations
 from fedtt.errors import ConfigError
 
@@ -100,3 +102,22 @@ def test_where_the_directory_cannot_be_made_nothing_is_kept_and_nothing_fails(tm
     kept = FileActivations(tmp_path / "file" / "a", 1 << 20)
     kept.put("one", rows(1))
     assert kept.get("one", SHAPE) is None
+
+
+def test_what_is_held_is_summed_once_and_then_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, sums = FileActivations(tmp_path, 3 * BLOCK), list[int]()
+
+    def summed(sizes: Iterable[int]) -> int:
+        sums.append(sum(sizes))
+        return sums[-1]
+
+    monkeypatch.setattr(activations, "sum", summed, raising=False)
+    for number in range(20):
+        kept.put(str(number % 7), rows(number))
+        if number % 3 == 0:
+            (tmp_path / str(number % 7)).write_bytes(b"damaged")
+            assert kept.get(str(number % 7), SHAPE) is None
+    assert sums == [0]
+    assert kept._held_bytes == sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir())

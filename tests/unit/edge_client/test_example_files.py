@@ -61,6 +61,7 @@ def test_a_row_may_have_two_texts(tmp_path: Path, name: str, content: str) -> No
         ("a.jsonl", '{"text": "x", "label": true}', "row 1 has label True"),
         ("a.jsonl", '{"text": "x"}\nnot json', "a.jsonl row 2 is not a JSON object"),
         ("a.jsonl", "[1]", "a.jsonl row 1 is not a JSON object"),
+        ("a.jsonl", '{"text": "x", "of": ' + "[" * 100_000, "a.jsonl row 1 is not a JSON object"),
         ("a.csv", "words,label\nx,on\n", "row 1 is a header without a column 'text': words, label"),
         ("a.csv", "text,label\n,on\n", "a.csv row 2 has no text"),
         ("a.csv", b"text,label\n\xff\xfe,on\n", "is not UTF-8"),

@@ -80,6 +80,25 @@ def test_an_example_needs_a_text(text: str) -> None:
         ExampleStore(None).add(text)
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example("a\ud800", None, "f.csv row 7"), "f.csv row 7: a text or label holds half a character"),
+        (Example("a", "b\ud800"), "a text or label holds half a character"),
+        (Example("a", 2**63, "f.csv row 7"), "f.csv row 7: the label is a number of more than 63 bits"),
+    ],
+)
+def test_what_no_store_can_hold_is_refused(example: Example, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ExampleStore(None).replace_file("f\udcff.csv", [example])
+
+
+def test_a_file_whose_name_is_not_utf8_may_be_kept() -> None:
+    store = ExampleStore(None)
+    assert store.replace_file("f\udcff.csv", [Example("a", 1, "f\udcff.csv row 1")]) == 1
+    assert store.read()[0].source == r"f\udcff.csv row 1"
+
+
 def test_a_text_over_the_limit_is_refused_with_both_sizes() -> None:
     store = ExampleStore(None, ExampleLimits(max_text_bytes=10))
     store.add("ääääá")  # 5 characters of 2 bytes
@@ -159,6 +178,8 @@ def test_a_name_of_digits_is_a_name_first() -> None:
         (2, r"f.csv row 7: label index 2 is out of range: the task has labels 0\.\.1"),
         (-1, "label index -1 is out of range"),
         ("2", "label index 2 is out of range"),
+        pytest.param("9" * 5000, "f.csv row 7: label '9{50}' is not among", id="digits"),
+        pytest.param(10**5000, "f.csv row 7: label index of more than 63 bits", id="number"),
     ],
 )
 def test_a_label_the_task_does_not_have_is_named_with_its_row(label: str | int | None, message: str) -> None:

@@ -204,3 +204,9 @@ def test_this_machine_is_read_without_an_error() -> None:
     assert found.memory_mb is not None
     assert found.memory_mb > 0
     assert found.idle is not None
+
+
+def test_where_nothing_can_be_looked_at_nothing_is_known() -> None:
+    nowhere = Path("x" * 300)  # as /sys/class is for those who may not search it: an error, and not absent
+    readings = LinuxConditions(sys=nowhere, proc=nowhere, busctl="no-such-program").now()
+    assert readings == Readings()
