@@ -6,7 +6,7 @@ An app keeps examples and runs the device beside its other work:
     store.add("wake me at seven", "set_alarm")                      # whenever the app learns something
     config = DeviceConfig(token=token)
     async with open_device(home, server=url, examples=store, config=config) as device:
-        device.consent()                                            # once the owner has said yes
+        await device.consent()                                      # once the owner has said yes
         await device.run()                                          # until cancelled or retired
 
 Names are imported when first used, so that a cold start loads no more than it needs.

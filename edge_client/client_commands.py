@@ -102,7 +102,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         trainer=LocalTrainer(_RUNTIMES[args.runtime](args.threads)),
         observe=show,
     ) as device:
-        device.consent()
+        await device.consent()
         last = await supervise(device, home, _ended if args.once else _never, show)
     return 2 if isinstance(last, events.Retrying | events.GaveUp) else 0
 

@@ -129,10 +129,10 @@ class Device:
             limit_s=config.retry_limit_s,
         )
 
-    def consent(self) -> None:
+    async def consent(self) -> None:
         """Record that the owner of this device has said yes; without it no step is taken."""
         if self.journal.state.consented_at is None:
-            self.journal.update(consented_at=self._clock.now())
+            await self._aside(self.journal.update, consented_at=self._clock.now())
 
     async def run(self, until: Callable[[Step], bool] = lambda _: False) -> Step:
         """Take steps until the server retires this device or `until` says so of a step; returns that one.

@@ -19,6 +19,7 @@ import aiohttp
 from msgspec import Struct
 from yarl import URL
 
+from edge_client.aside import beside
 from edge_client.identity import Identity
 from edge_client.release import check_answer
 from fedtt.errors import ConfigError, Refused, Unreachable, WireError
@@ -86,7 +87,9 @@ class HttpTransport:
         ca: str = "",
         traffic: Traffic | None = None,
     ) -> None:
-        """traffic: counters to add to, which several transports may share.
+        """on_clock_offset: told, beside the loop, of a server's time less the clock's that is not as it was.
+
+        traffic: counters to add to, which several transports may share.
 
         ca: file of certificates in PEM to trust in place of the machine's; "" for those.
         release_key: of which a server must show the word to be followed; b"" asks for none.
@@ -219,7 +222,7 @@ class HttpTransport:
         if problem.code is not Code.CLOCK_SKEW or problem.now is None:
             raise refused
         self._offset_s = problem.now - self._clock.now()
-        self._on_offset(self._offset_s)
+        await beside(self._on_offset, self._offset_s)
         self._nonce = 0  # of a clock ahead: taken up, it would have every later run of this client refused
         response = await self._send(request)
         if response.status >= 400:

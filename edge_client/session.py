@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from edge_client.activations import FileActivations
+from edge_client.aside import beside
 from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
 from edge_client.conditions import Conditions
 from edge_client.device import Device
@@ -106,13 +107,19 @@ async def open_device(
     trainer, traffic: likewise shared by the devices of one process; None makes them for this one.
     """
     place, time = Home(home), clock or SystemClock()
-    with place.lock():
+
+    def opened() -> tuple[Journal, HttpTransport]:
         journal = Journal(place)
         if ca is not None:
             journal.update(ca=str(ca.absolute()))
         transport = open_transport(place, journal, server, time, traffic, move=move)
         if release_key:
             journal.update(release_key=release_key)
+        return journal, transport
+
+    with ExitStack() as held:
+        await beside(held.enter_context, place.lock())
+        journal, transport = await beside(opened)
         trainer = trainer or LocalTrainer(onnx_runtimes(threads))
         bundles = BundleCache(
             cache or place.bundles,

@@ -205,7 +205,7 @@ class Fleet:
         device = self._device(index, key, journal, clock, link, participation)
         next_at = self.time.now() + _REBOOT_S
         try:
-            device.consent()
+            await device.consent()
             step = await device.run(partial(self._rests, journal))
             next_at = self._next_at(index, step, clock.now())
         except Vanished:

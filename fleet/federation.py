@@ -160,7 +160,7 @@ async def _run_devices(
             traffic=counts.traffic,
             observe=counts.observe,
         ) as device:
-            device.consent()
+            await device.consent()
             await device.run()
 
     async with asyncio.TaskGroup() as group:

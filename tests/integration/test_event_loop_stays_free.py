@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aggregator.app import device_app
-from edge_client import bundle_cache
+from edge_client import bundle_cache, local_training
 from edge_client.aside import beside
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Acknowledged, Step
@@ -24,6 +24,7 @@ from edge_client.examples import Example, ExampleStore
 from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtimes
 from edge_client.session import open_device
+from fedtt.errors import StorageError
 from fedtt.seams import SystemClock
 from tests.support.device_world import SPEC
 from tests.support.edge import MeanTarget, write_small_bundle
@@ -32,6 +33,19 @@ from tests.support.in_process import TOKEN, listening, memory_service
 LAG_S = 0.05
 BASE_BYTES = 24 << 20  #: of a bundle: hashing it takes longer than a loop may be held up
 EXAMPLES = 5000
+
+
+BLOCKING = (
+    *((os, "fsync"), (os, "replace"), (time, "sleep")),
+    *((bundle_cache, "file_fault"), (bundle_cache, "decode_manifest"), (local_training, "zeros")),
+)
+
+
+class Behind(SystemClock):
+    """Of a device whose clock is a week behind."""
+
+    def now(self) -> float:
+        return super().now() - 7 * 86400
 
 
 class Watch:
@@ -82,24 +96,35 @@ async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_i
         async with (
             memory_service(tmp_path / "blobs", SPEC, tmp_path / "bundle", SystemClock()) as service,
             listening(device_app(service)) as url,
-            open_device(
-                tmp_path / "home",
-                server=url,
-                examples=store,
-                config=DeviceConfig(token=TOKEN),
-                trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
-            ) as device,
         ):
-            device.consent()  # the app's own call, once
             watch = Watch()
-            for module, name in ((os, "fsync"), (bundle_cache, "file_fault"), (os, "replace")):
+            for module, name in BLOCKING:
                 monkeypatch.setattr(module, name, watch.watched(name, getattr(module, name)))
             for name in ("count", "read"):
                 monkeypatch.setattr(store, name, watch.watched(name, getattr(store, name)))
-            async with watch.watching():
+            async with (
+                watch.watching(),
+                open_device(
+                    tmp_path / "home",
+                    server=url,
+                    examples=store,
+                    config=DeviceConfig(token=TOKEN),
+                    trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
+                    clock=Behind(),
+                ) as device,
+            ):
+                await device.consent()
                 last = await device.run(until=_acknowledged)
+                with pytest.raises(StorageError, match="another client is running"):
+                    async with open_device(
+                        tmp_path / "home", server=url, examples=store, config=DeviceConfig()
+                    ):
+                        pass
+            state = device.journal.state
     assert isinstance(last, Acknowledged)
+    assert state.clock_offset_s == pytest.approx(7 * 86400, abs=60)
     assert watch.on_loop == []
+    assert watch.beside["sleep"] >= 1  # for the place of the other client
     # each file of the bundle and its manifest, every step's journal, the version
     assert watch.beside["fsync"] >= 10
     assert watch.beside["file_fault"] >= 4

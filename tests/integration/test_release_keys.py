@@ -98,7 +98,7 @@ async def steps(
         trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
         clock=Ahead(ahead_s),
     ) as device:
-        device.consent()
+        await device.consent()
         for _ in range(count):
             seen.append(await device.step())
     return seen, home

@@ -261,7 +261,7 @@ async def test_real_clients_train_two_versions_over_http_that_a_person_can_use(
             cache=tmp_path / "cache",
             observe=keep,
         ) as device:
-            device.consent()
+            await device.consent()
             await device.run(lambda step: isinstance(step, events.Waiting) and "no task" in step.reason)
 
     async with served(tmp_path) as server:

@@ -51,7 +51,7 @@ class Participant:
             traffic=self.traffic,
             observe=self._observe,
         ) as device:
-            device.consent()
+            await device.consent()
             await device.run(lambda step: isinstance(step, events.Waiting) and "no task" in step.reason)
 
     def _observe(self, event: events.Event) -> None:

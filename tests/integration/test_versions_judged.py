@@ -146,7 +146,7 @@ async def test_a_real_device_judges_a_version_on_its_own_examples(
             async with open_device(
                 tmp_path / "home", server=server.url, examples=examples, config=config
             ) as device:
-                device.consent()
+                await device.consent()
                 step = await device.run(lambda step: isinstance(step, events.Judged))
         assert isinstance(step, events.Judged)
         assert (step.task, step.version_number, step.examples) == ("judged", 1, 12)

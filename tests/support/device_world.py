@@ -178,8 +178,8 @@ class World:
             clock=self.clock,
             observe=self.seen.append,
         )
-        if consent:
-            device.consent()
+        if consent and journal.state.consented_at is None:
+            journal.update(consented_at=self.clock.now())
         return device, transport
 
     def kinds(self) -> list[str]:

@@ -57,7 +57,7 @@ class Owner:
                 trainer=LocalTrainer(Runtimes(lambda bundle: MeanTarget())),
                 observe=self.seen.append,
             ) as device:
-                device.consent()
+                await device.consent()
                 return await supervise(device, self.home, until, self.seen.append)
         finally:
             store.close()
