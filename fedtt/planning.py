@@ -30,6 +30,8 @@ __all__ = ["plan_adapter", "plan_dense", "plan_head", "plan_lora", "plan_lora_sb
 
 _SITES: tuple[Site, ...] = ("attention", "mlp")
 _BOTTLENECK = 64  #: of FedTT (§5) and of Houlsby et al.; a narrower model has its own width
+_TT_RANK = 5  #: of FedTT (§5)
+_HEAD_RANK = 10
 _LORA_SB_RANK = 32  #: r² numbers a target: those of LoRA of rank 1 at a width of 512
 _LORA_RANK = 8  #: on query and value, as Hu et al. 2022 for RoBERTa on GLUE
 
@@ -48,15 +50,15 @@ def plan_tt(
     hidden: int,
     sites: tuple[Site, ...] = _SITES,
     bottleneck: int | None = None,
-    rank: int = 5,
+    rank: int | None = None,
     hidden_modes: tuple[int, ...] | None = None,
     bottleneck_modes: tuple[int, ...] | None = None,
 ) -> TTBottleneck:
     """Modes planned for each direction where none are given; FedTT's rank and bottleneck by default."""
     bottleneck = _bottleneck(hidden, bottleneck)
-    _check_range("adapter.rank", rank, min(hidden, bottleneck))
     wide = _modes("hidden", hidden, hidden_modes)
     narrow = _modes("bottleneck", bottleneck, bottleneck_modes)
+    rank = _rank("adapter.rank", rank, _TT_RANK, wide, narrow)
     return TTBottleneck(
         sites=sites, down=TTMatrix(wide, narrow[::-1], rank), up=TTMatrix(narrow, wide[::-1], rank)
     )
@@ -106,7 +108,7 @@ def plan_head(
     *,
     hidden: int,
     labels: int,
-    rank: int = 10,
+    rank: int | None = None,
     hidden_modes: tuple[int, ...] | None = None,
 ) -> HeadSpec:
     """A head over `labels` classes; rank and modes are of its TT matrix, which a dense one has not."""
@@ -114,10 +116,17 @@ def plan_head(
         raise ConfigError("labels", labels, "at least 2 labels for a classifier head")
     if kind == "dense":
         return HeadSpec(kind=kind, labels=labels)
-    _check_range("head_rank", rank, hidden)
-    wide = _modes("hidden", hidden, hidden_modes)
-    matrix = TTMatrix(wide, plan_modes(padded_size(labels))[::-1], rank)
-    return HeadSpec(kind=kind, labels=labels, matrix=matrix)
+    wide, narrow = _modes("hidden", hidden, hidden_modes), plan_modes(padded_size(labels))
+    rank = _rank("head_rank", rank, _HEAD_RANK, wide, narrow)
+    return HeadSpec(kind=kind, labels=labels, matrix=TTMatrix(wide, narrow[::-1], rank))
+
+
+def _rank(field: str, given: int | None, default: int, wide: tuple[int, ...], narrow: tuple[int, ...]) -> int:
+    """A given rank is one that some bond can have; the default is cut at each to what it can."""
+    if given is None:
+        return default
+    _check_range(field, given, max(TTMatrix(wide, narrow[::-1], math.prod(wide + narrow)).ranks))
+    return given
 
 
 def _bottleneck(hidden: int, given: int | None) -> int:

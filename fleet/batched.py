@@ -81,14 +81,22 @@ class BatchedPool:
             for handle in handles:
                 with handle.failing():
                     running.append(_Running(handle, self._training(handle.request)))
-            try:
-                while running := [each for each in running if each.ask is not None]:
-                    answers = self._gradients.of([each.ask for each in running if each.ask is not None])
-                    for each, answer in zip(running, answers, strict=True):
-                        each.send(answer)
-            except FedttError as error:  # of the backend: it would have met each device alone
+            while running := [each for each in running if each.ask is not None]:
+                self._step(running)
+
+    def _step(self, running: Sequence[_Running]) -> None:
+        """Answer what each asks; where that cannot be done together, a peak of memory say, each by itself."""
+        try:
+            answers = self._gradients.of([each.ask for each in running if each.ask is not None])
+        except FedttError as error:
+            if len(running) == 1:
+                running[0].fail(error)
+            else:
                 for each in running:
-                    each.handle.fail(error)
+                    self._step([each])
+            return
+        for each, answer in zip(running, answers, strict=True):
+            each.send(answer)
 
     def _training(self, request: TrainingRequest) -> Training:
         if request.bundle.digest != self._bundle.digest:
@@ -112,6 +120,10 @@ class _Running:
 
     def send(self, answer: tuple[float, Theta]) -> None:
         self._advance(lambda: self._steps.send(answer))
+
+    def fail(self, error: FedttError) -> None:
+        self.ask = None
+        self.handle.fail(error)
 
     def _advance(self, step: Callable[[], tuple[Theta, Batch]]) -> None:
         self.ask = None

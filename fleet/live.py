@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from aggregator.coordinator import NO_TASK
@@ -16,7 +17,7 @@ from fleet.participation import Participations
 from fleet.pool import Pool
 from fleet.pools import open_pool
 from fleet.real_time import OnOneThread, RealTime, http_connect
-from fleet.run_files import Outcome, RunFiles
+from fleet.run_files import Outcome, RunFiles, own_directory
 
 __all__ = ["live_against"]
 
@@ -34,14 +35,15 @@ async def live_against(
     """Live until the server has no task, `fleet.last_s` has passed, no device is left, or `stopped` says so.
 
     The server's own task counts, and the fleet file's is not read; its bundle must be the task's.
-    Nothing is kept to go on with: devices enrol anew under the same names.
+    Nothing is kept to go on with: devices enrol anew under the same names. Raises StorageError where another
+    run is under way in the directory, or it cannot be used.
     """
     spec, clock = experiment.spec, RealTime()
-    directory.mkdir(parents=True, exist_ok=True)
-    inner = pool or open_pool(spec.fleet.trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model)
-    beside = OnOneThread(inner)
-    started = clock.now()
-    with RunFiles.open(directory) as files:
+    with ExitStack() as stack:
+        stack.enter_context(own_directory(directory))
+        inner = pool or open_pool(spec.fleet.trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model)
+        beside, started = OnOneThread(inner), clock.now()
+        files = stack.enter_context(RunFiles.open(directory))
         files.settings(spec)
         fleet = Fleet(
             Settings(

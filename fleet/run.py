@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from aggregator.admin_versions import version_files
 from aggregator.promised import promised
-from edge_client.files import try_lock
 from edge_client.runtime import Scorer
-from fedtt.errors import ConfigError, FedttError, StorageError
+from fedtt.errors import ConfigError, FedttError
 from fedtt.messages import Problem, device_id
 from fleet.computed import Computed, KeepingPool
 from fleet.engine import Fleet, Settings
@@ -23,7 +21,7 @@ from fleet.judging import VersionJudge
 from fleet.participation import Participations
 from fleet.pool import Pool
 from fleet.pools import open_pool
-from fleet.run_files import Outcome, RunFiles, VersionLine, spread
+from fleet.run_files import Outcome, RunFiles, VersionLine, own_directory, spread
 from fleet.server import TOKEN, FleetServer
 from fleet.virtual_time import VirtualTime, at_once
 from storage.blobs import MemoryBlobs
@@ -52,7 +50,7 @@ def run_fleet(
     graph; None for ONNX Runtime.
     Raises ConfigError where the directory is another run's, StorageError where it cannot be used.
     """
-    with _own(directory), ExitStack() as stack:
+    with own_directory(directory), ExitStack() as stack:
         if fresh:
             (directory / "computed.sqlite").unlink(missing_ok=True)
         computed = Computed(directory / "computed.sqlite")
@@ -66,22 +64,6 @@ def run_fleet(
         files.settings(experiment.spec)
         run = _Run(experiment, files, KeepingPool(inner, computed), computed, on_version, judge)
         return run.live(stopped)
-
-
-@contextmanager
-def _own(directory: Path) -> Iterator[None]:
-    """Be the only run in a directory."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = try_lock(directory / "lock")
-    except OSError as error:
-        raise StorageError(f"{directory} cannot be used ({error.strerror}): name another --dir") from None
-    if descriptor is None:
-        raise StorageError(f"another run is under way in {directory}: name another --dir")
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Run:

@@ -12,6 +12,7 @@ computed.sqlite        what need not be computed again (`fleet.computed`)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,13 +23,14 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from edge_client.files import try_lock
 from edge_client.inference import Evaluation
 from fedtt.errors import StorageError
 from fleet.participation import COLUMNS, Row
 from fleet.population import Population
 from fleet.spec import FleetSpec
 
-__all__ = ["DeviceLine", "Outcome", "RunFiles", "Spread", "VersionLine", "spread"]
+__all__ = ["DeviceLine", "Outcome", "RunFiles", "Spread", "VersionLine", "own_directory", "spread"]
 
 
 class Spread(Struct, frozen=True, kw_only=True):
@@ -188,6 +190,22 @@ def _device_line(population: Population, index: int, judged: Evaluation | None) 
         loss=judged.loss if judged else None,
         accuracy=judged.accuracy if judged else None,
     )
+
+
+@contextmanager
+def own_directory(directory: Path) -> Iterator[None]:
+    """Be the only run in a directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = try_lock(directory / "lock")
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be used ({error.strerror}): name another --dir") from None
+    if descriptor is None:
+        raise StorageError(f"another run is under way in {directory}: name another --dir")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

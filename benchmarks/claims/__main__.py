@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT
 from edge_client.files import try_lock
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
+Key = tuple[str, float]  #: of a result
 _WAITED_S = 5.0  #: for what another process computes
 
 
@@ -29,30 +30,34 @@ def stored(path: Path) -> list[Result]:
     return [msgspec.json.decode(line, type=Result) for line in path.read_bytes().splitlines()]
 
 
-def run(name: str, plan: Plan, until: float, results: Path = RESULTS) -> None:
+def run(name: str, plan: Plan, until: float, results: Path = RESULTS, rates_from: Plan | None = None) -> None:
     """Choose each arm's learning rate, then run what is not in a results file yet.
 
+    rates_from: the plan of that name, whose searches are run first, into its own file, where missing.
     Several processes may do this together: each takes runs that no other has begun, and returns when there
     are none.
     """
-    path = results / f"{name}.jsonl"
+    path, searches_path = (results / f"{each}.jsonl" for each in (name, plan.rates_from or name))
+    cases, searches = list(plan.cases()), list((rates_from or plan).searches())
+    needed = [search for search in searches if any(_decides(search, case) for case in cases)]
     while time.time() < until:
-        own = stored(path)
-        searched = stored(results / f"{plan.rates_from}.jsonl") if plan.rates_from else own
-        done = {result.key for result in own}
-        asked = [(case, _rate(case, searched)) for case in [*plan.searches(), *plan.cases()]]
-        waiting = [(case, rate) for case, rate in asked if (case.digest, rate) not in done]
+        done, searched = ({r.key: r for r in stored(each)} for each in (path, searches_path))
+        waiting = [(searches_path, s, s.rate) for s in needed if (s.digest, s.rate) not in searched]
+        for case in cases:
+            rate = _rate(case, needed, searched)
+            if (case.digest, rate) not in done:
+                waiting.append((path, case, rate))
         if not waiting:
             return
-        for case, rate in waiting:
+        for file, case, rate in waiting:
             if rate is None:
                 continue
             with _mine(case, rate) as is_mine:
-                if is_mine and (case.digest, rate) not in {result.key for result in stored(path)}:
-                    _append(path, case, rate)
+                if is_mine and (case.digest, rate) not in {result.key for result in stored(file)}:
+                    _append(file, case, rate)
                     break
         else:
-            if all(rate is not None for _, rate in waiting):
+            if all(rate is not None for *_, rate in waiting):
                 return  # others are at the rest
             time.sleep(_WAITED_S)
 
@@ -69,15 +74,29 @@ def _with_data(name: str, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, sets=tuple(sets))
 
 
-def _rate(case: Case, searched: Iterable[Result]) -> float | None:
-    """Its own, or that of its arm's best search, by accuracy, then loss; None while some are missing."""
-    if case.rate is not None:
-        return case.rate
-    arm = case.arm.rate_of or case.arm.name
-    found = [r for r in searched if r.searched and (r.set, r.arm) == (case.set.name, arm)]
-    if len(found) < max(1, len(case.plan.rates)):
+def _decides(search: Case, case: Case) -> bool:
+    """Whether it is one of the searches by which a case's rate is chosen."""
+    return (search.set.shown, search.arm.name) == (case.set.name, case.arm.rate_of or case.arm.name)
+
+
+def _rate(case: Case, searches: Iterable[Case], searched: Mapping[Key, Result]) -> float | None:
+    """That of its arm's best search, by accuracy, then loss; None while some are missing."""
+    found = [searched.get((s.digest, s.rate or 0.0)) for s in searches if _decides(s, case)]
+    if not found:
+        raise SystemExit(f"no search chooses a rate for {case.arm.name!r} on {case.set.name!r}")
+    there = [result for result in found if result]
+    if len(there) < len(found):
         return None
-    return max(found, key=lambda r: (r.last.accuracy or 0.0, -r.last.loss)).rate
+    return max(there, key=lambda r: (r.last.accuracy or 0.0, -r.last.loss)).rate
+
+
+def _of_today(name: str, plan: Plan, results: list[Result]) -> list[Result]:
+    """Those that the plan asks for as it is now; says how many others there are."""
+    asked = {case.digest for case in (*plan.searches(), *plan.cases())}
+    found = [result for result in results if result.digest in asked]
+    if others := len(results) - len(found):
+        print(f"{name}: {others} stored lines are of another plan than today's, and left out", flush=True)
+    return found
 
 
 def _append(path: Path, case: Case, rate: float) -> None:
@@ -123,10 +142,12 @@ def main() -> None:
     args = parser.parse_args()
     known = plans()
     if args.command == "report":
-        read = {
-            name: (read_plan(path), stored(args.results / f"{name}.jsonl")) for name, path in known.items()
+        read = {name: read_plan(path) for name, path in known.items()}
+        lines = {
+            name: (plan, _of_today(name, plan, stored(args.results / f"{name}.jsonl")))
+            for name, plan in read.items()
         }
-        write_report(read, ROOT / "docs")
+        write_report(lines, ROOT / "docs")
         return
     for name in args.names or known:
         if name not in known:
@@ -134,12 +155,13 @@ def main() -> None:
     until = time.time() + 60 * args.minutes
     if args.quick and args.results == RESULTS:
         args.results = Path(tempfile.mkdtemp(prefix="claims-"))
-    asked = {name: _with_data(name, read_plan(known[name])) for name in args.names or known}
-    if args.quick:
-        asked = {name: small(plan) for name, plan in asked.items()}
+    size = small if args.quick else lambda plan: plan
+    read = {name: size(read_plan(path)) for name, path in known.items()}
+    asked = {name: _with_data(name, read[name]) for name in args.names or known}
     for seeds in range(1, 1 + max(len(plan.seeds) for plan in asked.values())):
         for name, plan in asked.items():  # an early end leaves whole comparisons of every experiment
-            run(name, msgspec.structs.replace(plan, seeds=plan.seeds[:seeds]), until, args.results)
+            some = msgspec.structs.replace(plan, seeds=plan.seeds[:seeds])
+            run(name, some, until, args.results, read.get(plan.rates_from))
 
 
 if __name__ == "__main__":

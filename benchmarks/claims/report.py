@@ -25,16 +25,18 @@ The papers' claims, measured again on the emulator with the unmodified client an
 made by `python -m benchmarks.claims report` from the plans in `benchmarks/claims/`, which hold the verdicts
 too, and the lines in `benchmarks/results/claims/`, which `python -m benchmarks.claims run` made.
 
-Rates are learning rates of the devices' AdamW. Each method chose its own from the same list, by one run each
-on rows that are neither trained on nor reported; *edge* marks one at an end of the list, beyond which a
-better one may lie. Accuracy is the last version's on test rows, mean ± standard deviation over seeds; a seed
-deals out the data, draws the devices and orders their batches, and all start from the same factors. Gap is
-the mean difference to the first arm over the same seeds, in points, with its standard deviation. Bytes an
-update are of frames up and of all bodies but bundles down. Those to a target count what all devices sent
-(and received) until a judged version had reached it: three points above the start, which slow methods reach
-too, and the first arm's final accuracy less one point. *Local only* is the mean over devices that each train
-by themselves, for as many steps as they take on average in the federation; *centralised* is all rows in one
-place, with as many steps as all devices take together. Neither sends anything; both are dotted in the plots.
+Rates are learning rates of the devices' AdamW. A method chose its own from the same list as all others, by
+one run each on rows that are neither trained on nor reported; its variants take the same rate, and
+experiments whose plan names another one (`rates_from`) take what was chosen there, under that one's settings.
+*Edge* marks one at an end of the list, beyond which a better one may lie. Accuracy is the last version's on
+test rows, mean ± standard deviation over seeds; a seed deals out the data, draws the devices and orders their
+batches, and all start from the same factors. Gap is the mean difference to the first arm over the same seeds,
+in points, with its standard deviation. Bytes an update are of frames up and of all bodies but bundles down.
+Those to a target count what all devices sent (and received) until a judged version had reached it: three
+points above the start, which slow methods reach too, and the first arm's final accuracy less one point.
+*Local only* is the mean over devices that each train by themselves, for as many steps as they take on average
+in the federation; *centralised* is all rows in one place, with as many steps as all devices take together.
+Neither sends anything; both are dotted in the plots.
 """
 
 _EARLY = 0.03  #: of accuracy above the start, or of nats below it: what slow methods reach too

@@ -143,7 +143,8 @@ def _cyclic(train: TTFactors, turn: int) -> int:
 
 
 def _greedy(train: TTFactors, epoch: int, state: ServerState | None) -> int:
-    """Gauss-Southwell on the last folds' norms; of equals the last core."""
+    """Gauss-Southwell by the norms of the cores' last folded deltas, not of gradients, which nobody computes
+    of a core that is not live; of equals the last core."""
     sizes = [r0 * n * r1 for r0, n, r1 in train.matrix.core_shapes]
     norms = np.full(len(sizes), np.nan) if state is None else state.norms[list(train.indices)]
     unseen = np.flatnonzero(np.isnan(norms))

@@ -232,6 +232,29 @@ def test_the_fastest_backend_of_a_bundle_is_one_of_both(tiny: tuple[Bundle, str]
     assert _difference(requests, _updates(pool, requests), alone) < TOLERANCE
 
 
+def test_devices_that_do_not_fit_together_are_trained_alone_and_only_who_fails_then_fails(
+    tiny: tuple[Bundle, str],
+) -> None:
+    bundle, model = tiny
+
+    class Small(OnnxBackend):
+        def step(self, inputs: Inputs) -> tuple[Losses, NDArray[np.float32]]:
+            if len(inputs["theta"]) > 1 or len(inputs["ids"]) == 3:
+                raise RuntimeFailure("no memory")
+            return super().step(inputs)
+
+    requests = requests_of(bundle, WORDS, (4, 3, 4))
+    pool = BatchedPool(bundle, Small(bundle, model=model))
+    handles = [pool.submit(request) for request in requests]
+    wanted = _updates(onnx_pool(bundle, model=model), requests)
+    with pytest.raises(RuntimeFailure, match="no memory"):
+        handles[1].result()
+    for number in (0, 2):
+        found = delta_of(requests[number], handles[number].result())
+        expected = delta_of(requests[number], wanted[number])
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_a_graph_that_does_not_run_fails_every_training_in_it(tiny: tuple[Bundle, str]) -> None:
     bundle, model = tiny
 

@@ -96,10 +96,16 @@ def test_a_plan_chooses_rates_or_takes_them_and_not_both(tmp_path: Path) -> None
 
 
 def test_the_best_search_decides_the_rate_once_all_are_there() -> None:
-    searched = [_result(case, 0.6 + (case.rate or 0.0), case.rate or 0.0) for case in PLAN.searches()]
+    searches = list(PLAN.searches())
+    results = [_result(case, 0.6 + (case.rate or 0.0), case.rate or 0.0) for case in searches]
+    searched = {result.key: result for result in results}
     (case, *_) = PLAN.cases()
-    assert claims._rate(case, searched) == 0.2
-    assert claims._rate(case, searched[:1]) is None
+    assert claims._rate(case, searches, searched) == 0.2
+    assert claims._rate(case, searches, {results[0].key: results[0]}) is None
+    edited = list(msgspec.structs.replace(PLAN, model={"depth": 2}).searches())
+    assert claims._rate(case, edited, searched) is None  # those of another plan decide nothing
+    with pytest.raises(SystemExit, match="no search chooses a rate for 'one' on 'toy'"):
+        claims._rate(case, [], searched)
 
 
 def test_what_another_experiment_has_run_is_taken_from_it(
@@ -112,15 +118,37 @@ def test_what_another_experiment_has_run_is_taken_from_it(
     renamed = (msgspec.structs.replace(PLAN.arms[0], name="again", rate_of="one"),)
     taking = msgspec.structs.replace(PLAN, arms=renamed, rates=(), rates_from="first")
 
-    claims.run("second", taking, float("inf"), tmp_path)
+    claims.run("second", taking, float("inf"), tmp_path, PLAN)
 
     found = claims.stored(tmp_path / "second.jsonl")
     assert [(r.arm, r.partition, r.seed) for r in found] == [
         ("again", partition, seed) for seed in (0, 1) for partition in ("iid", "skewed")
     ]
     before = (tmp_path / "second.jsonl").read_bytes()
-    claims.run("second", taking, float("inf"), tmp_path)
+    claims.run("second", taking, float("inf"), tmp_path, PLAN)
     assert (tmp_path / "second.jsonl").read_bytes() == before
+
+
+def test_missing_searches_of_another_experiment_are_run_first_and_kept_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "WORK", tmp_path / "work")
+    monkeypatch.setattr(claims, "run_case", lambda case, rate: _result(case, rate, rate))
+    taking = msgspec.structs.replace(PLAN, arms=PLAN.arms[:1], rates=(), rates_from="first")
+
+    claims.run("second", taking, float("inf"), tmp_path, PLAN)
+
+    assert [(r.arm, r.rate) for r in claims.stored(tmp_path / "first.jsonl")] == [("one", 0.1), ("one", 0.2)]
+    assert {r.rate for r in claims.stored(tmp_path / "second.jsonl")} == {0.2}
+
+
+def test_lines_of_a_plan_that_was_edited_since_are_left_out_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edited = msgspec.structs.replace(PLAN, model={"depth": 2})
+    results = [_result(case, 0.8) for plan in (PLAN, edited) for case in plan.cases()]
+    assert claims._of_today("toy", PLAN, results) == results[:6]
+    assert "toy: 6 stored lines are of another plan than today's" in capsys.readouterr().out
 
 
 def test_the_page_holds_the_verdict_the_gap_and_bytes_to_the_target(tmp_path: Path) -> None:

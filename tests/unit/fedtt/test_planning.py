@@ -92,12 +92,19 @@ def test_a_dense_plan_that_cannot_be_built_is_refused(bottleneck: int, complaint
     [
         ({"labels": 1}, "labels = 1 .*at least 2"),
         ({"rank": 0}, "head_rank = 0"),
-        ({"rank": 17}, "from 1 to 16"),
+        ({"rank": 4}, "head_rank = 4 .*from 1 to 3"),  # no bond of a 16 x 3 matrix has more
     ],
 )
 def test_a_head_that_cannot_be_built_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         plan_head("tt", **{"hidden": 16, "labels": 3, **change})
+
+
+def test_a_default_rank_is_cut_where_a_given_one_is_refused() -> None:
+    head = plan_head("tt", hidden=16, labels=3)
+    assert head.matrix is not None
+    assert max(head.matrix.ranks) == 3
+    assert max(plan_tt(hidden=16, bottleneck=4).down.ranks) == 4
 
 
 @pytest.mark.parametrize("depth", [0, 3, -1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from fedtt.errors import ConfigError, DataError, FedttError, StorageError
 from fedtt.version_config import CONFIG, FACTORS
 from fleet.experiment import prepare
 from fleet.fleet_file import read_fleet
+from fleet.live import live_against
 from fleet.pool import OneByOnePool
 from fleet.run import run_fleet
 from fleet.run_files import Outcome, VersionLine
@@ -183,17 +185,23 @@ def test_a_directory_of_another_run_is_refused_until_it_may_be_forgotten(file: P
     assert lived(file, "run", fresh=True).state == "finished"
 
 
-def test_two_runs_do_not_share_a_directory(file: Path) -> None:
+def test_two_runs_do_not_share_a_directory_whichever_server_they_are_of(file: Path) -> None:
     refused: list[FedttError] = []
+    experiment, directory = prepare(read_fleet(file)), file.parent / "run"
+    others: list[Callable[[], object]] = [
+        lambda: lived(file, "run"),
+        lambda: asyncio.run(live_against("http://127.0.0.1:1", "token", experiment, directory)),
+    ]
 
     def look(line: VersionLine) -> None:
         if line.version == 1:
-            with pytest.raises(StorageError, match="another run is under way") as caught:
-                lived(file, "run")
-            refused.append(caught.value)
+            for other in others:
+                with pytest.raises(StorageError, match="another run is under way") as caught:
+                    other()
+                refused.append(caught.value)
 
-    run_fleet(prepare(read_fleet(file)), file.parent / "run", on_version=look)
-    assert len(refused) == 1
+    run_fleet(experiment, directory, on_version=look)
+    assert len(refused) == len(others)
 
 
 def test_a_fleet_whose_devices_all_fail_ends_and_says_why(file: Path) -> None:
