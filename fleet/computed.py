@@ -1,8 +1,10 @@
 """What a run has computed, kept so that it can be killed: its trainings and its evaluations.
 
 A run is repeatable, so going on with it means living it again from the start, with what was computed taken
-from here: the bits of the rest are the same as if it had never ended. All trainings that a pool computes
-together are kept together, so that the next batch, too, is the one it would have been.
+from here: the rest is as if it had never ended. All trainings that a pool computes together are kept
+together, so that the next batch, too, is the one it would have been, and so is the back end a timing chose.
+The bits are the same but for a batched pool over frozen blocks: what those gave of a row is not kept, and
+computed anew among other rows it agrees to about 1e-5.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ __all__ = ["Computed", "KeepingPool"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (fingerprint TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS trainer (name TEXT NOT NULL);  -- `fleet.pools.name_of` the pool it began with
 CREATE TABLE IF NOT EXISTS training (
     number INTEGER PRIMARY KEY,   -- in the order in which devices began to train
     device TEXT NOT NULL,
@@ -55,6 +58,16 @@ class Computed:
             if row is None:
                 self._db.execute("INSERT INTO run VALUES (?)", (fingerprint,))
             return row is None or row[0] == fingerprint
+
+    def trainer(self) -> str | None:
+        """The name of the pool that the run began with, if it has."""
+        with self._errors():
+            row = self._db.execute("SELECT name FROM trainer").fetchone()
+            return None if row is None else str(row[0])
+
+    def keep_trainer(self, name: str) -> None:
+        with self._errors():
+            self._db.execute("INSERT INTO trainer SELECT ? WHERE NOT EXISTS (SELECT 1 FROM trainer)", (name,))
 
     def trainings(self) -> int:
         with self._errors():

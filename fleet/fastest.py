@@ -1,6 +1,7 @@
 """Which backend trains many devices faster on this machine: found by a short timing, not by a guess.
 
-Backends agree to about 1e-6, not to the bit: who needs the same hash on any machine names one.
+Backends agree to about 1e-6, not to the bit, and another timing may find the other: a run keeps its choice
+(`fleet.computed`), and who needs the same hash from every start names one.
 """
 
 from __future__ import annotations

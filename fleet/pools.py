@@ -8,7 +8,7 @@ from edge_client.bundle import Bundle
 from fedtt.errors import ConfigError
 from fleet.pool import NoopPool, OneByOnePool, Pool
 
-__all__ = ["POOLS", "open_pool", "settled"]
+__all__ = ["POOLS", "name_of", "open_pool", "settled"]
 
 
 class _Open(Protocol):
@@ -73,10 +73,17 @@ def settled(name: str, bundle: Bundle, threads: int, model: str | None = None) -
     """
     if name not in {"batched", "batched-onnx"}:
         return name
+    pool = open_pool(name, bundle, threads, model)
+    pool.close()
+    return name_of(name, pool)
+
+
+def name_of(name: str, pool: Pool) -> str:
+    """The name by which a pool that was opened by `name` is opened again, with the same back end."""
+    if name != "batched":
+        return name
     from fleet.backends import TorchBackend
     from fleet.batched import BatchedPool
 
-    pool = open_pool(name, bundle, threads, model)
-    pool.close()
     is_torch = isinstance(pool, BatchedPool) and isinstance(pool.backend, TorchBackend)
     return "batched-torch" if is_torch else "batched-onnx"

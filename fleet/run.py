@@ -20,7 +20,7 @@ from fleet.faults import FaultSpec
 from fleet.judging import VersionJudge
 from fleet.participation import Participations
 from fleet.pool import Pool
-from fleet.pools import open_pool
+from fleet.pools import name_of, open_pool
 from fleet.run_files import Outcome, RunFiles, VersionLine, own_directory, spread
 from fleet.server import TOKEN, FleetServer
 from fleet.virtual_time import VirtualTime, at_once
@@ -57,13 +57,21 @@ def run_fleet(
         stack.callback(computed.close)
         if not computed.belongs_to(experiment.fingerprint):
             raise ConfigError("--dir", str(directory), "the directory of this very run; --fresh begins anew")
-        fleet_spec = experiment.spec.fleet
-        inner = pool or open_pool(fleet_spec.trainer, experiment.bundle, fleet_spec.threads, fleet_spec.model)
+        inner = pool or _pool(experiment, computed)
         stack.callback(inner.close)
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(experiment.spec)
         run = _Run(experiment, files, KeepingPool(inner, computed), computed, on_version, judge)
         return run.live(stopped)
+
+
+def _pool(experiment: Experiment, computed: Computed) -> Pool:
+    """The one the fleet file names; a run that is gone on with takes the back end that it began with."""
+    fleet = experiment.spec.fleet
+    name = computed.trainer() or fleet.trainer
+    pool = open_pool(name, experiment.bundle, fleet.threads, fleet.model)
+    computed.keep_trainer(name_of(name, pool))
+    return pool
 
 
 class _Run:

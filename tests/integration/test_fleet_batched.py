@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from edge_client.bundle import open_bundle
 from export import ExportRequest, export_bundle
+from fleet import fastest
+from fleet.backends import OnnxBackend
+from fleet.computed import Computed
 from fleet.experiment import prepare
 from fleet.fleet_file import read_fleet
 from fleet.run import run_fleet
@@ -95,6 +99,17 @@ def test_a_batched_run_repeats_and_goes_on_to_the_same_bits(directory: Path) -> 
     assert _lived(directory, "batched-onnx", "again").sha256 == whole.sha256
     assert _lived(directory, "batched-onnx", "parts", until=2).state == "interrupted"
     assert _lived(directory, "batched-onnx", "parts").sha256 == whole.sha256
+
+
+def test_a_run_goes_on_with_the_back_end_it_began_with(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastest, "step_s", lambda backend, bundle: float(isinstance(backend, OnnxBackend)))
+    assert _lived(directory, "batched", "chosen", until=1).state == "interrupted"
+    monkeypatch.setattr(fastest, "step_s", lambda backend, bundle: pytest.fail("timed again"))
+    assert _lived(directory, "batched", "chosen").state == "finished"
+    with closing(Computed(directory / "chosen" / "computed.sqlite")) as computed:
+        assert computed.trainer() == "batched-torch"
 
 
 def test_a_batched_run_learns_what_one_by_one_learns(directory: Path) -> None:
