@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
-from edge_client.runtime import Hidden, Runtimes
+from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
@@ -63,8 +63,7 @@ class ExecutorchRuntime:
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         labels = () if batch.labels is None else (batch.labels,)
-        loss, grad = self._run(self._graphs.step, theta, batch.ids, batch.mask, *labels)
-        return float(loss), grad
+        return self._step(self._graphs.step, theta, batch.ids, batch.mask, *labels)
 
     def private_gradient(
         self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
@@ -73,25 +72,28 @@ class ExecutorchRuntime:
             raise RuntimeFailure("the bundle has no step that clips gradients: export it with --dp")
         labels = () if batch.labels is None else (batch.labels,)
         bound = np.array(clip, np.float32)
-        loss, grad = self._run(name, theta, batch.ids, batch.mask, *labels, live, bound)
-        return float(loss), grad
+        return self._step(name, theta, batch.ids, batch.mask, *labels, live, bound)
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
-        (logits,) = self._run(self._graphs.eval, theta, batch.ids, batch.mask)
-        return logits
+        name = self._graphs.eval
+        found = self._run(name, theta, batch.ids, batch.mask)
+        return outputs_of(name, found, logits_shape(self._bundle.manifest, batch))[0]
 
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
-        (hidden,) = self._run(self._cuts[depth].prefix, theta, batch.ids, batch.mask)
-        return hidden
+        name = self._cuts[depth].prefix
+        found = self._run(name, theta, batch.ids, batch.mask)
+        return outputs_of(name, found, hidden_shape(self._bundle.manifest, self._cuts[depth], batch))[0]
 
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
         last = batch.ids if batch.labels is None else batch.labels
-        loss, grad = self._run(self._cuts[depth].step, theta, hidden, batch.mask, last)
-        return float(loss), grad
+        return self._step(self._cuts[depth].step, theta, hidden, batch.mask, last)
 
     def release(self) -> None:
         with self._guard:
             self._programs.clear()
+
+    def _step(self, name: str, theta: Theta, *batch: NDArray[Any]) -> tuple[float, Theta]:
+        return step_outputs(name, self._run(name, theta, *batch), self._layout.size)
 
     def _run(self, name: str, theta: Theta, *batch: NDArray[Any]) -> list[NDArray[Any]]:
         self._layout.check(theta)
@@ -107,15 +109,16 @@ class ExecutorchRuntime:
 
     def _load(self, name: str) -> _Program:
         library = _open(str(self._library or _find()))
-        wanted, found = self._bundle.manifest.requires["executorch"], _version(library)
+        wanted, found = self._bundle.manifest.requires.get("executorch", "of no release"), _version(library)
         if wanted != found:
             raise RuntimeFailure(
                 f"the bundle needs ExecuTorch {wanted}, the library here is of {found}: "
                 f"install the fedtt-executorch wheel made for {wanted}, or export again for {found}"
             )
         library.fedtt_set_threads(self._threads)
-        (weights,) = self._graphs.weights
-        return _Program(library, self._bundle.path(name), self._bundle.path(weights))
+        if len(self._graphs.weights) != 1:
+            raise RuntimeFailure(f"{name} needs one file of weights, the bundle has {self._graphs.weights}")
+        return _Program(library, self._bundle.path(name), self._bundle.path(self._graphs.weights[0]))
 
     def _check(self, name: str, found: int) -> None:
         """Raise RuntimeFailure for more rows than memory was planned for."""
@@ -153,6 +156,8 @@ class _Program:
         found = _Tensor()
         if self._library.fedtt_output(self._handle, index, ctypes.byref(found)):
             raise RuntimeFailure(f"output {index} is no tensor")
+        if found.type not in _TYPES:
+            raise RuntimeFailure(f"output {index} is of type {found.type}, none of {sorted(_TYPES)}")
         shape = tuple(found.sizes[: found.dimensions])
         out = np.empty(shape, _TYPES[found.type])
         ctypes.memmove(out.ctypes.data, found.data, out.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
 from edge_client.tokens import Tokens
 from edge_client.trainer import LocalUpdate, TrainingRequest, train
-from fedtt.errors import Declined
+from fedtt.errors import Declined, FedttError, RuntimeFailure
 from fedtt.messages import Verdict
 
 __all__ = ["Interrupted", "LocalTrainer"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("fedtt.edge_client")
 
 
 class Interrupted(Exception):
@@ -52,7 +55,7 @@ class LocalTrainer:
 
     async def _aside(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
         """`work` on the executor; `stop` is set when this is cancelled."""
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, _contained, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -74,3 +77,15 @@ class LocalTrainer:
         tokens = Tokens(request.bundle, request.plan.training.max_tokens)
         update = train(request, tokens, self._runtimes.open(request.bundle), go_on)
         return replace(update, training_s=time.monotonic() - began)
+
+
+def _contained(work: Callable[[], T]) -> T:
+    """`work`, whose bundle may be anyone's: what it makes a library raise is a RuntimeFailure, no more."""
+    try:
+        return work()
+    except (FedttError, Interrupted):
+        raise
+    except Exception as error:
+        _log.exception("a bundle made training or judging fail in a way that no check foresaw")
+        kind, text = type(error).__name__, " ".join(str(error).split())[:200]
+        raise RuntimeFailure(f"training or judging failed with {kind}: {text}") from error

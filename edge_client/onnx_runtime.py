@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
-from edge_client.runtime import Hidden, Runtimes
+from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
@@ -52,14 +52,14 @@ class OnnxRuntime:
         return self._step(name, inputs | {"live": live, "clip": np.array(clip, np.float32)})
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
-        (logits,) = self._run(self._graphs.eval, ["logits"], _inputs(theta, batch))
-        found: NDArray[np.float32] = logits
-        return found
+        name = self._graphs.eval
+        found = self._run(name, ["logits"], _inputs(theta, batch))
+        return outputs_of(name, found, logits_shape(self._bundle.manifest, batch))[0]
 
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
-        (hidden,) = self._run(self._cuts[depth].prefix, ["hidden"], _inputs(theta, batch))
-        found: Hidden = hidden
-        return found
+        name = self._cuts[depth].prefix
+        found = self._run(name, ["hidden"], _inputs(theta, batch))
+        return outputs_of(name, found, hidden_shape(self._bundle.manifest, self._cuts[depth], batch))[0]
 
     def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
         inputs: dict[str, NDArray[Any]] = {"theta": theta, "hidden": hidden, "mask": batch.mask}
@@ -70,8 +70,7 @@ class OnnxRuntime:
             self._sessions.clear()
 
     def _step(self, name: str, inputs: dict[str, NDArray[Any]]) -> tuple[float, Theta]:
-        loss, grad = self._run(name, ["loss", "grad"], inputs)
-        return float(loss), grad
+        return step_outputs(name, self._run(name, ["loss", "grad"], inputs), self._layout.size)
 
     def _run(self, name: str, outputs: list[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         self._layout.check(inputs["theta"])

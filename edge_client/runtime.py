@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.tokens import Batch
+from fedtt.errors import RuntimeFailure
 from fedtt.layout import Theta
+from fedtt.manifest import DepthGraphs, Manifest
 
-__all__ = ["Hidden", "Runtime", "Runtimes", "Scorer"]
+__all__ = [
+    "Hidden",
+    "Runtime",
+    "Runtimes",
+    "Scorer",
+    "hidden_shape",
+    "logits_shape",
+    "outputs_of",
+    "step_outputs",
+]
 
 Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, W), W as the bundle says
 
@@ -87,3 +98,37 @@ class Runtimes:
                 self._newest = None  # its memory goes before the next is loaded
                 self._newest = bundle.digest, self._load(bundle)
             return self._newest[1]
+
+
+def outputs_of(
+    name: str, found: Sequence[NDArray[Any]], *shapes: tuple[int | None, ...]
+) -> list[NDArray[np.float32]]:
+    """What graph `name` returned, if it is float32 of these shapes (None: any size); else RuntimeFailure."""
+    fits = len(found) == len(shapes) and all(
+        array.dtype == np.float32
+        and array.ndim == len(shape)
+        and all(want in (None, have) for have, want in zip(array.shape, shape, strict=True))
+        for array, shape in zip(found, shapes, strict=True)
+    )
+    if not fits:
+        got = ", ".join(f"{array.dtype} {array.shape}" for array in found) or "nothing"
+        wanted = ", ".join(f"float32 {shape}" for shape in shapes)
+        raise RuntimeFailure(f"{name} returned {got[:200]} in place of {wanted}: export the bundle again")
+    return list(found)
+
+
+def step_outputs(name: str, found: Sequence[NDArray[Any]], size: int) -> tuple[float, Theta]:
+    """Loss () and gradient (P,), if that is what a step returned; else RuntimeFailure."""
+    loss, gradient = outputs_of(name, found, (), (size,))
+    return float(loss), gradient
+
+
+def logits_shape(manifest: Manifest, batch: Batch) -> tuple[int | None, ...]:
+    """(B, C) of a classifier, (B, S, any) else."""
+    rows, tokens = batch.ids.shape
+    return (rows, len(manifest.labels)) if manifest.adapter.head else (rows, tokens, None)
+
+
+def hidden_shape(manifest: Manifest, cut: DepthGraphs, batch: Batch) -> tuple[int, int, int]:
+    """(B, S, W) of what a prefix returns."""
+    return (*batch.ids.shape, cut.states * manifest.adapter.hidden)

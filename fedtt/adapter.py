@@ -20,7 +20,13 @@ from fedtt.layout import Factor, FactorLayout, LiveSet, Theta
 from fedtt.rng import Purpose, rng_for
 from fedtt.tensor_train import TTMatrix
 
-__all__ = ["AdapterSpec", "LoraPair", "TTFactors", "initial_theta"]
+__all__ = ["MOST_FACTORS", "MOST_NUMBERS", "AdapterSpec", "LoraPair", "TTFactors", "initial_theta"]
+
+#: Bounds for foreign specs, as a device holds theta some five times while it trains, and walks its factors.
+#: LoRA of rank 64 on all projections of a model of 7 billion has 2^26 numbers, TT adapters in 126 blocks 2^13
+#: factors.
+MOST_NUMBERS = 2**27
+MOST_FACTORS = 2**14
 
 
 _MOST_FACTORS = 2**13  #: of all blocks; a reader plans for each
@@ -66,6 +72,12 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         for width in _widths(self.inserted, self.head):
             if width != self.hidden:
                 raise ConfigError("adapter.hidden", self.hidden, f"{width}, the width of its matrices")
+        head = self.head.parts(self.hidden) if self.head else ()
+        numbers = self.adapter_size + sum(part.size for part in head)
+        factors = self.depth * self._factors_a_block + sum(len(part.factors) for part in head)
+        if numbers > MOST_NUMBERS or factors > MOST_FACTORS:
+            allowed = f"at most {MOST_NUMBERS} numbers in {MOST_FACTORS} factors"
+            raise ConfigError("adapter", f"{numbers} numbers in {factors} factors", allowed)
 
     @property
     def blocks(self) -> range:

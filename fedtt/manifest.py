@@ -41,6 +41,8 @@ MANIFEST_LIMIT_BYTES = 1 << 20
 Precision = Literal["fp32", "fp16", "int8"]  #: in which a base's weights are stored
 Products = Literal["fp32", "int8"]  #: in which the frozen matrices of its blocks are multiplied with
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+TokenCount = Annotated[int, Meta(ge=1, le=2**16)]  #: of one sequence: 8 such rows of ids take 4 MiB
+Version = Annotated[str, Meta(max_length=40)]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -108,9 +110,9 @@ class Tokenization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How text becomes ids: a `tokenizers` JSON file, cut to `max_tokens`, padded with `pad_id`."""
 
     file: str
-    pad_id: int
-    min_tokens: int  #: shortest sequence the graphs take; shorter batches are padded to it
-    max_tokens: int  #: longest
+    pad_id: Annotated[int, Meta(ge=0, lt=2**31)]
+    min_tokens: TokenCount  #: shortest sequence the graphs take; shorter batches are padded to it
+    max_tokens: TokenCount  #: longest
 
 
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,7 +127,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokenization: Tokenization
     graphs: dict[Literal["onnxruntime", "executorch"], Graphs]
     opset: int
-    requires: dict[str, str]  #: runtime package -> least version
+    requires: dict[str, Version]  #: runtime package -> least version
     initial: str  #: safetensors file with the first factors
     files: dict[str, FileEntry]
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")] | None = None  #: see `fedtt.release`

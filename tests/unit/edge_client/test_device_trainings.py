@@ -42,6 +42,24 @@ class Failing(MeanTarget):
         raise self.error
 
 
+@pytest.mark.parametrize("error", [MemoryError("8 TiB"), OverflowError("2**64"), TypeError("no\nscalar")])
+def test_a_bundle_that_fails_as_no_check_foresaw_costs_its_lease_alone(
+    tmp_path: Path, error: Exception
+) -> None:
+    async def test(world: World) -> None:
+        world.runtime = Failing(error)
+        device, _ = world.device()
+        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
+        assert isinstance(step, events.GaveUp)
+        text = " ".join(str(error).split())
+        assert (step.code, step.detail) == (
+            FailureCode.RUNTIME,
+            f"training or judging failed with {type(error).__name__}: {text}",
+        )
+
+    in_world(tmp_path, test)
+
+
 def test_a_graph_that_fails_gives_the_lease_back_without_telling_why(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         world.runtime = Failing(RuntimeFailure("out of memory in /home/anna"))

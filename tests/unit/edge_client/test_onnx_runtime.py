@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from msgspec.structs import replace
@@ -127,3 +128,38 @@ def test_a_batch_the_graph_cannot_take_is_a_clear_error(tiny_bundle: Path) -> No
     )
     with pytest.raises(RuntimeFailure, match=r"step\.onnx did not run on a batch of 1x3 tokens"):
         OnnxRuntime(bundle).gradient(somewhere(bundle), batch)
+
+
+def write_step(path: Path, loss: list[int], grad: list[int], size: int) -> None:
+    """A step that returns zeros of these shapes, whatever it is given."""
+    values = {"loss": np.zeros(loss, np.float32), "grad": np.zeros(grad, np.float32)}
+    integers = (onnx.TensorProto.INT64, [None, None])
+    inputs = {"theta": (onnx.TensorProto.FLOAT, [size]), "ids": integers, "mask": integers}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Neg", [f"{name}.of"], [name]) for name in values],
+        "step",
+        [
+            onnx.helper.make_tensor_value_info(name, *of)
+            for name, of in (inputs | {"labels": (onnx.TensorProto.INT64, [None])}).items()
+        ],
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)
+            for name, value in values.items()
+        ],
+        [onnx.numpy_helper.from_array(value, f"{name}.of") for name, value in values.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_outputs_of_other_shapes_than_a_steps_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    bundle = open_bundle(directory)
+    theta, batch = somewhere(bundle), batch_of(bundle)
+    size = len(theta)
+    write_step(directory / "step.onnx", [], [size], size)
+    assert OnnxRuntime(bundle).gradient(theta, batch)[1].shape == (size,)
+    for loss, grad in (([2], [size]), ([1], [size]), ([], [1]), ([], [size + 1]), ([], [size, 1])):
+        write_step(directory / "step.onnx", loss, grad, size)
+        with pytest.raises(RuntimeFailure, match=r"step\.onnx returned float32 .* in place of float32 \(\)"):
+            OnnxRuntime(bundle).gradient(theta, batch)

@@ -163,6 +163,11 @@ def test_a_layout_that_its_adapter_does_not_have_is_refused() -> None:
         (lambda m: m["adapter"]["inserted"].update(sites=["ffn"]), "`$.adapter.inserted.sites[0]`"),
         (lambda m: m["adapter"]["inserted"].update(sites=["mlp", "mlp"]), "several different names"),
         (lambda m: m["model"].update(precision="int4"), "`$.model.precision`"),
+        (lambda m: m["tokenization"].update(max_tokens=-1), "`$.tokenization.max_tokens`"),
+        (lambda m: m["tokenization"].update(max_tokens=2**64), "`$.tokenization.max_tokens`"),
+        (lambda m: m["tokenization"].update(min_tokens=10**15), "`$.tokenization.min_tokens`"),
+        (lambda m: m["tokenization"].update(pad_id=2**63), "`$.tokenization.pad_id`"),
+        (lambda m: m["requires"].update(onnxruntime="9" * 5000), "`$.requires[...]`"),
         (lambda m: m["graphs"]["onnxruntime"].pop("weights"), "missing required field `weights`"),
         (lambda m: m["adapter"].update(hidden=16), "the width of its matrices"),
         (lambda m: m["adapter"].update(depth=2), "from 1 to 1"),
@@ -219,12 +224,23 @@ _target = {"d_in": WIDEST, "d_out": WIDEST}
         },
     ],
 )
-def test_the_largest_adapter_that_is_read_can_be_counted_in_64_bits(inserted: Tree) -> None:
+def test_an_adapter_that_no_device_could_hold_is_refused_before_its_layout_is_made(inserted: Tree) -> None:
     def grow(manifest: Tree) -> None:
         manifest["adapter"].update(layers=2**10, depth=2**10, hidden=WIDEST, inserted=inserted)
         manifest["adapter"]["head"].update(labels=2**20)
 
-    assert "another factor layout" in refusal(changed(grow))
+    assert "at most 134217728 numbers in 16384 factors" in refusal(changed(grow))  # 2**27, 2**14
+
+
+def test_an_adapter_of_too_many_factors_is_refused_before_its_layout_is_made() -> None:
+    down, up = ({"in_modes": [8], "out_modes": [1] * 16}, {"in_modes": [1] * 16, "out_modes": [8]})
+
+    def grow(manifest: Tree) -> None:
+        manifest["adapter"].update(layers=2**10, depth=2**10)
+        manifest["adapter"]["inserted"].update(down=down | {"rank": 1}, up=up | {"rank": 1})
+
+    # 1024 blocks x 2 sites x 2 matrices x 17 cores, and weight and bias of the head
+    assert "in 69634 factors' is not allowed" in refusal(changed(grow))
 
 
 @pytest.mark.parametrize(
