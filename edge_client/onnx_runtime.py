@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
+from edge_client.files import storage_errors
 from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
+from fedtt.graph_file import check_graph
 from fedtt.layout import Theta
 
 if TYPE_CHECKING:
@@ -86,7 +88,10 @@ class OnnxRuntime:
         with self._guard:
             if name not in self._sessions:
                 _check_installed(self._bundle.manifest.requires.get("onnxruntime", "0"))
-                self._sessions[name] = _load(self._bundle.path(name), self._threads, self._layout.size)
+                path = self._bundle.path(name)
+                with storage_errors(path):
+                    check_graph(path.read_bytes(), name, self._graphs.weights)
+                self._sessions[name] = _load(path, self._threads, self._layout.size)
             return self._sessions[name]
 
 

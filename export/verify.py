@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtt.errors import BundleError
+from fedtt.graph_file import check_graph
 from fedtt.manifest import Graphs, Manifest, Products
 
 from .base import load_base
@@ -81,13 +82,17 @@ def verify_bundle(directory: Path, model: str) -> tuple[Difference, ...]:
 
 
 def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> tuple[Difference, ...]:
-    """The difference on each shape, from the shortest rows to the longest; raises past `tolerance`."""
+    """The difference on each shape, from the shortest rows to the longest; raises past `tolerance`, and for
+    graphs that devices refuse.
+    """
     longest = manifest.tokenization.max_tokens
     shapes = [(b, min(s, longest)) for b, s in (TRACED, (1, MIN_TOKENS), (5, 17), (2, 64), (4, longest))]
     differences: tuple[Difference, ...] = ()
     for runtime, graphs in manifest.graphs.items():
         load = _onnxruntime if runtime == "onnxruntime" else _executorch(directory / graphs.weights[0])
-        parts = _parts(graphs, model)
+        parts = tuple(_parts(graphs, model))
+        for part in parts if runtime == "onnxruntime" else ():
+            check_graph((directory / part.file).read_bytes(), part.file, graphs.weights)
         differences += _compared(
             runtime, ((load(directory / part.file), part) for part in parts), shapes, model
         )

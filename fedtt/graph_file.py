@@ -1,0 +1,138 @@
+"""What an ONNX file asks of whoever loads it, read before a runtime sees it: operators, and files of weights.
+
+Protobuf's wire format (protobuf.dev/programming-guides/encoding) and the few messages of onnx.proto3 that
+lead to a node or to external data; everything else is stepped over. Whatever a parser does with a field that
+comes twice, each is counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Final, NamedTuple
+
+from fedtt.errors import BundleError
+
+__all__ = ["GRAPH_LIMIT_BYTES", "OPERATORS", "GraphNeeds", "check_graph", "graph_needs"]
+
+GRAPH_LIMIT_BYTES = 64 << 20  #: of a file without its weights; ours have up to 34 MB
+_MOST_WAITING = 2**18  #: messages to be read yet, as each takes memory; MiniLM-L6 has a few thousand
+
+_STANDARD = """
+    Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum DequantizeLinear Div
+    DynamicQuantizeLinear Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
+    Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax MatMul
+    MatMulInteger Max Min Mod Mul Neg Not Or Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean
+    ReduceMin ReduceProd ReduceSum Relu Reshape Round ScatterElements ScatterND Shape Sigmoid Sign Sin Slice
+    Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
+"""
+#: (domain, operator) that export makes, and their like: functions of their inputs alone, without graphs.
+OPERATORS: Final = frozenset(("", name) for name in _STANDARD.split()) | {
+    ("com.microsoft", "MatMulIntegerToFloat")
+}
+
+#: message -> its fields that matter: a message to enter, or the text to keep.
+_MESSAGES: Final[dict[str, dict[int, str]]] = {
+    "model": {7: "graph", 20: "code", 25: "code"},  # 20 is training_info, 25 functions: none of ours has any
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {4: "operator", 5: "attribute", 7: "domain"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external"},
+    "external": {1: "key", 2: "value"},
+}
+
+
+class GraphNeeds(NamedTuple):
+    """What a graph asks for."""
+
+    operators: frozenset[tuple[str, str]]  #: (domain, operator), those of nested graphs with them
+    files: frozenset[str]  #: that hold tensors
+
+
+def check_graph(data: bytes, name: str, weights: Collection[str]) -> None:
+    """Raise BundleError where a graph needs more than our operators and these files of weights."""
+    needs = graph_needs(data, name)
+    if foreign := needs.operators - OPERATORS:
+        domain, operator = min(foreign)
+        shown = f"{domain}.{operator}" if domain else operator
+        raise BundleError(
+            f"{name} uses the operator {shown[:100]!r}, which no graph of fedtt does: not loaded"
+        )
+    if outside := needs.files - set(weights):
+        raise BundleError(f"{name} reads {min(outside)[:100]!r}, which is no file of its weights: not loaded")
+
+
+def graph_needs(data: bytes, name: str) -> GraphNeeds:
+    """Read a graph's needs in time linear in its bytes; raises BundleError where it is none of ours."""
+    if len(data) > GRAPH_LIMIT_BYTES:
+        raise BundleError(f"{name} has {len(data)} bytes, a graph has at most {GRAPH_LIMIT_BYTES}")
+    operators, files = set[tuple[str, str]](), set[str]()
+    left = [("model", memoryview(data))]
+    try:
+        while left:
+            kind, message = left.pop()
+            inner, texts = _opened(kind, message)
+            left += inner
+            if len(left) > _MOST_WAITING:
+                raise ValueError(f"more than {_MOST_WAITING} nodes")
+            if kind == "node":
+                asked = texts.get("operator", [""])
+                operators.update((domain, op) for domain in texts.get("domain", [""]) for op in asked)
+            if "location" in texts.get("key", ()):
+                files.update(texts.get("value", [""]))
+    except ValueError as error:
+        raise BundleError(f"{name} cannot be loaded: it is no graph of fedtt ({error})") from None
+    return GraphNeeds(frozenset(operators), frozenset(files))
+
+
+def _opened(kind: str, message: memoryview) -> tuple[list[tuple[str, memoryview]], dict[str, list[str]]]:
+    """The messages within one, and its texts, as far as they matter; raises ValueError."""
+    inner: list[tuple[str, memoryview]] = []
+    texts: dict[str, list[str]] = {}
+    for number, value in _fields(message):
+        field = _MESSAGES[kind].get(number)
+        if field is not None and field in _MESSAGES:
+            inner.append((field, value))
+            if len(inner) > _MOST_WAITING:
+                raise ValueError(f"more than {_MOST_WAITING} nodes")
+        elif field == "code":
+            raise ValueError("it brings functions or training of its own")
+        elif field:
+            texts.setdefault(field, []).append(str(value, "utf-8"))
+    return inner, texts
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The fields of a message that hold bytes: number and contents. Raises ValueError for what is none."""
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _varint(message, at)
+        if tag >= 2**32:  # parsers cut it to 32 bits, and would see another field
+            raise ValueError("a field of too large a number")
+        match tag & 7:
+            case 0:
+                _, at = _varint(message, at)
+            case 1:
+                at += 8
+            case 2:
+                size, at = _varint(message, at)
+                if size > end - at:
+                    raise ValueError(f"a field of {size} bytes where {end - at} are left")
+                yield tag >> 3, message[at : at + size]
+                at += size
+            case 5:
+                at += 4
+            case other:
+                raise ValueError(f"a field of wire type {other}")
+    if at > end:
+        raise ValueError("it ends within a number")
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """A number of at most ten bytes, and where the next begins."""
+    value = 0
+    for k, byte in enumerate(message[at : at + 10]):
+        value |= (byte & 127) << 7 * k
+        if byte < 128:
+            return value, at + k + 1
+    raise ValueError("a number that does not end")
