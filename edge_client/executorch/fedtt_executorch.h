@@ -3,6 +3,9 @@
  *
  * A program is one `.pte` file with the method `forward`; its weights lie in a `.ptd` file that all programs of
  * a bundle share. Programs are independent; one program must not be used by two threads at once.
+ *
+ * Load trusted programs alone: those whose sha256 a trusted manifest names. A changed one may abort the process, as
+ * the runtime checks less than it reads.
  */
 #ifndef FEDTT_EXECUTORCH_H
 #define FEDTT_EXECUTORCH_H
