@@ -126,6 +126,17 @@ def test_weights_of_another_base_are_refused_before_anything_runs(
         ExecutorchRuntime(other, library=executorch_library).logits(first_theta(bundle), some_batch(bundle))
 
 
+def test_other_weights_under_the_right_names_are_refused_by_their_hash(
+    executorch_bundle: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(executorch_bundle, tmp_path / "other"))
+    data = bytearray((other / "base.ptd").read_bytes())
+    data[-1] ^= 1
+    (other / "base.ptd").write_bytes(data)
+    with pytest.raises(BundleError, match=r"base\.ptd does not match its sha256"):
+        open_bundle(other, "executorch")
+
+
 def test_a_damaged_program_is_refused(bundle: Bundle, executorch_library: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle.directory, tmp_path / "damaged")
     for contents in (b"", b"not a program", bundle.path("step.pte").read_bytes()[:2000]):

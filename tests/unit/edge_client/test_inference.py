@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,40 @@ def test_factors_of_another_layout_are_named(tiny_bundle: Path, version: Path) -
     save_file(factors, version / FACTORS)
     with pytest.raises(LayoutError, match=r"factor 'head\.bias' is missing; download the version again"):
         Model.open(version, tiny_bundle)
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def header(*entries: dict[str, object]) -> bytes:
+    """A safetensors file up to its data."""
+    text = json.dumps({f"t{i}": entry for i, entry in enumerate(entries)}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(struct.pack("<Q", 2**63) + b"{}", id="a header of 2^63 bytes"),
+        pytest.param(struct.pack("<Q", 1000) + b"{}", id="a header past the end"),
+        pytest.param(struct.pack("<Q", 10**5) + b"[" * 10**5, id="a header nested deeply"),
+        pytest.param(header(entry("F32", [4], 0, 16)), id="data past the end"),
+        pytest.param(header(entry("F32", [4], 0, 16), entry("F32", [4], 8, 24)) + bytes(24), id="overlap"),
+        pytest.param(header(entry("F32", [2**62, 8], 0, 16)) + bytes(16), id="a shape beyond 64 bits"),
+        pytest.param(header(entry("I64", [2], 0, 16)) + bytes(16), id="integers"),
+        pytest.param(header(entry("C64", [4], 0, 32)) + bytes(32), id="complex numbers"),
+        pytest.param(header(entry("BF16", [4], 0, 8)) + bytes(8), id="BF16"),
+        pytest.param(header(entry("F8_E4M3", [4], 0, 4)) + bytes(4), id="F8_E4M3"),
+        pytest.param(header(entry("F8_E8M0", [4], 0, 4)) + bytes(4), id="F8_E8M0"),
+        pytest.param(header(entry("F4", [4], 0, 2)) + bytes(2), id="F4"),
+    ],
+)
+def test_factors_behind_a_header_that_lies_are_refused(tiny_bundle: Path, version: Path, data: bytes) -> None:
+    (version / FACTORS).write_bytes(data)
+    with pytest.raises((BundleError, LayoutError), match="download the version again") as error:
+        Model.open(version, tiny_bundle)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_safetensors_is_named(tiny_bundle: Path, version: Path) -> None:
