@@ -23,13 +23,10 @@ from fedtt.tensor_train import TTMatrix
 __all__ = ["MOST_FACTORS", "MOST_NUMBERS", "AdapterSpec", "LoraPair", "TTFactors", "initial_theta"]
 
 #: Bounds for foreign specs, as a device holds theta some five times while it trains, and walks its factors.
-#: LoRA of rank 64 on all projections of a model of 7 billion has 2^26 numbers, TT adapters in 126 blocks 2^13
-#: factors.
+#: LoRA of rank 64 on all projections of a model of 7 billion has 2^26 numbers, TT adapters of 16
+#: cores a matrix in 126 blocks 2^13 factors.
 MOST_NUMBERS = 2**27
-MOST_FACTORS = 2**14
-
-
-_MOST_FACTORS = 2**13  #: of all blocks; a reader plans for each
+MOST_FACTORS = 2**13
 
 
 class TTFactors(NamedTuple):
@@ -65,10 +62,6 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
                 raise ConfigError("adapter.depth", self.depth, "0 where nothing is inserted")
         elif not 1 <= self.depth <= self.layers:
             raise ConfigError("adapter.depth", self.depth, f"a whole number from 1 to {self.layers}")
-        if (factors := self.depth * self._factors_a_block) > _MOST_FACTORS:
-            raise ConfigError(
-                "adapter.depth", self.depth, f"less: {factors} factors, at most {_MOST_FACTORS}"
-            )
         for width in _widths(self.inserted, self.head):
             if width != self.hidden:
                 raise ConfigError("adapter.hidden", self.hidden, f"{width}, the width of its matrices")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -134,7 +135,7 @@ def write_step(path: Path, loss: list[int], grad: list[int], size: int) -> None:
     """A step that returns zeros of these shapes, whatever it is given."""
     values = {"loss": np.zeros(loss, np.float32), "grad": np.zeros(grad, np.float32)}
     integers = (onnx.TensorProto.INT64, [None, None])
-    inputs = {"theta": (onnx.TensorProto.FLOAT, [size]), "ids": integers, "mask": integers}
+    inputs: dict[str, Any] = {"theta": (onnx.TensorProto.FLOAT, [size]), "ids": integers, "mask": integers}
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Neg", [f"{name}.of"], [name]) for name in values],
         "step",

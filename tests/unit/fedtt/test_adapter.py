@@ -5,7 +5,6 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from msgspec.structs import replace
 
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.errors import ConfigError
@@ -260,10 +259,3 @@ def test_random_matrices_start_with_variance_one_over_d_in() -> None:
         values = spec.layout.unflatten(initial_theta(spec, 0))[name]
         # 16,384 draws: the standard error of their mean square is sqrt(2 / 16384) = 1.1 % of it
         assert float(np.mean(values**2)) == pytest.approx(1 / 256, rel=0.045)
-
-
-def test_an_adapter_of_a_hundred_thousand_factors_is_refused_before_they_are_planned() -> None:
-    spec = small_adapter("tt", hidden=16, layers=1024)
-    long = TTBottleneck(sites=("mlp",), down=TTMatrix((16,), (1,) * 15, 1), up=TTMatrix((1,) * 15, (16,), 1))
-    with pytest.raises(ConfigError, match=r"adapter\.depth = 1024 .*32768 factors, at most 8192"):
-        replace(spec, inserted=long, depth=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -28,7 +29,7 @@ def nested(operator: str) -> onnx.GraphProto:
     return onnx.GraphProto(name="inner", node=[onnx.NodeProto(op_type=operator, output=["y"])])
 
 
-def add(operator: str = "Add", domain: str = "", **attributes: object) -> Change:
+def add(operator: str = "Add", domain: str = "", **attributes: Any) -> Change:
     """One more node."""
     node = onnx.helper.make_node(operator, [], ["y"], domain=domain, **attributes)
     return lambda model: model.graph.node.append(node)

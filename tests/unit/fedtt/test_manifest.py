@@ -229,7 +229,7 @@ def test_an_adapter_that_no_device_could_hold_is_refused_before_its_layout_is_ma
         manifest["adapter"].update(layers=2**10, depth=2**10, hidden=WIDEST, inserted=inserted)
         manifest["adapter"]["head"].update(labels=2**20)
 
-    assert "at most 134217728 numbers in 16384 factors" in refusal(changed(grow))  # 2**27, 2**14
+    assert "at most 134217728 numbers in 8192 factors" in refusal(changed(grow))  # 2**27, 2**13
 
 
 def test_an_adapter_of_too_many_factors_is_refused_before_its_layout_is_made() -> None:
