@@ -8,8 +8,6 @@ import gc
 import os
 import socket
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["place_arguments", "reachable", "register"]
 
 _GARBAGE = (50_000, 20, 100)  #: objects, and collections of the younger, between two collections
-_THREADS = 6  #: beside the loop's and the writer's
 _SWITCH_S = 0.0005  #: at most, that the writer waits for requests at work after each statement
 
 
@@ -162,7 +159,6 @@ async def _serve_until_stopped(
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(_threads())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with serving(config, tracer) as listening:
@@ -173,18 +169,6 @@ async def _serve_until_stopped(
         await asyncio.sleep(drain_s)
     if not as_json:
         print("stopped; everything acknowledged is on disk")
-
-
-def _threads() -> ThreadPoolExecutor:
-    """Those that work beside the loop, all begun at once.
-
-    Each takes memory of its own when it begins, which would otherwise be hours later, with the first crowd.
-    """
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedtt-beside")
-    met = threading.Barrier(_THREADS)
-    for there in [threads.submit(met.wait) for _ in range(_THREADS)]:
-        there.result()
-    return threads
 
 
 def _collect_seldom() -> None:
