@@ -61,6 +61,10 @@ class Flat(MeanTarget):
         return 0.5, np.zeros_like(theta)
 
 
+class Death(BaseException):
+    """Of the process, which nothing catches."""
+
+
 def in_world(
     tmp_path: Path, test: Callable[[World], Awaitable[None]], privacy: PrivacySpec = PRIVACY
 ) -> None:
@@ -173,7 +177,7 @@ def test_a_training_repeated_after_a_crash_sends_the_same_noise_and_another_roun
             def private_gradient(
                 self, theta: Theta, batch: Batch, live: NDArray[np.float32], clip: float
             ) -> tuple[float, Theta]:
-                raise SystemError("power cut")
+                raise Death("power cut")
 
         device, _ = world.device()
         await device.run(trained)
@@ -183,7 +187,7 @@ def test_a_training_repeated_after_a_crash_sends_the_same_noise_and_another_roun
         device, _ = world.device()
         leased = device.journal.state.phase
         assert isinstance(leased, Leased)
-        with pytest.raises(SystemError):
+        with pytest.raises(Death):
             await device.run()
         world.runtime = Flat()
         device, _ = world.device()
