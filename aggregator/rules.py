@@ -52,10 +52,7 @@ def due(spec: RoundSpec, round_: Round, accepted: int, now: float) -> Due:
 
 
 def with_deadline(spec: RoundSpec, round_: Round, now: float) -> Round:
-    """The round with its time set to run, if it does not; a clock that was set back since it opened is not
-    gone by."""
-    if round_.deadline_at is not None:
-        return round_
+    """The round, whose time begins to run now; or when it opened, by a clock that was set back since."""
     return replace(round_, deadline_at=max(now, round_.opened_at) + spec.deadline_s)
 
 

@@ -9,6 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from fedtt.errors import ConfigError
+
 from .integer_products import LEAST, LEVELS
 
 __all__ = ["write_products"]
@@ -75,11 +77,12 @@ class _Writer:
 
 
 def _products(value: ir.Value, *, transposed: bool) -> Iterator[tuple[ir.Node, bool]]:
-    """The nodes that multiply by a matrix, and whether by its transpose."""
+    """The nodes that multiply by a matrix, and whether by its transpose; ConfigError where others use it."""
     for node, index in value.uses():
         if node.op_type == "Transpose":
             yield from _products(node.outputs[0], transposed=not transposed)
         elif node.op_type in ("MatMul", "Gemm") and index == 1:
             yield node, transposed
         else:
-            raise NotImplementedError(f"{value.name} is input {index} of {node.op_type}, no product by it")
+            use = f"{value.name} is input {index} of {node.op_type}, which is no product by it"
+            raise ConfigError("products", "int8", f"fp32 for this model: {use}")

@@ -17,6 +17,7 @@ from export.quantise import Stored, quantise
 from export.stored_in_graphs import store
 from export.to_onnx import convert, write_graphs
 from export.trace import trace
+from fedtt.errors import ConfigError
 
 ROWS, IN, OUT = 7, 10, 12
 AXES: dict[str, tuple[str, ...]] = {"x": ("rows",), "gradient": ("rows",)}
@@ -93,6 +94,20 @@ def _in_torch(layer: tuple[Layer, dict[str, Stored]], x: Floats, gradient: Float
     module, stored = layer
     with IntegerProducts(dict(module.named_parameters()), stored):
         return [found.numpy() for found in module(torch.from_numpy(x), torch.from_numpy(gradient))]
+
+
+def test_a_matrix_that_is_not_only_multiplied_with_is_named_and_what_to_do() -> None:
+    class Odd(Layer):
+        def forward(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            y, back = super().forward(x, gradient)
+            return y + self.layer.weight.sum(), back
+
+    module = Odd()
+    inputs = {"x": torch.randn(ROWS, IN), "gradient": torch.randn(ROWS, OUT)}
+    outputs: dict[str, tuple[str, ...]] = {"y": ("rows",), "back": ("rows",)}
+    graph = convert(trace(module, inputs, AXES), list(inputs), dict(module.named_parameters()), outputs, AXES)
+    with pytest.raises(ConfigError, match=r"products = 'int8' is not allowed: fp32 for this model: layer"):
+        store(graph, quantise(module, "int8", multiplied={"layer.weight"}))
 
 
 def test_pairs_of_products_fit_into_the_sixteen_bits_of_processors_without_vnni(
