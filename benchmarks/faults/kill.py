@@ -83,8 +83,9 @@ async def killed(setting: Setting, *, count: int, kills: int, up_s: float = 1.0,
             "acknowledging_again_max_s": round(max(back_s), 3),
             **{name.replace(" ", "_"): value for name, value in sorted(notes.counts.items())},
         },
-        # where another goes on, nobody waits for it
-        at_most={**NOTHING_WRONG} | ({"listening_again_max_s": 2.0} if servers == 1 else {}),
+        # where another goes on, nobody waits for the one to listen, but for what it was summing
+        at_most={**NOTHING_WRONG}
+        | ({"listening_again_max_s": 2.0} if servers == 1 else {"acknowledging_again_max_s": 10.0}),
         at_least={"acknowledged": kills},
     )
 
