@@ -21,7 +21,7 @@ from fedtt.messages import (
     Verdict,
 )
 from fedtt.signature import Signed, content_digest, hex_digest
-from storage.blobs import BlobStore, FileBlobs
+from storage.blobs import BlobStore, FileBlobs, check
 
 _PIECE_BYTES = 1 << 18
 _FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -136,6 +136,7 @@ async def version(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     difference = checked(await service.difference(sha256, held))
     if difference is None:
+        await asyncio.to_thread(check, service.blobs, sha256)
         return await _blob(request, service.blobs, sha256, **_FOR_EVER)
     return web.Response(body=difference, content_type=DIFFERENCE_MEDIA_TYPE, headers=_FOR_EVER)
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 from fedtt.errors import StorageError
 from storage.incoming import Incoming, checked_name, disk_errors
 
-__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "load", "open_blobs", "save"]
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "check", "load", "open_blobs", "save"]
 
 _ABANDONED_S = 3600.0
 
@@ -190,8 +190,19 @@ def load(blobs: BlobStore, sha256: str) -> bytes:
     with blobs.open(sha256) as file:
         data = file.read()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise StorageError(f"blob {sha256[:12]}… is damaged on disk: restore it from a backup")
+        raise _damaged(sha256)
     return data
+
+
+def check(blobs: BlobStore, sha256: str) -> None:
+    """The same in bounded memory, for a blob that is about to be sent."""
+    with blobs.open(sha256) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise _damaged(sha256)
+
+
+def _damaged(sha256: str) -> StorageError:
+    return StorageError(f"blob {sha256[:12]}… is damaged on disk: restore it from a backup")
 
 
 def save(blobs: BlobStore, data: bytes) -> str:
