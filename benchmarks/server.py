@@ -17,9 +17,9 @@ from benchmarks.serving.part import Measure, Measured, Part
 
 PARTS: dict[str, Measure] = {
     "sqlite": uploads.sqlite,
-    "sqlite-processes": uploads.sqlite_processes,
+    "sqlite-one-process": uploads.sqlite_one_process,
     "postgresql": uploads.postgresql,
-    "postgresql-replicas": uploads.postgresql_replicas,
+    "postgresql-one-process": uploads.postgresql_one_process,
     "fold": faults.fold,
     "herd": faults.herd,
     "flower": peers.flower,

@@ -6,6 +6,7 @@ import pytest
 
 from fedtt.errors import ConfigError
 from fleet.pools import open_pool
+from fleet.spec import Size
 from tests.support.edge import small_bundle
 
 
@@ -30,3 +31,9 @@ def test_the_others_open_without_it_and_say_whose_graphs_they_run(name: str, tmp
     pool = open_pool(name, small_bundle(tmp_path), 1)
     assert pool.runtime == "onnxruntime"
     pool.close()
+
+
+def test_who_names_a_model_trains_batched_unless_another_trainer_is_named() -> None:
+    assert Size(devices=1).trainer == "one-by-one"
+    assert Size(devices=1, model="m").trainer == "batched"
+    assert Size(devices=1, model="m", trainer="batched-onnx").trainer == "batched-onnx"
