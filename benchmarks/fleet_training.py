@@ -1,6 +1,6 @@
 """Real training in the fleet: 100 devices of CLINC150 on MiniLM-L6 with TT adapters, batched and one by one.
 
-Every measurement is of a process of its own, by turns. Rates are of wall time on `THREADS` threads.
+Every measurement is of a process of its own. Rates are of wall time on `THREADS` threads.
 `share_of_matmul_peak` counts the matrix products that the step needs on the tokens that stand there: those
 with frozen weights, of the attention and of the thin factors, forward and backward, but neither padding,
 contractions of cores, nor products below the first adapter. The peak is the best rate of torch, numpy and
@@ -50,17 +50,16 @@ def real_training(report: Report, *, quick: bool, seed: int) -> dict[str, object
     figures["matmul_peak_gflops"] = round(gflops, 1)
     for name, depth in (("", None), ("_depth2", 2)):
         bundle = _bundle(depth)
-        lines: dict[str, list[dict[str, float]]] = {"batched-onnx": [], "batched-torch": [], "one-by-one": []}
-        for turn in range(1 if quick else 3):
-            for trainer, found in lines.items():
-                found.append(_apart(_train, str(bundle), trainer, quick, seed))
-                report.line(part="training", depth=depth or "all", trainer=trainer, turn=turn, **found[-1])
-        best = {trainer: max(found, key=_rate) for trainer, found in lines.items()}
-        batched = max((best["batched-onnx"], best["batched-torch"]), key=_rate)
+        found: dict[str, dict[str, float]] = {}
+        for trainer in ("batched-onnx", "batched-torch", "one-by-one"):
+            found[trainer] = _apart(_train, str(bundle), trainer, quick, seed)
+            report.line(part="training", depth=depth or "all", trainer=trainer, **found[trainer])
+        alone = _rate(found["one-by-one"])
+        batched = max((found["batched-onnx"], found["batched-torch"]), key=_rate)
         figures |= {
             f"batched_device_steps_per_s{name}": round(_rate(batched), 1),
-            f"sequential_device_steps_per_s{name}": round(_rate(best["one-by-one"]), 1),
-            f"batched_over_sequential{name}": round(_rate(batched) / _rate(best["one-by-one"]), 2),
+            f"sequential_device_steps_per_s{name}": round(alone, 1),
+            f"batched_over_sequential{name}": round(_rate(batched) / alone, 2),
             f"share_of_matmul_peak{name}": round(batched["gflops"] / gflops, 3),
             f"outside_passes_share{name}": round(batched["outside_passes_share"], 3),
             f"padding_share{name}": round(batched["padding_share"], 4),
@@ -115,7 +114,7 @@ def _train(directory: str, trainer: str, quick: bool, seed: int) -> dict[str, fl
         pool = BatchedPool(bundle, timed)
     rounds_s = [
         _round_s(pool, _requests(bundle, round_number, seed)[:devices])
-        for round_number in range(1, 3 if quick else 5)
+        for round_number in range(1, 3 if quick else 4)
     ]
     found = {
         "device_steps_per_s": devices * LOCAL_STEPS / min(rounds_s[1:]),

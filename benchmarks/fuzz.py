@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of every decoder of foreign bytes: a value, or a WireError, in bounded time.
+"""Coverage-guided fuzzing of every decoder of foreign bytes: a value, or a refusal, in bounded time.
 
 Needs atheris (pip install atheris), libFuzzer for Python, which is no dependency of ours. Each target
-runs in a process of its own, from an empty corpus and a few sound inputs; whatever else it raises, a hang of
-ten seconds or a gigabyte of memory ends it and is reported with the input.
+(`benchmarks.fuzz_targets`) runs in a process of its own, from a few sound inputs; whatever else it raises, a
+hang of ten seconds or a gigabyte of memory ends it and is reported with the input.
 """
 
 from __future__ import annotations
@@ -11,86 +11,26 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import FunctionType
 
-import numpy as np
-
+from benchmarks.fuzz_targets import REFUSALS, decoders, targets
 from benchmarks.harness import Report, arguments, reporting
-from fedtt import codec, wire
-from fedtt.codec import CodecSpec, coded, decode_delta, difference, encode_delta, plain, quantise, range_coder
-from fedtt.codec.difference import decode_difference, encode_difference
-from fedtt.errors import WireError
-from fedtt.layout import Factor, FactorLayout
-from fedtt.wire import UpdateHeader, decode_update, encode_update
 
-LIVE = FactorLayout([Factor("a", (5, 8, 5)), Factor("b", (40,)), Factor("c", (7,))]).everything
-DELTA = np.random.default_rng(0).laplace(0, 0.03, LIVE.size).astype(np.float32)
-HELD = (np.rint(128 * DELTA) / 128 + 0.0).astype("<f4").tobytes()
-CODECS = {
-    "fp32": CodecSpec(quantise="fp32"),
-    "int8": CodecSpec(quantise="int8"),
-    "int3": CodecSpec(quantise="int3", block=64),
-    "int8-coded": CodecSpec(quantise="int8", coding="range"),
-    "ternary-coded": CodecSpec(quantise="ternary", coding="range"),
-    "sign-coded": CodecSpec(quantise="sign", coding="range", block=32),
-    "rms-coded": CodecSpec(quantise="rms", coding="range", block=32),
-}
 LONGEST_BYTES = 4096
-
-
-def _delta(spec: CodecSpec) -> tuple[Callable[[bytes], None], list[bytes]]:
-    def target(data: bytes) -> None:
-        found = decode_delta(spec, LIVE, data)
-        assert found.shape == (LIVE.size,)
-        assert np.isfinite(found).all()
-
-    return target, [encode_delta(spec, LIVE, DELTA, np.random.default_rng(0))]
-
-
-def _difference(data: bytes) -> None:
-    assert len(decode_difference(HELD, data)) == len(HELD)
-
-
-def _update(data: bytes) -> None:
-    header, payload = decode_update(data)
-    assert encode_update(header, payload)
-
-
-def targets() -> dict[str, tuple[Callable[[bytes], None], list[bytes]]]:
-    """name -> what reads bytes, and sound ones to begin with."""
-    moved = (np.frombuffer(HELD, "<f4") + np.float32(1 / 128)).astype("<f4").tobytes()
-    exact = DELTA.astype("<f4").tobytes()
-    header = UpdateHeader(layout=bytes(8), examples=3, steps=2, loss_first=1.0, loss_last=0.5)
-    return {name: _delta(spec) for name, spec in CODECS.items()} | {
-        "difference": (_difference, [encode_difference(HELD, moved), encode_difference(HELD, exact)]),
-        "update": (_update, [encode_update(header, b"payload")]),
-    }
-
-
-def decoders() -> list[FunctionType]:
-    """The functions whose branches guide the fuzzer."""
-    found: list[FunctionType] = []
-    for module in (codec, coded, difference, plain, quantise, range_coder, wire):
-        for value in vars(module).values():
-            members = vars(value).values() if isinstance(value, type) else [value]
-            found += [m for m in members if isinstance(m, FunctionType) and m.__module__ == module.__name__]
-    return found
 
 
 def fuzz(name: str, corpus: Path, seconds: int) -> None:
     """In a process of its own: libFuzzer ends it."""
     atheris = import_module("atheris")
 
-    target, _ = targets()[name]
+    target = targets()[name]
 
     def run(data: bytes) -> None:
         try:
-            target(data)
-        except WireError:
+            target.take(data)
+        except REFUSALS:
             return
 
     options = [f"-max_total_time={seconds}", f"-max_len={LONGEST_BYTES}", "-timeout=10", "-rss_limit_mb=1024"]
@@ -101,30 +41,42 @@ def fuzz(name: str, corpus: Path, seconds: int) -> None:
     atheris.Fuzz()
 
 
-def measured(name: str, seconds: int) -> dict[str, int]:
-    """Inputs tried and edges reached; ends the program with the input that broke a decoder."""
+def measured(name: str, seconds: int) -> dict[str, int | str]:
+    """Inputs tried, edges reached, and the input that broke the decoder, which ends the target."""
     with tempfile.TemporaryDirectory() as directory:
-        for i, data in enumerate(targets()[name][1]):
+        for i, data in enumerate(targets()[name].sound):
             (Path(directory) / f"sound-{i}").write_bytes(data)
         command = [sys.executable, "-m", "benchmarks.fuzz", "--target", name, "--corpus", directory]
         done = subprocess.run(
             [*command, "--seconds", str(seconds)], capture_output=True, text=True, check=False
         )
-        if done.returncode:
-            found = [path.read_bytes().hex() for path in Path(directory).glob("found-*")]
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}\ninput: {found}")
-    tried = re.findall(r"stat::number_of_executed_units:\s+(\d+)", done.stderr)
-    edges = re.findall(r"cov: (\d+)", done.stderr)
-    return {"inputs": int(tried[-1]), "edges": int(edges[-1])}
+        found = [path.read_bytes().hex() for path in Path(directory).glob("found-*")]
+    if done.returncode:
+        print(f"BROKEN {name}: {done.stderr[-2000:]}", file=sys.stderr)
+    return {
+        "inputs": _last(r"stat::number_of_executed_units:\s+(\d+)", done.stderr),
+        "edges": _last(r"cov: (\d+)", done.stderr),
+        "broken": int(done.returncode != 0),
+        **({"found": found[0]} if found else {}),
+    }
 
 
-def run_all(report: Report, seconds: int) -> None:
-    found = {}
+def _last(number: str, text: str) -> int:
+    found = re.findall(number, text)
+    return int(found[-1]) if found else 0
+
+
+def run_all(report: Report, seconds: int) -> bool:
+    """Whether every target held."""
+    figures: dict[str, int] = {}
+    broken = 0
     for name in targets():
-        found[name] = measured(name, seconds)
-        report.line(target=name, **found[name], broken=0)
-    figures = {f"{name}_inputs": row["inputs"] for name, row in found.items()}
-    report.summary(figures | {"broken": 0, "seconds_each": seconds}, {"broken": 0})
+        row = measured(name, seconds)
+        report.line(target=name, **row)
+        figures[f"{name}_inputs"] = int(row["inputs"])
+        broken += int(row["broken"])
+    report.summary({"broken": broken, "seconds_each": seconds, **figures}, {"broken": 0})
+    return broken == 0
 
 
 def main() -> None:
@@ -140,7 +92,8 @@ def main() -> None:
         fuzz(args.target, args.corpus, args.seconds)
         return
     with reporting("fuzz", args.out) as report:
-        run_all(report, 4 if args.quick else args.seconds)
+        held = run_all(report, 4 if args.quick else args.seconds)
+    sys.exit(not held)
 
 
 if __name__ == "__main__":

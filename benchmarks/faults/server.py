@@ -111,6 +111,12 @@ class ServerProcess:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def anonymous_bytes(self) -> int:
+        """The part of it that is no mapped file: of those the kernel takes pages and brings them back."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
     def peak_bytes(self) -> int:
         """The most it ever had resident."""
         status = Path(f"/proc/{self.pid}/status").read_text()

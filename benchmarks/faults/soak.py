@@ -27,7 +27,7 @@ _HABITS = Habits(pause_s=0.2, retry_s=0.4)  #: about half of what two busy cores
 async def run(setting: Setting) -> Outcome:
     seconds, every_s = (45.0, 1.0) if setting.quick else (3600.0, 10.0)
     server, over = ServerProcess(setting.directory / "data"), asyncio.Event()
-    samples: list[tuple[float, int, int, int]] = []
+    samples: list[tuple[float, int, int, int, int]] = []
     async with server.running(), devices(_DEVICES, server.url, _NUMBERS, _HABITS) as (peers, notes):
         text = task_text(cohort=_DEVICES, buffer=_DEVICES // 2, quorum=1, deadline_s=5, retry_s=0.5)
         await server.open_task(text, _NUMBERS)
@@ -35,11 +35,10 @@ async def run(setting: Setting) -> Outcome:
         living = [asyncio.create_task(peer.live(over)) for peer in peers]
         started = time.perf_counter()
         while (at := time.perf_counter() - started) < seconds:
-            samples.append((at, server.resident_bytes(), *server.descriptors()))
+            memory = server.resident_bytes(), server.anonymous_bytes()
+            samples.append((at, *memory, *server.descriptors()))
             if len(samples) % 30 == 0:
-                mb = round(samples[-1][1] / 2**20, 2)
-                counts = {"files": samples[-1][2], "sockets": samples[-1][3]}
-                setting.report.line(row="soak", at_s=round(at), resident_mb=mb, **counts)
+                setting.report.line(row="soak", at_s=round(at), **_figures(*samples[-1][1:]))
             await asyncio.sleep(every_s)
         over.set()
         await asyncio.gather(*living)
@@ -47,7 +46,8 @@ async def run(setting: Setting) -> Outcome:
         await server.stop()
     found = audit(server.data, notes, places(peers))
     warm = np.array([sample for sample in samples if sample[0] >= _WARM_UP * seconds])
-    hours, resident_mb, files, sockets = warm[:, 0] / 3600, warm[:, 1] / 2**20, warm[:, 2], warm[:, 3]
+    hours, resident_mb, anonymous_mb = warm[:, 0] / 3600, warm[:, 1] / 2**20, warm[:, 2] / 2**20
+    files, sockets = warm[:, 3], warm[:, 4]
     return Outcome(
         figures={
             **found.figures(),
@@ -55,6 +55,7 @@ async def run(setting: Setting) -> Outcome:
             "acknowledged_per_s": round(found.acknowledged / seconds, 1),
             "resident_mb": round(float(resident_mb[-1]), 1),
             "resident_mb_per_h": round(float(np.polyfit(hours, resident_mb, 1)[0]), 3),
+            "anonymous_mb_per_h": round(float(np.polyfit(hours, anonymous_mb, 1)[0]), 3),
             "files_grown": int(files[-5:].max() - files[:5].max()),
             "sockets_most": int(sockets.max()),
         },
@@ -63,3 +64,8 @@ async def run(setting: Setting) -> Outcome:
         | ({} if setting.quick else {"resident_mb_per_h": 1.0}),
         at_least={"acknowledged": _DEVICES},
     )
+
+
+def _figures(resident: int, anonymous: int, files: int, sockets: int) -> dict[str, float]:
+    resident_mb, anonymous_mb = round(resident / 2**20, 2), round(anonymous / 2**20, 2)
+    return {"resident_mb": resident_mb, "anonymous_mb": anonymous_mb, "files": files, "sockets": sockets}
