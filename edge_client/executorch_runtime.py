@@ -108,14 +108,13 @@ class ExecutorchRuntime:
                 raise RuntimeFailure(f"{name} did not run on a batch of {shape} tokens: {error}") from None
 
     def _load(self, name: str) -> _Program:
-        library = _open(str(self._library or _find()))
+        library = _open(str(self._library or _find()), self._threads)
         wanted, found = self._bundle.manifest.requires.get("executorch", "of no release"), _version(library)
         if wanted != found:
             raise RuntimeFailure(
                 f"the bundle needs ExecuTorch {wanted}, the library here is of {found}: "
                 f"install the fedtt-executorch wheel made for {wanted}, or export again for {found}"
             )
-        library.fedtt_set_threads(self._threads)
         if len(self._graphs.weights) != 1:
             raise RuntimeFailure(f"{name} needs one file of weights, the bundle has {self._graphs.weights}")
         return _Program(library, self._bundle.path(name), self._bundle.path(self._graphs.weights[0]))
@@ -189,8 +188,8 @@ def _find() -> Path:
 
 
 @cache
-def _open(path: str) -> ctypes.CDLL:
-    """Load the library once a process; raises RuntimeFailure where it is missing or another one."""
+def _open(path: str, threads: int) -> ctypes.CDLL:
+    """Load the library once a process, and set its threads; RuntimeFailure where it is missing or another."""
     remedy = (
         "install the fedtt-executorch wheel, or build it: python -m edge_client.executorch.build "
         f"(docs/executorch.md), or name it in {LIBRARY_VARIABLE}"
@@ -212,6 +211,7 @@ def _open(path: str) -> ctypes.CDLL:
     library.fedtt_run.argtypes = [pointer, ctypes.POINTER(_Tensor), ctypes.c_int32, text, size]
     library.fedtt_output.argtypes = [pointer, ctypes.c_int32, ctypes.POINTER(_Tensor)]
     library.fedtt_set_threads.restype, library.fedtt_set_threads.argtypes = None, [ctypes.c_uint32]
+    library.fedtt_set_threads(threads)
     return library
 
 

@@ -22,9 +22,12 @@
 #include <sys/mman.h>
 
 #include <array>
+#include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -59,14 +62,17 @@ ThreadPool* get_threadpool();
 
 namespace {
 
-bool one_thread = true;
+std::atomic<bool> one_thread{true};
 thread_local std::string last_log;  // what the runtime said last, on this thread, about an error
 
 void keep_log(
     et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t, const char* text, size_t size) {
   if (level == kError || level == kFatal) {
-    if (!last_log.empty()) last_log += "; ";
-    last_log.append(text, size);
+    try {
+      if (!last_log.empty()) last_log += "; ";
+      last_log.append(text, size);
+    } catch (...) {  // no memory for words: the error's number is left
+    }
   }
 }
 
@@ -90,6 +96,33 @@ int32_t failed(const char* what, Error error, char* out, size_t size) {
     }
   }
   return static_cast<int32_t>(error);
+}
+
+// What `work` returns, or `otherwise` where it throws: no exception may reach callers that are not C++.
+template <typename T, typename Work>
+T contained(T otherwise, char* error, size_t size, Work&& work) noexcept {
+  const char* why = "failed with an exception";
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    why = "found no memory";
+  } catch (...) {
+  }
+  if (error != nullptr && size > 0) std::snprintf(error, size, "%s", why);
+  return otherwise;
+}
+
+constexpr int32_t threw = static_cast<int32_t>(Error::Internal);
+
+// Whether an input is of a known type, with sizes whose bytes can be counted.
+bool is_sound(const fedtt_tensor& t) {
+  if (t.dimensions < 0 || t.dimensions > FEDTT_MOST_DIMENSIONS) return false;
+  if (t.type != FEDTT_INT32 && t.type != FEDTT_INT64 && t.type != FEDTT_FLOAT32) return false;
+  int64_t bytes = t.type == FEDTT_INT64 ? 8 : 4;
+  for (int32_t i = 0; i < t.dimensions; ++i) {
+    if (t.sizes[i] < 0 || __builtin_mul_overflow(bytes, static_cast<int64_t>(t.sizes[i]), &bytes)) return false;
+  }
+  return true;
 }
 
 // Address space that becomes memory where it is first written.
@@ -204,21 +237,26 @@ int32_t fedtt_abi(void) { return FEDTT_EXECUTORCH_ABI; }
 const char* fedtt_executorch_version(void) { return FEDTT_EXECUTORCH_VERSION; }
 
 void fedtt_set_threads(uint32_t threads) {
-  start();
-  one_thread = threads <= 1;
-  if (!one_thread) executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
+  contained(0, nullptr, 0, [&] {
+    start();
+    one_thread = threads <= 1;
+    if (threads > 1) executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
+    return 0;
+  });
 }
 
 fedtt_program* fedtt_load(const char* program, const char* weights, char* error, size_t error_bytes) {
-  start();
-  std::optional<NoThreadPoolGuard> alone;
-  if (one_thread) alone.emplace();
-  auto found = std::make_unique<fedtt_program>();
-  if (const Error code = found->load(program, weights); code != Error::Ok) {
-    failed("cannot be loaded", code, error, error_bytes);
-    return nullptr;
-  }
-  return found.release();
+  return contained<fedtt_program*>(nullptr, error, error_bytes, [&]() -> fedtt_program* {
+    start();
+    std::optional<NoThreadPoolGuard> alone;
+    if (one_thread) alone.emplace();
+    auto found = std::make_unique<fedtt_program>();
+    if (const Error code = found->load(program, weights); code != Error::Ok) {
+      failed("cannot be loaded", code, error, error_bytes);
+      return nullptr;
+    }
+    return found.release();
+  });
 }
 
 void fedtt_free(fedtt_program* program) { delete program; }
@@ -227,7 +265,7 @@ int32_t fedtt_output_count(const fedtt_program* program) {
   return static_cast<int32_t>(program->method->outputs_size());
 }
 
-int32_t fedtt_run(
+static int32_t run(
     fedtt_program* program, const fedtt_tensor* inputs, int32_t count, char* error, size_t error_bytes) {
   start();
   std::optional<NoThreadPoolGuard> alone;
@@ -238,8 +276,8 @@ int32_t fedtt_run(
   }
   std::vector<std::unique_ptr<View>> views;
   for (int32_t i = 0; i < count; ++i) {
-    if (inputs[i].dimensions < 0 || inputs[i].dimensions > FEDTT_MOST_DIMENSIONS) {
-      return failed("an input has too many dimensions", Error::InvalidArgument, error, error_bytes);
+    if (!is_sound(inputs[i])) {
+      return failed("an input has impossible sizes or type", Error::InvalidArgument, error, error_bytes);
     }
     views.push_back(std::make_unique<View>(inputs[i]));
     if (const Error code = program->method->set_input(views.back()->value(), i); code != Error::Ok) {
@@ -250,6 +288,11 @@ int32_t fedtt_run(
     return failed("did not run", code, error, error_bytes);
   }
   return 0;
+}
+
+int32_t fedtt_run(
+    fedtt_program* program, const fedtt_tensor* inputs, int32_t count, char* error, size_t error_bytes) {
+  return contained(threw, error, error_bytes, [&] { return run(program, inputs, count, error, error_bytes); });
 }
 
 int32_t fedtt_output(const fedtt_program* program, int32_t index, fedtt_tensor* found) {
