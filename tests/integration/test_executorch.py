@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from edge_client import executorch_runtime
 from edge_client.bundle import Bundle, needed_files, open_bundle
 from edge_client.executorch.build import build, pack
 from edge_client.executorch_runtime import LIBRARY_VARIABLE, ExecutorchRuntime
@@ -147,6 +149,26 @@ def test_a_damaged_program_is_refused(bundle: Bundle, executorch_library: Path, 
                 first_theta(bundle), some_batch(bundle)
             )
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("size", -1), ("size", 2**31 - 1), ("type", 99), ("dimensions", 9)]
+)
+def test_inputs_that_no_tensor_can_have_are_refused_and_the_process_lives(
+    bundle: Bundle, executorch_library: Path, field: str, value: int
+) -> None:
+    batch, error = some_batch(bundle), ctypes.create_string_buffer(400)
+    library = executorch_runtime._open(str(executorch_library), 1)
+    program = executorch_runtime._Program(library, bundle.path("eval.pte"), bundle.path("base.ptd"))
+    arrays = (first_theta(bundle), batch.ids, batch.mask)
+    inputs = (executorch_runtime._Tensor * 3)(*map(executorch_runtime._tensor, arrays))
+    if field == "size":
+        inputs[1].sizes[0] = value
+    else:
+        setattr(inputs[1], field, value)
+    assert library.fedtt_run(program._handle, inputs, 3, error, 400) != 0
+    assert error.value
+    assert program.run(*arrays)[0].shape == (3, 4)
 
 
 def test_more_rows_than_were_planned_for_are_refused(bundle: Bundle, executorch_library: Path) -> None:
