@@ -5,9 +5,7 @@ no more). The sum is computed outside any transaction, in ledger order, so that 
 time. `publish` inserts the version and settles the updates in one short transaction; the version's key is
 the fence against a second fold. A crash after `claim` finds the round still FOLDING and sums again.
 
-Where devices train in groups, each group's branch has rounds of its own. When all groups have held theirs, a
-round without leases is claimed on the main branch at once; its sum puts their changes together, and its
-version is published on the main branch and, under their next numbers, on all of theirs.
+What follows where devices train in groups is in `aggregator.periods`.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aggregator import rules
-from aggregator.grouping import Grouping, changes_of
+from aggregator.grouping import Grouping
+from aggregator.periods import Periods
 from aggregator.promised import promised
-from aggregator.rounds import Rounds
 from fedtt.task import TaskSpec
 from storage.records import (
     MAIN,
@@ -63,7 +61,7 @@ class Fold(Struct, frozen=True, kw_only=True):
         return len(self.updates) + self.group_updates
 
 
-class Lifecycle(Rounds):
+class Lifecycle(Periods):
     """Moves rounds and tasks on."""
 
     def advance(self, tx: Transaction, now: float) -> list[Round]:
@@ -130,29 +128,10 @@ class Lifecycle(Rounds):
             task = self._begin_again(tx, now, task, round_.number)
         self._open_next(tx, now, task)
 
-    def _abandon(self, tx: Transaction, now: float, round_: Round, why: str) -> None:
-        tx.put_round(replace(round_, state=RoundState.ABANDONED, closed_at=now, reason=why))
-        waiting = tx.updates(round_.task_id, round_.branch, round_.number, UpdateState.ACCEPTED)
-        leases = [update.lease_id for update in waiting]
-        reason = f"round {round_.number} was abandoned: {why}"
-        tx.settle(leases, UpdateState.DISCARDED, reason=reason)
-
     def _open_next(self, tx: Transaction, now: float, task: Task) -> None:
         if task.state is TaskState.ACTIVE:
             for branch in self._branches(task):
                 self.ensure_round(tx, now, task, branch)
-
-    def _give_up(self, tx: Transaction, task: Task) -> Task:
-        """Pause an active task whose last rounds were all abandoned."""
-        limit = task.spec.rounds.give_up_after
-        newest = tx.rounds(task.id, limit=limit + len(task.groups))
-        last = [r for r in newest if r.number > task.resumed_after and r.state is not RoundState.OPEN][:limit]
-        failed = len(last) == limit and all(r.state is RoundState.ABANDONED for r in last)
-        if failed and task.state is TaskState.ACTIVE:
-            reason = f"{limit} rounds in a row were abandoned, the last because {last[0].reason}"
-            task = replace(task, state=TaskState.PAUSED, reason=reason)
-            tx.put_task(task)
-        return task
 
     def publish(self, tx: Transaction, now: float, fold: Fold) -> Version | None:
         """Insert version n+1 and settle what it is made of; None where another has done so already."""
@@ -199,95 +178,6 @@ class Lifecycle(Rounds):
             round_number = promised(version.round_number, "a version's round")
             task = self._begin_period(tx, now, task, version, round_number, grouping)
         self._open_next(tx, now, task)
-
-    # groups
-
-    def _ended(self, tx: Transaction, now: float, task: Task, branch: str) -> Task:
-        """Count a group's round that is over; the last of all claims what is to be put together."""
-        groups = tuple(replace(g, ended=g.ended + 1) if g.branch == branch else g for g in task.groups)
-        task = replace(task, groups=groups)
-        tx.put_task(task)
-        if all(group.waits for group in groups) and task.state in {TaskState.ACTIVE, TaskState.PAUSED}:
-            task = self._claim_groups(tx, now, task)
-        return task
-
-    def _claim_groups(self, tx: Transaction, now: float, task: Task) -> Task:
-        """The round whose sum is that of the groups; abandoned at once where none has made a version."""
-        base = promised(tx.latest_version(task.id, MAIN), "a task's first version")
-        deepest = max(task.groups, key=lambda group: group.depth)
-        number = self.newest_round(tx, task) + 1
-        round_ = Round(
-            task_id=task.id,
-            branch=MAIN,
-            number=number,
-            version_number=base.number,
-            live=self.live(tx, task, deepest, number, base),
-            invited=(),
-            state=RoundState.FOLDING,
-            opened_at=now,
-            deadline_at=None,
-            closed_at=None,
-            reason="",
-        )
-        tx.put_round(round_)
-        if any(changes_of(tx, task, group) for group in task.groups):
-            return task
-        self._abandon(tx, now, round_, "no group has folded a round")
-        return self._begin_again(tx, now, self._give_up(tx, task), number)
-
-    def _begin_period(
-        self,
-        tx: Transaction,
-        now: float,
-        task: Task,
-        version: Version,
-        round_number: int | None,
-        grouping: Grouping,
-    ) -> Task:
-        """Every group begins from a version of the main branch, under the next number of its own branch."""
-        groups = tuple(
-            replace(group, ended=0, version_number=self._copy(tx, now, version, group.branch, round_number))
-            for group in grouping.groups
-        )
-        task = replace(task, groups=groups)
-        tx.put_task(task)
-        active = {part.device_id for part in tx.participants(task.id)} if grouping.members else set()
-        tx.put_members(task.id, {d: group for d, group in grouping.members.items() if d in active})
-        return task
-
-    def _begin_again(self, tx: Transaction, now: float, task: Task, round_number: int) -> Task:
-        """The period anew, from the version it began with: what the groups made of it is not put together."""
-        base = promised(tx.latest_version(task.id, MAIN), "a task's first version")
-        return self._begin_period(tx, now, task, base, round_number, Grouping(groups=task.groups))
-
-    @staticmethod
-    def _copy(tx: Transaction, now: float, version: Version, branch: str, round_number: int | None) -> int:
-        """Publish the same factors as the next version of a group's branch; returns its number.
-
-        Nothing is published where the branch stands there already.
-        """
-        newest = tx.latest_version(version.task_id, branch)
-        if newest is not None and newest.sha256 == version.sha256:
-            return newest.number
-        number = newest.number + 1 if newest else 0
-        tx.add_version(
-            Version(
-                task_id=version.task_id,
-                branch=branch,
-                number=number,
-                sha256=version.sha256,
-                parents=(version.sha256,),
-                gauge=version.gauge,
-                state=version.state,
-                created_at=now,
-                round_number=round_number if number else None,
-                updates=0,
-                examples=0,
-                loss_first=None,
-                loss_last=None,
-            )
-        )
-        return number
 
     # tasks
 

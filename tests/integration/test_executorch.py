@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from edge_client import executorch_runtime
@@ -160,7 +162,7 @@ def test_inputs_that_no_tensor_can_have_are_refused_and_the_process_lives(
     batch, error = some_batch(bundle), ctypes.create_string_buffer(400)
     library = executorch_runtime._open(str(executorch_library), 1)
     program = executorch_runtime._Program(library, bundle.path("eval.pte"), bundle.path("base.ptd"))
-    arrays = (first_theta(bundle), batch.ids, batch.mask)
+    arrays: tuple[NDArray[Any], ...] = (first_theta(bundle), batch.ids, batch.mask)
     inputs = (executorch_runtime._Tensor * 3)(*map(executorch_runtime._tensor, arrays))
     if field == "size":
         inputs[1].sizes[0] = value

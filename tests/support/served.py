@@ -105,11 +105,11 @@ def refused(answer: Answer, code: Code, *words: str, status: int | None = None) 
 class Peer:
     """One device's key and its ways to the server: the honest transport, and requests of any kind."""
 
-    def __init__(self, url: str, number: int, clock: Clock | None = None) -> None:
+    def __init__(self, url: str, number: int, clock: Clock | None = None, ca: str = "") -> None:
         self.identity = Identity(Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big")))
         self.offsets_s: list[float] = []  #: clock offsets the transport was told to keep
         self.transport = HttpTransport(
-            url, self.identity, clock or SystemClock(), on_clock_offset=self.offsets_s.append
+            url, self.identity, clock or SystemClock(), on_clock_offset=self.offsets_s.append, ca=ca
         )
         self._url = URL(url)
 

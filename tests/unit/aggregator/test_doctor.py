@@ -20,7 +20,7 @@ from export.signing import create_key, delegate, read_key
 from fedtt.cli import main
 from storage.migrate import downgrade
 from storage.sql import SqlStore
-from tests.integration.test_tls import authority
+from tests.support.certificates import authority
 from tests.support.postgresql import needs_postgresql, server
 
 
