@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -135,11 +136,19 @@ def _train(directory: str, trainer: str, quick: bool, seed: int) -> dict[str, fl
 
 
 class _Timed:
-    """A backend that counts how long it computes: the rest is tokens, optimisers, codecs and copies."""
+    """A backend that counts how long each of its threads computes.
+
+    The rest is tokens, optimisers, codecs and copies, and waiting for the last pass of a step.
+    """
 
     def __init__(self, inner: Backend) -> None:
-        self._inner, self.cut = inner, inner.cut
-        self.inside_s = 0.0
+        self._inner, self.cut, self.passes_at_once = inner, inner.cut, inner.passes_at_once
+        self._inside_s = 0.0
+        self._guard = threading.Lock()
+
+    @property
+    def inside_s(self) -> float:
+        return self._inside_s / self.passes_at_once
 
     def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._counted(lambda: self._inner.hidden(ids, mask))
@@ -150,7 +159,8 @@ class _Timed:
     def _counted(self, run: Callable[[], Found]) -> Found:
         began = time.perf_counter()
         found = run()
-        self.inside_s += time.perf_counter() - began
+        with self._guard:
+            self._inside_s += time.perf_counter() - began
         return found
 
 

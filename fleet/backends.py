@@ -27,6 +27,11 @@ class Backend(Protocol):
     """The step of `export.devices.DevicesStep`; both functions raise RuntimeFailure."""
 
     @property
+    def passes_at_once(self) -> int:
+        """How many threads may call it at a time, to have all cores at work."""
+        ...
+
+    @property
     def cut(self) -> int:
         """The block that `hidden` enters; 0 where the step takes ids."""
         ...
@@ -43,6 +48,7 @@ class Backend(Protocol):
 class OnnxBackend:
     """The graphs beside a bundle, compiled now from `model` if they are not there yet.
 
+    Each pass is computed on one thread, so many passes at a time: so no core waits for another within one.
     Raises ConfigError where they are not and no model is named.
     """
 
@@ -57,9 +63,9 @@ class OnnxBackend:
             from export.emulation import compile_emulation  # imports torch
 
             directory, files = compile_emulation(bundle.directory, model)
-        self.cut = files.cut
-        self._devices = _session(directory / DEVICES, bundle, threads)
-        self._prefix = _session(directory / PREFIX, bundle, threads) if files.cut else None
+        self.cut, self.passes_at_once = files.cut, threads
+        self._devices = _session(directory / DEVICES, bundle)
+        self._prefix = _session(directory / PREFIX, bundle) if files.cut else None
         self._inputs = [value.name for value in self._devices.get_inputs()]
 
     def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -73,11 +79,11 @@ class OnnxBackend:
         return loss, grad
 
 
-def _session(graph: Path, bundle: Bundle, threads: int) -> InferenceSession:
+def _session(graph: Path, bundle: Bundle) -> InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3  # errors reach us as exceptions
     options.enable_mem_pattern = False  # of each shape of pass, and there are many
     try:
@@ -123,6 +129,7 @@ class TorchBackend:
         self.cut = manifest.adapter.blocks.start
         self._step, self._prefix = DevicesStep(adapted, self.cut), Prefix(base, self.cut)
         self._products = adapted.products
+        self.passes_at_once = 1  # which torch divides itself
 
     def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch

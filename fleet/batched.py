@@ -68,6 +68,7 @@ class BatchedPool:
 
     def close(self) -> None:
         self._waiting, self._tokens = [], {}
+        self._gradients.close()
 
     def compute(self) -> None:
         """Train all that wait, as many at once as may be, in order; each handle gets its outcome."""

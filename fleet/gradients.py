@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,12 @@ from edge_client.tokens import Batch
 from fedtt.layout import Theta
 from fedtt.manifest import Tokenization
 from fleet.activations import Activations, Hidden
-from fleet.backends import Backend
+from fleet.backends import Backend, Losses
 
 __all__ = ["Ask", "Counts", "Gradients"]
 
 Ids = NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Ask(NamedTuple):
@@ -68,6 +70,7 @@ class Gradients:
         self._backend, self._limits = backend, limits
         self._least, self._pad_id = tokenization.min_tokens, tokenization.pad_id
         self._activations, self._counts = activations, counts
+        self._threads: ThreadPoolExecutor | None = None
 
     def of(self, asks: Sequence[Ask]) -> list[tuple[float, Theta]]:
         """For each device its loss and gradient (P,); a private one's with noise."""
@@ -76,14 +79,17 @@ class Gradients:
         gradients = np.zeros((len(asks), len(asks[0].theta)), np.float32)
         hidden = self._hidden(rows) if self._backend.cut else None
         passes = plan_passes(rows.lengths, self._limits, least=self._least)
-        for part in passes:
+
+        def step(part: Pass) -> tuple[list[int], Losses, NDArray[np.float32]]:
             inputs = rows.inputs(part, self._pad_id)
             owners, inputs["device"] = np.unique(rows.owner[part.rows], return_inverse=True)
             devices = rows.device[owners].tolist()
             inputs["theta"] = np.stack([asks[device].theta for device in devices])
             if hidden is not None:
                 inputs["hidden"] = _stacked([hidden[row] for row in part.rows], part.width)
-            loss, gradient = self._backend.step(inputs)
+            return devices, *self._backend.step(inputs)
+
+        for part, (devices, loss, gradient) in zip(passes, self._beside(step, passes), strict=True):
             np.add.at(losses, rows.device[part.rows], loss)
             for device, own in zip(devices, gradient, strict=True):
                 gradients[device] += asks[device].clipped(own)
@@ -97,17 +103,35 @@ class Gradients:
         first = {rows.ids[n].tobytes(): n for n in reversed(range(len(found))) if found[n] is None}
         missing = np.array(sorted(first.values()), np.intp)
         computed: dict[bytes, Hidden] = {}
-        for part in plan_passes(rows.lengths[missing], self._limits, least=self._least):
-            chosen = Pass(missing[part.rows], part.width)
-            inputs = rows.inputs(chosen, self._pad_id)
-            for n, state in zip(
-                chosen.rows, self._backend.hidden(inputs["ids"], inputs["mask"]), strict=True
-            ):
+        passes = [
+            Pass(missing[part.rows], part.width)
+            for part in plan_passes(rows.lengths[missing], self._limits, least=self._least)
+        ]
+
+        def prefix(part: Pass) -> Hidden:
+            inputs = rows.inputs(part, self._pad_id)
+            return self._backend.hidden(inputs["ids"], inputs["mask"])
+
+        for part, states in zip(passes, self._beside(prefix, passes), strict=True):
+            for n, state in zip(part.rows, states, strict=True):
                 ids = rows.ids[n]
                 computed[ids.tobytes()] = self._activations.put(ids, state[: len(ids)])
         self._counts.activations_computed += len(missing)
         self._counts.activations_reused += len(found) - len(missing)
         return [computed[ids.tobytes()] if h is None else h for ids, h in zip(rows.ids, found, strict=True)]
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _beside(self, function: Callable[[Pass], T], passes: Sequence[Pass]) -> Iterator[T]:
+        """What it gives of each pass, in order: sums have the same bits however many run at a time."""
+        if self._backend.passes_at_once == 1:
+            return map(function, passes)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._backend.passes_at_once, "fedtt-pass")
+        return self._threads.map(function, passes)
 
     def _count(self, rows: _Rows, passes: list[Pass], *, devices: int) -> None:
         self._counts.device_steps += devices

@@ -137,7 +137,7 @@ class Torch:
 
     def __init__(self, bundle: Bundle, base: Base, activations: Activations) -> None:
         manifest = bundle.manifest
-        self.cut = manifest.adapter.blocks.start
+        self.cut, self.passes_at_once = manifest.adapter.blocks.start, 1
         with _half():
             self._model = AdaptedModel(base, manifest.adapter, manifest.labels)
         self._step, self._prefix = DevicesStep(self._model, self.cut), Prefix(base, self.cut)
