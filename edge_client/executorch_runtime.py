@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import threading
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ _TYPES = {3: np.int32, 4: np.int64, 6: np.float32}  # ExecuTorch's numbers
 _NUMBERS = {np.dtype(kind): number for number, kind in _TYPES.items()}
 _ERROR_BYTES = 400
 
+_opened: dict[Path, tuple[ctypes.CDLL, int]] = {}  # by path: the library, and how many threads it runs on
+_opening = threading.Lock()
+
 
 class _Tensor(ctypes.Structure):
     """fedtt_tensor in executorch/fedtt_executorch.h."""
@@ -43,7 +46,7 @@ class _Tensor(ctypes.Structure):
 
 
 class ExecutorchRuntime:
-    """Programs for step and eval, each loaded when first used; all run on `threads` threads together."""
+    """Programs for step and eval, each loaded when first used; those of a process share its `threads`."""
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, library: Path | None = None) -> None:
         self._graphs = bundle.graphs("executorch")
@@ -108,7 +111,7 @@ class ExecutorchRuntime:
                 raise RuntimeFailure(f"{name} did not run on a batch of {shape} tokens: {error}") from None
 
     def _load(self, name: str) -> _Program:
-        library = _open(str(self._library or _find()), self._threads)
+        library = _open(self._library or _find(), self._threads)
         wanted, found = self._bundle.manifest.requires.get("executorch", "of no release"), _version(library)
         if wanted != found:
             raise RuntimeFailure(
@@ -187,17 +190,36 @@ def _find() -> Path:
     return Path(found.origin).parent / _NAME
 
 
-@cache
-def _open(path: str, threads: int) -> ctypes.CDLL:
-    """Load the library once a process, and set its threads; RuntimeFailure where it is missing or another."""
+def _open(path: Path, threads: int) -> ctypes.CDLL:
+    """The library, loaded once a process; RuntimeFailure where it runs on another number of threads.
+
+    It has one pool of threads, which cannot be replaced while a program runs on it: whoever is first sets it.
+    """
+    with _opening:
+        key = path.resolve()
+        if key not in _opened:
+            library = _loaded(path)
+            library.fedtt_set_threads(threads)
+            _opened[key] = library, threads
+        library, had = _opened[key]
+    if threads != had:
+        raise RuntimeFailure(
+            f"ExecuTorch already runs with threads={had} in this process, {threads} cannot be had beside it: "
+            f"ask for {had}, or start another process"
+        )
+    return library
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library with its functions declared; RuntimeFailure where it is missing or another."""
     remedy = (
         "install the fedtt-executorch wheel, or build it: python -m edge_client.executorch.build "
         f"(docs/executorch.md), or name it in {LIBRARY_VARIABLE}"
     )
-    if not Path(path).is_file():
-        raise RuntimeFailure(f"the ExecuTorch library is not here ({Path(path).name}): {remedy}")
+    if not path.is_file():
+        raise RuntimeFailure(f"the ExecuTorch library is not here ({path.name}): {remedy}")
     try:
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(path))
         abi = library.fedtt_abi()
     except (OSError, AttributeError) as error:
         raise RuntimeFailure(f"{path} is not an ExecuTorch library of fedtt ({error}): {remedy}") from None
@@ -211,7 +233,6 @@ def _open(path: str, threads: int) -> ctypes.CDLL:
     library.fedtt_run.argtypes = [pointer, ctypes.POINTER(_Tensor), ctypes.c_int32, text, size]
     library.fedtt_output.argtypes = [pointer, ctypes.c_int32, ctypes.POINTER(_Tensor)]
     library.fedtt_set_threads.restype, library.fedtt_set_threads.argtypes = None, [ctypes.c_uint32]
-    library.fedtt_set_threads(threads)
     return library
 
 

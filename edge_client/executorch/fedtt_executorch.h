@@ -36,7 +36,8 @@ typedef struct {
 FEDTT_PUBLIC int32_t fedtt_abi(void);
 FEDTT_PUBLIC const char* fedtt_executorch_version(void); /* as "1.5.1": of the SDK this library was built with */
 
-/* How many threads programs may use, all together; 1 unless set before the first is loaded. */
+/* How many threads programs may use, all together; 1 unless set before the first is loaded,
+ * and where they cannot be had. Not while a program runs: the pool they wait in is replaced. */
 FEDTT_PUBLIC void fedtt_set_threads(uint32_t threads);
 
 /* Load a program; weights may be NULL. NULL where it cannot be had: then `error` says why, in one line. */

@@ -30,6 +30,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 using executorch::aten::ScalarType;
@@ -114,7 +115,7 @@ T contained(T otherwise, char* error, size_t size, Work&& work) noexcept {
 
 constexpr int32_t threw = static_cast<int32_t>(Error::Internal);
 
-// Whether an input is of a known type, with sizes whose bytes can be counted.
+// Whether an input is of a known type, with sizes whose bytes can be counted, and has them.
 bool is_sound(const fedtt_tensor& t) {
   if (t.dimensions < 0 || t.dimensions > FEDTT_MOST_DIMENSIONS) return false;
   if (t.type != FEDTT_INT32 && t.type != FEDTT_INT64 && t.type != FEDTT_FLOAT32) return false;
@@ -122,7 +123,7 @@ bool is_sound(const fedtt_tensor& t) {
   for (int32_t i = 0; i < t.dimensions; ++i) {
     if (t.sizes[i] < 0 || __builtin_mul_overflow(bytes, static_cast<int64_t>(t.sizes[i]), &bytes)) return false;
   }
-  return true;
+  return t.data != nullptr || bytes == 0;
 }
 
 // Address space that becomes memory where it is first written.
@@ -239,8 +240,11 @@ const char* fedtt_executorch_version(void) { return FEDTT_EXECUTORCH_VERSION; }
 void fedtt_set_threads(uint32_t threads) {
   contained(0, nullptr, 0, [&] {
     start();
-    one_thread = threads <= 1;
-    if (threads > 1) executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
+    one_thread = true;  // and so it stays where the pool cannot be had
+    if (threads > 1) {
+      auto* pool = executorch::extension::threadpool::get_threadpool();
+      one_thread = pool == nullptr || !pool->_unsafe_reset_threadpool(threads);
+    }
     return 0;
   });
 }
@@ -262,7 +266,7 @@ fedtt_program* fedtt_load(const char* program, const char* weights, char* error,
 void fedtt_free(fedtt_program* program) { delete program; }
 
 int32_t fedtt_output_count(const fedtt_program* program) {
-  return static_cast<int32_t>(program->method->outputs_size());
+  return contained(0, nullptr, 0, [&] { return static_cast<int32_t>(program->method->outputs_size()); });
 }
 
 static int32_t run(
@@ -277,7 +281,7 @@ static int32_t run(
   std::vector<std::unique_ptr<View>> views;
   for (int32_t i = 0; i < count; ++i) {
     if (!is_sound(inputs[i])) {
-      return failed("an input has impossible sizes or type", Error::InvalidArgument, error, error_bytes);
+      return failed("an input has impossible sizes or type, or no data", Error::InvalidArgument, error, error_bytes);
     }
     views.push_back(std::make_unique<View>(inputs[i]));
     if (const Error code = program->method->set_input(views.back()->value(), i); code != Error::Ok) {
@@ -295,7 +299,7 @@ int32_t fedtt_run(
   return contained(threw, error, error_bytes, [&] { return run(program, inputs, count, error, error_bytes); });
 }
 
-int32_t fedtt_output(const fedtt_program* program, int32_t index, fedtt_tensor* found) {
+static int32_t output(const fedtt_program* program, int32_t index, fedtt_tensor* found) {
   if (index < 0 || index >= fedtt_output_count(program)) return static_cast<int32_t>(Error::InvalidArgument);
   const EValue& value = program->method->get_output(index);
   if (!value.isTensor()) return static_cast<int32_t>(Error::InvalidType);
@@ -306,6 +310,10 @@ int32_t fedtt_output(const fedtt_program* program, int32_t index, fedtt_tensor* 
   found->dimensions = static_cast<int32_t>(tensor.dim());
   for (int32_t i = 0; i < found->dimensions; ++i) found->sizes[i] = static_cast<int32_t>(tensor.size(i));
   return 0;
+}
+
+int32_t fedtt_output(const fedtt_program* program, int32_t index, fedtt_tensor* found) {
+  return contained(threw, nullptr, 0, [&] { return output(program, index, found); });
 }
 
 #ifdef FEDTT_PROFILE

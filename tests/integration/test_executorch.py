@@ -154,23 +154,42 @@ def test_a_damaged_program_is_refused(bundle: Bundle, executorch_library: Path, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("size", -1), ("size", 2**31 - 1), ("type", 99), ("dimensions", 9)]
+    ("changed", "why"),
+    [
+        ({"sizes": [-1]}, "impossible sizes"),
+        ({"sizes": [2**31 - 1]}, "does not take its inputs"),
+        ({"sizes": [2**31 - 1] * 8, "dimensions": 8}, "impossible sizes"),  # 8·(2**31 - 1)**8 > 2**63 bytes
+        ({"dimensions": 9}, "impossible sizes"),
+        ({"type": 99}, "impossible sizes or type"),
+        ({"data": None}, "or no data"),
+    ],
 )
 def test_inputs_that_no_tensor_can_have_are_refused_and_the_process_lives(
-    bundle: Bundle, executorch_library: Path, field: str, value: int
+    bundle: Bundle, executorch_library: Path, changed: dict[str, Any], why: str
 ) -> None:
     batch, error = some_batch(bundle), ctypes.create_string_buffer(400)
-    library = executorch_runtime._open(str(executorch_library), 1)
+    library = executorch_runtime._open(executorch_library, 1)
     program = executorch_runtime._Program(library, bundle.path("eval.pte"), bundle.path("base.ptd"))
     arrays: tuple[NDArray[Any], ...] = (first_theta(bundle), batch.ids, batch.mask)
     inputs = (executorch_runtime._Tensor * 3)(*map(executorch_runtime._tensor, arrays))
-    if field == "size":
-        inputs[1].sizes[0] = value
-    else:
-        setattr(inputs[1], field, value)
+    for field, value in changed.items():
+        if field == "sizes":
+            inputs[1].sizes[: len(value)] = value
+        else:
+            setattr(inputs[1], field, value)
     assert library.fedtt_run(program._handle, inputs, 3, error, 400) != 0
-    assert error.value
+    assert why in error.value.decode()
     assert program.run(*arrays)[0].shape == (3, 4)
+
+
+def test_a_second_number_of_threads_is_refused_and_the_first_kept(
+    bundle: Bundle, executorch_library: Path
+) -> None:
+    first, second = (ExecutorchRuntime(bundle, threads=n, library=executorch_library) for n in (1, 2))
+    expected = first.logits(first_theta(bundle), some_batch(bundle))
+    with pytest.raises(RuntimeFailure, match=r"threads=1 in this process, 2 cannot be had"):
+        second.logits(first_theta(bundle), some_batch(bundle))
+    assert np.array_equal(first.logits(first_theta(bundle), some_batch(bundle)), expected)
 
 
 def test_more_rows_than_were_planned_for_are_refused(bundle: Bundle, executorch_library: Path) -> None:
