@@ -1,0 +1,130 @@
+"""Sound inputs from which `benchmarks.fuzz` begins."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx
+from msgspec.structs import replace
+
+from benchmarks.bundles import bundle_of
+from fedtt.algorithms.fedtt import FedTT
+from fedtt.codec import CodecSpec
+from fedtt.label_counts import encode_label_counts
+from fedtt.manifest import MANIFEST
+from fedtt.messages import (
+    CheckIn,
+    Code,
+    Enroll,
+    Enrolled,
+    Failure,
+    FailureCode,
+    Judged,
+    Message,
+    Plan,
+    Problem,
+    Receipt,
+    UpdateState,
+    Verdict,
+    Wait,
+    Work,
+    encode,
+)
+from fedtt.optimiser import TrainingSpec
+from fedtt.signature import Signed, content_digest, signature_headers
+from fedtt.wire import UpdateHeader, encode_update
+
+__all__ = [
+    "LABELS",
+    "header_lines",
+    "sound_graphs",
+    "sound_manifest",
+    "sound_messages",
+    "sound_signature",
+    "sound_updates",
+]
+
+LABELS = 4  #: of which an update may bring counts
+
+
+def sound_updates() -> tuple[bytes, ...]:
+    """Frames without and with counts of `LABELS` labels."""
+    header = UpdateHeader(layout=bytes(8), examples=3, steps=2, loss_first=1.0, loss_last=0.5)
+    counted = replace(header, label_counts=encode_label_counts([3, -1, 0, 2]))
+    return tuple(encode_update(h, b"payload") for h in (header, counted))
+
+
+def sound_messages() -> tuple[bytes, ...]:
+    """One of most kinds."""
+    judged = Judged(loss=0.5, right=2)
+    plan = Plan(
+        task="t",
+        seed=1,
+        bundle="0" * 64,
+        version="0" * 64,
+        version_number=0,
+        round=1,
+        live=(0, 1),
+        training=TrainingSpec(),
+        codec=CodecSpec(),
+        method=FedTT(),
+        min_examples=1,
+    )
+    sound: list[Message] = [
+        Enroll(public_key=bytes(32), token="t" * 8, client="c"),
+        Enrolled(device="0" * 32, release_key=bytes(32)),
+        CheckIn(client="c", runtimes=("onnxruntime",), examples=3),
+        Verdict(examples=3, before=judged, after=judged),
+        Failure(code=FailureCode.MEMORY),
+        Receipt(lease="0" * 32, digest="0" * 64, state=UpdateState.FOLDED, version_number=1),
+        Wait(retry_after_s=3.0),
+        Work(lease="0" * 32, expires_in_s=60.0, plan=plan),
+        Problem(code=Code.BUSY, detail="d"),
+    ]
+    return tuple(map(encode, sound))
+
+
+def sound_signature() -> bytes:
+    """Of an upload."""
+    signed = Signed(
+        method="PUT",
+        authority="example.org",
+        path="/v1",
+        digest=content_digest(b""),
+        created=1_700_000_000,
+        expires=1_700_000_060,
+        nonce=1_700_000_000_000_000,
+        device="0" * 32,
+    )
+    return header_lines(signed, bytes(64))
+
+
+def header_lines(signed: Signed, raw: bytes) -> bytes:
+    """The three headers of a signed request, one a line."""
+    headers = signature_headers(signed, raw)
+    return "\n".join((signed.digest, headers["Signature-Input"], headers["Signature"])).encode()
+
+
+def sound_manifest() -> bytes:
+    """Of a bundle of forty numbers."""
+    with tempfile.TemporaryDirectory() as directory:
+        bundle_of(Path(directory), 40)
+        return (Path(directory) / MANIFEST).read_bytes()
+
+
+def sound_graphs() -> tuple[bytes, ...]:
+    """Weights of an initializer and of a Constant in a file beside; nested graphs."""
+    inner = onnx.GraphProto(name="inner", node=[onnx.helper.make_node("Add", ["x", "x"], ["y"])])
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="base.bin")
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["z"]),
+        onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner),
+    ]
+    constant = onnx.helper.make_node("Constant", [], ["w"], value=tensor)
+    graphs = (
+        onnx.GraphProto(name="g", node=nodes, initializer=[tensor]),
+        onnx.GraphProto(name="g", node=[constant, nodes[0]]),
+    )
+    return tuple(onnx.ModelProto(ir_version=10, graph=graph).SerializeToString() for graph in graphs)
