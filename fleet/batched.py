@@ -85,16 +85,17 @@ class BatchedPool:
             while running := [each for each in running if each.ask is not None]:
                 self._step(running)
 
-    def _step(self, running: Sequence[_Running]) -> None:
-        """Answer what each asks; where that cannot be done together, a peak of memory say, each by itself."""
+    def _step(self, running: Sequence[_Running], *, at_once: int | None = None) -> None:
+        """Answer what each asks; where that cannot be done together, a peak of memory say, one by one."""
         try:
-            answers = self._gradients.of([each.ask for each in running if each.ask is not None])
+            asks = [each.ask for each in running if each.ask is not None]
+            answers = self._gradients.of(asks, at_once=at_once)
         except FedttError as error:
-            if len(running) == 1:
+            if at_once == 1 and len(running) == 1:
                 running[0].fail(error)
             else:
                 for each in running:
-                    self._step([each])
+                    self._step([each], at_once=1)
             return
         for each, answer in zip(running, answers, strict=True):
             each.send(answer)

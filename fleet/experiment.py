@@ -51,9 +51,9 @@ class Experiment:
 
 def prepare(spec: FleetSpec) -> Experiment:
     """Raises ConfigError, DataError or BundleError where something is missing or makes no sense."""
-    if spec.fleet.trainer not in POOLS:
+    if spec.fleet.chosen_trainer not in POOLS:
         raise ConfigError(
-            "fleet.trainer", spec.fleet.trainer, f"one of {', '.join(map(repr, sorted(POOLS)))}"
+            "fleet.trainer", spec.fleet.chosen_trainer, f"one of {', '.join(map(repr, sorted(POOLS)))}"
         )
     bundle = open_bundle(spec.bundle)
     labels = bundle.manifest.labels

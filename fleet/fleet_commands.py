@@ -116,7 +116,7 @@ def _over_ray(args: argparse.Namespace, experiment: Experiment) -> tuple[Experim
     fleet = experiment.spec.fleet
     pool = RayPool(
         experiment.bundle,
-        fleet.trainer,
+        fleet.chosen_trainer,
         workers=2 if args.ray_workers is None else args.ray_workers,
         threads=fleet.threads,
         model=fleet.model,

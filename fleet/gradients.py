@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,12 +73,16 @@ class Gradients:
         self._activations, self._counts = activations, counts
         self._threads: ThreadPoolExecutor | None = None
 
-    def of(self, asks: Sequence[Ask]) -> list[tuple[float, Theta]]:
-        """For each device its loss and gradient (P,); a private one's with noise."""
+    def of(self, asks: Sequence[Ask], *, at_once: int | None = None) -> list[tuple[float, Theta]]:
+        """For each device its loss and gradient (P,); a private one's with noise.
+
+        at_once: passes that may run at a time; None for as many as the backend says.
+        """
+        at_once = at_once or self._backend.passes_at_once
         rows = _Rows(asks)
         losses = np.zeros(len(asks), np.float64)
         gradients = np.zeros((len(asks), len(asks[0].theta)), np.float32)
-        hidden = self._hidden(rows) if self._backend.cut else None
+        hidden = self._hidden(rows, at_once) if self._backend.cut else None
         passes = plan_passes(rows.lengths, self._limits, least=self._least)
 
         def step(part: Pass) -> tuple[list[int], Losses, NDArray[np.float32]]:
@@ -89,7 +94,7 @@ class Gradients:
                 inputs["hidden"] = _stacked([hidden[row] for row in part.rows], part.width)
             return devices, *self._backend.step(inputs)
 
-        for part, (devices, loss, gradient) in zip(passes, self._beside(step, passes), strict=True):
+        for part, (devices, loss, gradient) in zip(passes, self._beside(step, passes, at_once), strict=True):
             np.add.at(losses, rows.device[part.rows], loss)
             for device, own in zip(devices, gradient, strict=True):
                 gradients[device] += asks[device].clipped(own)
@@ -97,7 +102,7 @@ class Gradients:
         noisy = [ask.noisy(own) for ask, own in zip(asks, gradients, strict=True)]
         return list(zip(losses.tolist(), noisy, strict=True))
 
-    def _hidden(self, rows: _Rows) -> list[Hidden]:
+    def _hidden(self, rows: _Rows, at_once: int) -> list[Hidden]:
         """What enters the step of each row, (S, H), computed where it is not remembered."""
         found = [self._activations.get(ids) for ids in rows.ids]
         first = {rows.ids[n].tobytes(): n for n in reversed(range(len(found))) if found[n] is None}
@@ -112,7 +117,7 @@ class Gradients:
             inputs = rows.inputs(part, self._pad_id)
             return self._backend.hidden(inputs["ids"], inputs["mask"])
 
-        for part, states in zip(passes, self._beside(prefix, passes), strict=True):
+        for part, states in zip(passes, self._beside(prefix, passes, at_once), strict=True):
             for n, state in zip(part.rows, states, strict=True):
                 ids = rows.ids[n]
                 computed[ids.tobytes()] = self._activations.put(ids, state[: len(ids)])
@@ -125,13 +130,29 @@ class Gradients:
             self._threads.shutdown()
             self._threads = None
 
-    def _beside(self, function: Callable[[Pass], T], passes: Sequence[Pass]) -> Iterator[T]:
-        """What it gives of each pass, in order: sums have the same bits however many run at a time."""
-        if self._backend.passes_at_once == 1:
-            return map(function, passes)
+    def _beside(self, function: Callable[[Pass], T], passes: Sequence[Pass], at_once: int) -> Iterator[T]:
+        """What it gives of each pass, in order: sums have the same bits however many run at a time.
+
+        One pass more than may run waits, so that memory is bounded. Where one fails, all have ended before
+        its error is raised.
+        """
+        if at_once == 1 or len(passes) == 1:
+            yield from map(function, passes)
+            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._backend.passes_at_once, "fedtt-pass")
-        return self._threads.map(function, passes)
+        running: deque[Future[T]] = deque()
+        try:
+            for part in passes:
+                running.append(self._threads.submit(function, part))
+                if len(running) > at_once:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+            wait(running)
 
     def _count(self, rows: _Rows, passes: list[Pass], *, devices: int) -> None:
         self._counts.device_steps += devices

@@ -41,7 +41,9 @@ async def live_against(
     spec, clock = experiment.spec, RealTime()
     with ExitStack() as stack:
         stack.enter_context(own_directory(directory))
-        inner = pool or open_pool(spec.fleet.trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model)
+        inner = pool or open_pool(
+            spec.fleet.chosen_trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model
+        )
         beside, started = OnOneThread(inner), clock.now()
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(spec)

@@ -68,7 +68,7 @@ def run_fleet(
 def _pool(experiment: Experiment, computed: Computed) -> Pool:
     """The one the fleet file names; a run that is gone on with takes the back end that it began with."""
     fleet = experiment.spec.fleet
-    name = computed.trainer() or fleet.trainer
+    name = computed.trainer() or fleet.chosen_trainer
     pool = open_pool(name, experiment.bundle, fleet.threads, fleet.model)
     computed.keep_trainer(name_of(name, pool))
     return pool

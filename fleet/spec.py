@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct
-from msgspec.structs import force_setattr
 
 from fedtt.errors import ConfigError
 from fedtt.task import TaskSpec
@@ -45,7 +44,7 @@ class Size(_Section, frozen=True, kw_only=True):
 
     devices: Positive
     seed: Annotated[int, Meta(ge=0, le=2**53)] = 0
-    trainer: str = ""  #: of `fleet.pools.POOLS`; not given, "batched" with a model, "one-by-one" without
+    trainer: str | None = None  #: of `fleet.pools.POOLS`; None leaves it to `chosen_trainer`
     model: str | None = None  #: directory or hub id of what the bundle is of, which batched trainers compile
     threads: Annotated[int, Meta(ge=1, le=1024)] = 2  #: that train and judge
     last_s: Seconds = 30 * 86400.0  #: most virtual time of a run
@@ -53,9 +52,12 @@ class Size(_Section, frozen=True, kw_only=True):
     visit_every_s: Seconds | None = None  #: mean between two visits; None comes whenever the server said
     needs_memory_mb: Annotated[int, Meta(ge=0)] = 0  #: of training; devices that say they have less cannot
 
-    def __post_init__(self) -> None:
-        if not self.trainer:
-            force_setattr(self, "trainer", "one-by-one" if self.model is None else "batched")
+    @property
+    def chosen_trainer(self) -> str:
+        """The one that is named; else the faster one, where a model is named that it can be compiled from."""
+        if self.trainer is not None:
+            return self.trainer
+        return "one-by-one" if self.model is None else "batched"
 
 
 class _Partition(_Section, frozen=True, kw_only=True, tag_field="kind"):

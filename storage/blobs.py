@@ -196,7 +196,7 @@ def load(blobs: BlobStore, sha256: str) -> bytes:
 
 
 def check(blobs: BlobStore, sha256: str) -> None:
-    """The same in bounded memory, for a blob that is about to be sent."""
+    """Read all of a blob in bounded memory; raises StorageError where it is missing or damaged."""
     digest = hashlib.sha256()
     with blobs.open(sha256) as file:
         while piece := file.read(_PIECE_BYTES):
@@ -206,7 +206,7 @@ def check(blobs: BlobStore, sha256: str) -> None:
 
 
 def _damaged(sha256: str) -> StorageError:
-    return StorageError(f"blob {sha256[:12]}… is damaged on disk: restore it from a backup")
+    return StorageError(f"blob {sha256[:12]}… is damaged where it is stored: restore it from a backup")
 
 
 def save(blobs: BlobStore, data: bytes) -> str:

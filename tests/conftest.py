@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
+from tests.support.long import LONG
+
 if TYPE_CHECKING:
     from export import ExportRequest
 
@@ -127,7 +129,7 @@ def stories_executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _takes_minutes(what: str) -> None:
-    if not os.environ.get("FEDTT_LONG"):
+    if not LONG:
         pytest.skip(f"SKIPPED: {what} takes minutes; FEDTT_LONG=1 ./scripts/check does it, too")
 
 

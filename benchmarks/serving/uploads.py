@@ -46,7 +46,7 @@ class Cpu(NamedTuple):
 
 
 async def sqlite(part: Part) -> Measured:
-    """As operations.md sizes it for two cores: a process for each."""
+    """As deployment.md sizes it for two cores: a process for each."""
     return await _on_sqlite(part, "sqlite", servers=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +91,6 @@ def test_every_device_sends_what_it_would_have_sent_alone(case: tuple[Bundle, st
     alone = _updates(OneByOnePool(onnx_runtimes()), requests)
     pools: list[Callable[[], Pool]] = [
         lambda: onnx_pool(bundle, model=model),
-        lambda: onnx_pool(bundle, model=model, threads=1),
         lambda: torch_pool(bundle, model=model),
         lambda: BatchedPool(bundle, OnnxBackend(bundle, model=model), limits=PassLimits(tokens=40)),
         lambda: BatchedPool(bundle, OnnxBackend(bundle, model=model), devices=2),
@@ -125,6 +126,18 @@ def test_the_same_requests_give_the_same_bits_whatever_the_pool_did_before(case:
         pool.submit(request).result()
     again = _updates(pool, requests)
     assert [update.frame for update in first] == [update.frame for update in again]
+
+
+def test_passes_beside_one_another_give_the_bits_of_one_after_another(case: tuple[Bundle, str]) -> None:
+    bundle, model = case
+    private = requests_of(bundle, WORDS, COUNTS, privacy=PrivacySpec(clip=0.5, noise_multiplier=0.05))
+    mixed = [*private[:3], *requests_of(bundle, WORDS, COUNTS)[3:]]
+    found = []
+    for threads in (1, 4):
+        backend = OnnxBackend(bundle, model=model, threads=threads)
+        updates = _updates(BatchedPool(bundle, backend, limits=PassLimits(tokens=40)), mixed)
+        found.append([update.frame for update in updates])
+    assert found[0] == found[1]
 
 
 def test_what_lies_below_the_adapters_is_computed_once_an_example(case: tuple[Bundle, str]) -> None:
@@ -253,6 +266,29 @@ def test_devices_that_do_not_fit_together_are_trained_alone_and_only_who_fails_t
         found = delta_of(requests[number], handles[number].result())
         expected = delta_of(requests[number], wanted[number])
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_devices_are_trained_alone_once_all_passes_of_a_failed_step_have_ended(
+    tiny: tuple[Bundle, str],
+) -> None:
+    bundle, model = tiny
+    one_at_a_time, overlaps = threading.Lock(), []
+
+    class Crowded(OnnxBackend):
+        def step(self, inputs: Inputs) -> tuple[Losses, NDArray[np.float32]]:
+            if not one_at_a_time.acquire(blocking=False):
+                overlaps.append(len(inputs["theta"]))
+                raise RuntimeFailure("no memory")
+            try:
+                time.sleep(0.01)
+                return super().step(inputs)
+            finally:
+                one_at_a_time.release()
+
+    pool = BatchedPool(bundle, Crowded(bundle, model=model), limits=PassLimits(tokens=40))
+    requests = requests_of(bundle, WORDS, (4, 4, 4, 4))
+    assert len(_updates(pool, requests)) == len(requests)
+    assert overlaps
 
 
 def test_a_graph_that_does_not_run_fails_every_training_in_it(tiny: tuple[Bundle, str]) -> None:

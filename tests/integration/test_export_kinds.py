@@ -21,6 +21,7 @@ from fedtt.manifest import MANIFEST, bundle_digest
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import encode_theta, version_digest
 from tests.conftest import TINY_LABELS
+from tests.support.long import takes_long
 from tests.support.models import STORIES, minilm_directory, save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,7 @@ def test_a_version_of_it_is_the_same_on_the_device_and_in_torch(
         assert list(prediction.probabilities.values()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@takes_long("exporting the real MiniLM under LoRA")
 def test_the_real_minilm_starts_from_the_same_logits_under_lora(minilm_bundle: Path, tmp_path: Path) -> None:
     """Under one head no method begins ahead of another; graphs agree with torch within the tolerance."""
     plain = open_bundle(minilm_bundle)
@@ -109,6 +111,7 @@ def test_the_real_minilm_starts_from_the_same_logits_under_lora(minilm_bundle: P
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
+@takes_long("exporting a real decoder under LoRA")
 def test_lora_on_a_real_decoder_with_grouped_queries_agrees_with_torch(tmp_path: Path) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from tests.support.long import takes_long
 from tests.support.models import WORDS
 
 pytestmark = [
@@ -135,7 +136,11 @@ def test_two_workers_come_to_what_one_process_does(place: Path, over_ray: dict[s
 
 
 @pytest.mark.parametrize(
-    "victims", [lambda workers: workers[:1], lambda workers: workers], ids=["one", "all"]
+    "victims",
+    [
+        pytest.param(lambda workers: workers[:1], marks=takes_long("losing one of two workers"), id="one"),
+        pytest.param(lambda workers: workers, id="all"),
+    ],
 )
 def test_lost_workers_cost_a_retry_and_no_bit(
     place: Path,

@@ -96,7 +96,7 @@ async def test_a_damaged_old_version_is_told_to_whoever_runs_the_server(
     base, new = (save(blobs, version(seed, near=1e-3)) for seed in range(2))
     blobs._blobs[base] = b"damaged"
     assert await Differences(blobs).between(base, new) is None
-    assert "is damaged on disk: restore it from a backup" in caplog.text
+    assert "is damaged where it is stored: restore it from a backup" in caplog.text
 
 
 async def test_a_new_version_that_is_missing_is_an_error_and_not_remembered() -> None:

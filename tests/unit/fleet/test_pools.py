@@ -34,6 +34,6 @@ def test_the_others_open_without_it_and_say_whose_graphs_they_run(name: str, tmp
 
 
 def test_who_names_a_model_trains_batched_unless_another_trainer_is_named() -> None:
-    assert Size(devices=1).trainer == "one-by-one"
-    assert Size(devices=1, model="m").trainer == "batched"
-    assert Size(devices=1, model="m", trainer="batched-onnx").trainer == "batched-onnx"
+    assert Size(devices=1).chosen_trainer == "one-by-one"
+    assert Size(devices=1, model="m").chosen_trainer == "batched"
+    assert Size(devices=1, model="m", trainer="batched-onnx").chosen_trainer == "batched-onnx"
