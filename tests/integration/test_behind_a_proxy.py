@@ -60,7 +60,7 @@ async def proxy(directory: Path, server: str, port: int) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(str(NGINX), "-c", str(settings), "-p", str(directory))
     try:
         async with asyncio.timeout(10):
-            while True:
+            while process.returncode is None:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", port)
                 except ConnectionError:
@@ -68,9 +68,11 @@ async def proxy(directory: Path, server: str, port: int) -> AsyncIterator[str]:
                 else:
                     writer.close()
                     break
+        assert process.returncode is None, "nginx did not start: see its words above"
         yield f"https://127.0.0.1:{port}"
     finally:
-        process.kill()
+        if process.returncode is None:
+            process.kill()
         await process.wait()
 
 
@@ -112,3 +114,29 @@ async def test_what_a_stranger_says_of_the_address_does_not_get_past_the_proxy(
         for _ in range(4):  # the proxy saw this machine, whose requests are not counted
             async with session.get(f"{url}/healthz", headers=lie) as response:
                 assert response.status == 200
+        straight = [(await server.raw("GET", "/healthz", None, lie)).status for _ in range(4)]
+        assert straight == [200, 200, 429, 429]
+
+
+async def test_the_proxy_says_whom_it_stands_for(tmp_path: Path, unused_tcp_port: int) -> None:
+    authority(tmp_path, "ours")
+    heads: list[bytes] = []
+
+    async def upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    trusted = ssl.create_default_context(cafile=tmp_path / "ours.pem")
+    async with await asyncio.start_server(upstream, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with (
+            proxy(tmp_path, f"http://127.0.0.1:{port}", unused_tcp_port) as url,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session,
+            session.get(f"{url}/v1/x%2Fy?z", headers={"X-Forwarded-For": "198.51.100.7"}),
+        ):
+            pass
+    lines = heads[0].split(b"\r\n")
+    assert lines[0] == b"GET /v1/x%2Fy?z HTTP/1.1"
+    assert f"Host: 127.0.0.1:{unused_tcp_port}".encode() in lines
+    assert b"X-Forwarded-For: 198.51.100.7, 127.0.0.1" in lines
