@@ -1,3 +1,4 @@
+# ruff: noqa: PTH102, PTH105, PTH108, PTH113, PTH116, PTH120, PTH123
 """Blobs by their sha256: bundle files and versions, immutable, written whole or not at all."""
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class BlobStore(Protocol):
 
 
 class FileBlobs:
-    """A directory of files, `ab/abcdef…`, which several processes may share."""
+    """A directory of files, `ab/abcdef…`, which several processes may share.
+
+    Their paths are plain text: pathlib enters each part into the interpreter's table of interned strings,
+    which doubles, for good, after some ten thousand names.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Make the directory and sweep out what a crash has left half written; raises StorageError."""
@@ -71,9 +76,9 @@ class FileBlobs:
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
                 leftover.unlink()
 
-    def path(self, sha256: str) -> Path:
+    def path(self, sha256: str) -> str:
         """Where the blob lies if there is one: for sending it without copying."""
-        return self._directory / checked_name(sha256)[:2] / sha256
+        return f"{self._directory}/{checked_name(sha256)[:2]}/{sha256}"
 
     def put(self, sha256: str, pieces: Iterable[bytes], *, limit_bytes: int) -> int:
         with self._incoming_file(sha256, limit_bytes) as incoming:
@@ -91,19 +96,19 @@ class FileBlobs:
 
     def open(self, sha256: str) -> BinaryIO:
         with self._found(sha256):
-            return self.path(sha256).open("rb")
+            return open(self.path(sha256), "rb")
 
     def has(self, sha256: str) -> bool:
-        return self.path(sha256).is_file()
+        return os.path.isfile(self.path(sha256))
 
     def size(self, sha256: str) -> int:
         with self._found(sha256):
-            return self.path(sha256).stat().st_size
+            return os.stat(self.path(sha256)).st_size
 
     def delete(self, sha256: str) -> bool:
         with disk_errors(self._directory):
             try:
-                self.path(sha256).unlink()
+                os.unlink(self.path(sha256))
             except FileNotFoundError:
                 return False
         return True
@@ -120,14 +125,15 @@ class FileBlobs:
     def _incoming_file(self, sha256: str, limit_bytes: int) -> Iterator[Incoming[FileIO]]:
         """A temporary file that is gone afterwards, unless it was kept under its own name."""
         name = checked_name(sha256)
-        temporary = self._incoming / secrets.token_hex(16)
+        temporary = f"{self._incoming}/{secrets.token_hex(16)}"
         with disk_errors(self._directory):
-            file = temporary.open("xb", buffering=0)
+            file = FileIO(temporary, "x")
         try:
             with file:
                 yield Incoming(file, name, limit_bytes, self._directory)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
 
     def _keep(self, incoming: Incoming[FileIO]) -> None:
         """Check, make durable, rename: after a power cut the blob is there whole or not at all."""
@@ -135,10 +141,12 @@ class FileBlobs:
         target = self.path(incoming.sha256)
         with disk_errors(self._directory):
             os.fsync(incoming.file.fileno())
-            target.parent.mkdir(exist_ok=True)
+            directory = os.path.dirname(target)
+            with suppress(FileExistsError):
+                os.mkdir(directory)
             _sync_directory(self._directory)
-            Path(str(incoming.file.name)).replace(target)
-            _sync_directory(target.parent)
+            os.replace(str(incoming.file.name), target)
+            _sync_directory(directory)
 
 
 class MemoryBlobs:
@@ -216,7 +224,7 @@ def save(blobs: BlobStore, data: bytes) -> str:
     return sha256
 
 
-def _sync_directory(directory: Path) -> None:
+def _sync_directory(directory: str | Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -197,7 +197,7 @@ async def test_a_store_that_fails_is_the_servers_fault_and_may_pass(
     place: Attacked, device: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = (await device.work()).plan
-    blob: Path = place.server.service.blobs.path(plan.version)  # type: ignore[attr-defined]
+    blob = Path(place.server.service.blobs.path(plan.version))  # type: ignore[attr-defined]
     sound = blob.read_bytes()
     blob.write_bytes(b"damaged")
     try:

@@ -27,7 +27,7 @@ def test_a_blob_lies_under_the_first_two_digits_of_its_name(tmp_path: Path) -> N
     blobs = FileBlobs(tmp_path)
     blobs.put(NAME, [CONTENT], limit_bytes=10_000)
     assert _files(tmp_path) == [Path(NAME[:2]) / NAME]
-    assert blobs.path(NAME).read_bytes() == CONTENT
+    assert Path(blobs.path(NAME)).read_bytes() == CONTENT
 
 
 def test_nothing_of_a_refused_blob_stays(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ async def test_a_blob_that_arrives_is_written_beside_the_event_loop(
             writers.add(threading.current_thread())
             return super().write(data)
 
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Watched(path, mode))
+    monkeypatch.setattr("storage.blobs.FileIO", Watched)
 
     async def arriving() -> AsyncIterator[bytes]:
         yield CONTENT
@@ -91,7 +91,7 @@ def test_two_writers_of_one_blob_do_not_mix(tmp_path: Path) -> None:
         yield CONTENT[500:]
 
     blobs.put(NAME, interrupted(), limit_bytes=10_000)
-    assert blobs.path(NAME).read_bytes() == CONTENT
+    assert Path(blobs.path(NAME)).read_bytes() == CONTENT
     assert _files(tmp_path) == [Path(NAME[:2]) / NAME]
 
 
