@@ -57,7 +57,7 @@ class FileBlobs:
     """A directory of files, `ab/abcdef…`, which several processes may share.
 
     Their paths are plain text: pathlib enters each part into the interpreter's table of interned strings,
-    which doubles, for good, after some ten thousand names.
+    which many names in time make twice as large, for good.
     """
 
     def __init__(self, directory: Path) -> None:

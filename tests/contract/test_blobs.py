@@ -20,7 +20,7 @@ from obstore.store import MemoryStore as ObjectsInMemory
 from obstore.store import S3Store
 
 from fedtt.errors import ConfigError, StorageError, UnavailableError, WireError
-from storage.blobs import BlobStore, FileBlobs, MemoryBlobs, open_blobs
+from storage.blobs import BlobStore, FileBlobs, MemoryBlobs, check, open_blobs, save
 from storage.object_blobs import ObjectBlobs
 
 CONTENT = bytes(range(256)) * 20  # 256·20 = 5120 bytes
@@ -104,6 +104,11 @@ class BlobContract:
         assert await blobs.receive(NAME, arriving(in_pieces(CONTENT)), limit_bytes=5120) == 5120
         with blobs.open(NAME) as stream:
             assert stream.read() == CONTENT
+
+    def test_a_sound_blob_of_many_pieces_is_found_so_and_a_missing_one_is_not(self, blobs: BlobStore) -> None:
+        check(blobs, save(blobs, bytes(range(256)) * 4000))  # 1 MB
+        with pytest.raises(StorageError):
+            check(blobs, NAME)
 
     def test_the_empty_blob_is_a_blob(self, blobs: BlobStore) -> None:
         name = hashlib.sha256().hexdigest()

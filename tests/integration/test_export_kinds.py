@@ -111,7 +111,6 @@ def test_the_real_minilm_starts_from_the_same_logits_under_lora(minilm_bundle: P
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
-@takes_long("exporting a real decoder under LoRA")
 def test_lora_on_a_real_decoder_with_grouped_queries_agrees_with_torch(tmp_path: Path) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")

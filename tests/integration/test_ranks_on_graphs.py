@@ -17,7 +17,6 @@ from fedtt.algorithms import FlexLoRA, Method, TTSVDFedTT
 from fedtt.kinds import AdapterKind
 from fleet.batched import onnx_pool
 from fleet.pool import OneByOnePool, Pool
-from tests.support.long import takes_long
 from tests.support.models import WORDS, save_tiny_model
 from tests.support.requests import delta_of, requests_of
 
@@ -27,10 +26,7 @@ METHODS: dict[AdapterKind, Method] = {"tt": TTSVDFedTT(), "lora": FlexLoRA()}
 COUNTS = (3, 9, 5)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["tt", pytest.param("lora", marks=takes_long("LoRA at two ranks"))],
-)
+@pytest.fixture(scope="module", params=METHODS)
 def kind(request: pytest.FixtureRequest) -> AdapterKind:
     found: AdapterKind = request.param
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtt.errors import StorageError, WireError
-from storage.blobs import FileBlobs
+from storage.blobs import FileBlobs, check, load, save
 
 CONTENT = b"factors" * 1000
 NAME = hashlib.sha256(CONTENT).hexdigest()
@@ -99,3 +99,12 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "blobs").write_text("a file")
     with pytest.raises(StorageError, match=r"blobs: .*see that it exists, has room"):
         FileBlobs(tmp_path / "blobs")
+
+
+def test_a_blob_whose_last_byte_has_changed_is_damaged(tmp_path: Path) -> None:
+    blobs, content = FileBlobs(tmp_path), bytes(range(256)) * 4000  # 1 MB, of several pieces
+    sha256 = save(blobs, content)
+    Path(blobs.path(sha256)).write_bytes(content[:-1] + b"\0")
+    for read in (check, load):
+        with pytest.raises(StorageError, match="is damaged where it is stored: restore it from a backup"):
+            read(blobs, sha256)
