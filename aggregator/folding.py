@@ -93,7 +93,7 @@ class _Round:
         updates = self._tx.updates(*place, UpdateState.ACCEPTED)
         for rank, some in groupby(updates, key=lambda update: update.rank):
             while few := list(islice(some, _DECODED)):
-                deltas = decode_deltas(codec, self._lives[rank], [update.payload for update in few])
+                deltas = decode_deltas(codec, self._lives[rank], self._tx.payloads(few))
                 for update, delta in zip(few, deltas, strict=True):
                     yield self._contribution(update, delta, number - update.version_number)
 

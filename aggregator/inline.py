@@ -49,6 +49,8 @@ class InlineWriter:
             return outcome
 
     async def maintain(self) -> bool:
+        while self._store.wipe():
+            pass
         return self._store.maintain()
 
     def start(self) -> None:

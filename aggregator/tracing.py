@@ -110,6 +110,9 @@ class TracedStore:
         with self._tracer.span("store.reading"), self._store.reading() as tx:
             yield tx
 
+    def wipe(self) -> bool:
+        return self._store.wipe()
+
     def maintain(self) -> bool:
         return self._store.maintain()
 

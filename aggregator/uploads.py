@@ -111,12 +111,12 @@ class Uploads:
                 examples=header.examples,
                 loss_first=header.loss_first,
                 loss_last=header.loss_last,
-                payload=upload.payload,
                 state=UpdateState.ACCEPTED,
                 reason="",
                 folded_into=None,
                 rank=lease.rank,
-            )
+            ),
+            upload.payload,
         )
         tx.put_lease(replace(lease, state=LeaseState.UPLOADED))
         known = tx.participation(lease.task_id, lease.device_id)

@@ -22,6 +22,7 @@ ChangeAll = Callable[[Transaction, Sequence[A]], list[T]]
 Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
 Refused = Callable[[str], None]
 _GROUP = 256  #: most changes in one transaction
+_WIPING_S = 0.25  #: after which whoever wipes may look at its rounds again
 
 
 class QueueFullError(FedttError):
@@ -101,8 +102,13 @@ class Writer:
         return await pending.future
 
     async def maintain(self) -> bool:
-        """Have settled payloads leave the disk, between two commits; False where that has to wait."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._store.maintain)
+        """Have settled payloads leave the disk, a few between two commits; False where some have to wait."""
+        run = asyncio.get_running_loop().run_in_executor
+        over_at = time.monotonic() + _WIPING_S
+        while await run(self._thread, self._store.wipe):
+            if time.monotonic() >= over_at:
+                return False
+        return await run(self._thread, self._store.maintain)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._loop())

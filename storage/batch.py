@@ -11,13 +11,14 @@ from sqlalchemy.dialects.postgresql import Insert
 
 from storage.records import Lease, LeaseState
 from storage.rows import Rows
-from storage.statements import leases, participations, updates
+from storage.statements import leases, participations, payloads, updates
 
 __all__ = ["Batch", "Written"]
 
 R = TypeVar("R", bound=msgspec.Struct)
 First = Callable[[Rows[R], Executable, dict[str, object]], R | None]
-_KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates)  #: an update after the lease it names
+#: an update after the lease it names, its payload last
+_KEPT_BACK: tuple[Rows[Any], ...] = (leases, participations, updates, payloads)
 
 
 class Written(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from heapq import heappop, heappush, nlargest
 from typing import Any
@@ -53,6 +53,9 @@ class MemoryStore:
 
     def reading(self) -> AbstractContextManager[_MemoryTransaction]:
         return self._reading
+
+    def wipe(self) -> bool:
+        return False  # payloads go as their updates are settled
 
     def maintain(self) -> bool:
         if self._keep_rounds is not None:
@@ -204,13 +207,16 @@ class _MemoryTransaction(DeviceTransaction):
                 expired += 1
         return expired
 
-    def add_update(self, update: Update) -> Update:
+    def add_update(self, update: Update, payload: bytes) -> Update:
+        if not payload:
+            raise StorageError(f"the update under lease {update.lease_id} has no payload")
         if update.lease_id in self._t.updates:
             raise StorageError(f"lease {update.lease_id} has an update already")
         sequence = 1 + self._t.sequence.get("newest", 0)
         self._put(self._t.sequence, "newest", sequence)
         update, key = msgspec.structs.replace(update, sequence=sequence), round_key(update)
         self._put(self._t.updates, update.lease_id, update)
+        self._put(self._t.payloads, update.lease_id, payload)
         self._put(self._t.updates_in.setdefault(key, {}), update.lease_id, None)
         self._count(self._t.update_counts, key, update.state, 1)
         self._moved(update.state, 1)
@@ -226,6 +232,12 @@ class _MemoryTransaction(DeviceTransaction):
         for lease_id in list(self._t.updates_in.get((task_id, branch, round_number), ())):
             if (row := self._t.updates[lease_id]).state is state:
                 yield row
+
+    def payloads(self, updates: Sequence[Update]) -> list[bytes]:
+        held = self._t.payloads
+        if missing := next((update for update in updates if update.lease_id not in held), None):
+            raise StorageError(f"update {missing.sequence} holds no payload")
+        return [held[update.lease_id] for update in updates]
 
     def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:
         return [u for u in self._t.updates.values() if u.device_id == device_id and u.state is state]
@@ -244,7 +256,8 @@ class _MemoryTransaction(DeviceTransaction):
             row = self._t.updates.get(lease_id)
             if row is None or row.state is not UpdateState.ACCEPTED:
                 continue
-            settled = msgspec.structs.replace(row, payload=b"", **changes)
+            settled = msgspec.structs.replace(row, **changes)
+            self._drop(self._t.payloads, lease_id)
             owner = self._t.devices.get(row.device_id)
             is_erased = owner is not None and owner.state is DeviceState.ERASED
             self._put(self._t.updates, lease_id, _forgotten(settled) if is_erased else settled)

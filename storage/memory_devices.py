@@ -74,6 +74,9 @@ class DeviceTransaction:
         self._undo_log.append((table, key, table.get(key, _ABSENT)))
         table[key] = value
 
+    def _drop(self, table: dict[K, V], key: K) -> None:
+        self._undo_log.append((table, key, table.pop(key)))
+
     def _count(self, counts: dict[K, dict[V, int]], key: K, state: V, by: int) -> None:
         of_key = counts.setdefault(key, {})
         before = of_key.get(state, 0)

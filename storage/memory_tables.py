@@ -52,6 +52,7 @@ class Tables:
         self.lease_counts: dict[RoundKey, dict[LeaseState, int]] = {}
         self.expiries: list[tuple[float, str]] = []  #: heap; an entry may be out of date
         self.updates: dict[str, Update] = {}
+        self.payloads: dict[str, bytes] = {}  #: by lease, of updates that are accepted
         self.updates_in: dict[RoundKey, dict[str, None]] = {}  #: round -> lease ids, in ledger order
         self.update_counts: dict[RoundKey, dict[UpdateState, int]] = {}
         self.sequence: dict[str, int] = {}  #: of the newest update
@@ -67,6 +68,7 @@ class Tables:
     def _forget_round(self, key: RoundKey) -> None:
         for name in self.updates_in.pop(key, ()):
             del self.updates[name]
+            self.payloads.pop(name, None)
         for device, newest in self.leases_in.pop(key, {}).items():
             mine = self.leases_by[device]
             for name in [name for name in mine if name == newest or round_key(self.leases[name]) == key]:

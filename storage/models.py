@@ -1,7 +1,7 @@
 """The tables: their keys, CHECKs and foreign keys hold the invariants of the ledger.
 
-Column names are those of `storage.records`, so a row is a record. No row is ever deleted. A key's columns
-are never updated; states move forward.
+Column names are those of `storage.records`, so a row is a record. No row is ever deleted but for payloads. A
+key's columns are never updated; states move forward.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ __all__ = [
     "LeaseRow",
     "MembershipRow",
     "ParticipationRow",
+    "PayloadRow",
     "RoundRow",
     "TaskRow",
     "TokenRow",
@@ -300,9 +301,9 @@ class UpdateRow(Base):
         CheckConstraint("examples >= 0", name="examples_count"),
         CheckConstraint(
             "CASE state"
-            " WHEN 'accepted' THEN length(payload) > 0 AND folded_into IS NULL AND reason = ''"
-            " WHEN 'folded' THEN length(payload) = 0 AND folded_into IS NOT NULL"
-            " WHEN 'discarded' THEN length(payload) = 0 AND folded_into IS NULL AND reason <> ''"
+            " WHEN 'accepted' THEN folded_into IS NULL AND reason = ''"
+            " WHEN 'folded' THEN folded_into IS NOT NULL"
+            " WHEN 'discarded' THEN folded_into IS NULL AND reason <> ''"
             " END",
             name="one_end",
         ),
@@ -326,8 +327,22 @@ class UpdateRow(Base):
     state: Mapped[UpdateState] = mapped_column(one_of(UpdateState))  #: where it stands
     reason: Mapped[Reason]  #: why it was discarded
     folded_into: Mapped[Count | None]  #: number of the version it became part of
-    # last, so that reading the other columns does not walk its overflow pages
-    payload: Mapped[bytes] = mapped_column(LargeBinary)  #: the coded delta; emptied in a terminal state
+
+
+class PayloadRow(Base):
+    """What an accepted update holds; of all tables the one whose rows go, some time after the update's end.
+
+    Apart from the ledger's rows, so that these are moved without writing the payloads again.
+    """
+
+    __tablename__ = "payloads"
+    __table_args__ = (
+        ForeignKeyConstraint(["sequence"], ["updates.sequence"]),
+        CheckConstraint("length(payload) > 0", name="holds_something"),
+    )
+
+    sequence: Mapped[Count] = mapped_column(primary_key=True, autoincrement=False)  #: of its update
+    payload: Mapped[bytes] = mapped_column(LargeBinary)  #: the coded delta
 
 
 class EvaluationRow(Base):

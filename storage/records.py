@@ -242,7 +242,7 @@ class Lease(Struct, frozen=True, kw_only=True):
 
 
 class Update(Struct, frozen=True, kw_only=True):
-    """One acknowledged update: a row of the ledger."""
+    """One acknowledged update: a row of the ledger; its coded delta lies apart while it waits."""
 
     sequence: int  #: the ledger's order; 0 before the store has given it one
     lease_id: str
@@ -256,11 +256,17 @@ class Update(Struct, frozen=True, kw_only=True):
     examples: int  #: 0, like both losses, once settled for a device that was erased
     loss_first: float
     loss_last: float
-    payload: bytes  #: the coded delta; emptied once the update is in its terminal state
     state: UpdateState
     reason: str
     folded_into: int | None  #: number of the version it became part of
     rank: int | None = None  #: its lease's
+
+
+class Payload(Struct, frozen=True, kw_only=True):
+    """What an accepted update holds."""
+
+    sequence: int  #: of its update
+    payload: bytes  #: the coded delta
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ __all__ = ["SqlStore", "change_schema"]
 
 _ATTEMPTS = 6
 _APART_S = 0.5
+_WIPED_TOGETHER = 64  #: payloads in one transaction: other commits wait for so many
 
 
 def change_schema(backend: Backend, change: Callable[[Connection], None]) -> None:
@@ -43,7 +44,7 @@ class SqlStore:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._wipe_due = True  # a process before this one may have ended without
+        self._wipe_due = self._log_due = True  # a process before this one may have ended without
 
     @classmethod
     def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0, alone: bool = True) -> Self:
@@ -79,19 +80,27 @@ class SqlStore:
             tx = SqlTransaction(connection, self._backend, readonly=False)
             yield tx
             tx.refuse_if_broken()
-            self._wipe_due |= tx.has_wiped
+            self._wipe_due |= tx.has_settled
+            self._log_due |= tx.has_wiped
 
     @contextmanager
     def reading(self) -> Iterator[SqlTransaction]:
         with errors_in_words(self._backend), self._backend.reader.begin() as connection:
             yield SqlTransaction(connection, self._backend, readonly=True)
 
-    def maintain(self) -> bool:
-        """Have what was settled leave the write-ahead log too, so that no old payload stays in it."""
+    def wipe(self) -> bool:
         if self._wipe_due:
+            with self.transaction() as tx:
+                count = tx.wipe(_WIPED_TOGETHER)
+            self._wipe_due = count == _WIPED_TOGETHER
+        return self._wipe_due
+
+    def maintain(self) -> bool:
+        """Have what was wiped leave the write-ahead log too, so that no old payload stays in it."""
+        if self._log_due and not self._wipe_due:
             with errors_in_words(self._backend):
-                self._wipe_due = not self._backend.empty_log()
-        return not self._wipe_due
+                self._log_due = not self._backend.empty_log()
+        return not (self._log_due or self._wipe_due)
 
     def close(self) -> None:
         self._backend.reader.dispose()

@@ -34,6 +34,7 @@ class SqlAccess:
         self._batch: Batch | None = None
         self._broken: StorageError | None = None
         self.moved: Counter[UpdateState] = Counter()
+        self.has_settled = False  #: whether there may be payloads to wipe
         self.has_wiped = False  #: whether bytes went that the log still holds
 
     def refuse_if_broken(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec.structs import asdict, replace
 
@@ -13,6 +13,7 @@ from storage.records import (
     Evaluation,
     Lease,
     LeaseState,
+    Payload,
     Round,
     RoundState,
     Task,
@@ -24,7 +25,7 @@ from storage.sql_devices import SqlDevices
 
 __all__ = ["SqlTransaction"]
 
-_PAGE = 64  #: updates held in memory at once while they are iterated, at most 50 KB each
+_PAGE = 64  #: updates held in memory at once while they are iterated
 
 
 class SqlTransaction(SqlDevices):
@@ -126,12 +127,18 @@ class SqlTransaction(SqlDevices):
     def expire_leases(self, now: float) -> int:
         return self._write(sql.expire_leases, {"now": now}).rowcount
 
-    def add_update(self, update: Update) -> Update:
+    def add_update(self, update: Update, payload: bytes) -> Update:
+        if not payload:
+            raise StorageError(f"the update under lease {update.lease_id} has no payload")
         update = replace(update, sequence=self._next_update())
+        held = Payload(sequence=update.sequence, payload=payload)
         if self._batch is not None and not self._readonly and self.update(update.lease_id) is None:
             self._batch.write(sql.updates, sql.updates.add, update)
+            self._batch.write(sql.payloads, sql.payloads.add, held)
         elif self._write(sql.updates.add, asdict(update)).rowcount == 0:
             raise StorageError(f"lease {update.lease_id} has an update already")
+        else:
+            self._write(sql.payloads.add, asdict(held))
         self._newest_update = update.sequence
         self.moved[update.state] += 1
         return update
@@ -159,6 +166,15 @@ class SqlTransaction(SqlDevices):
             if len(page) < _PAGE:
                 return
 
+    def payloads(self, updates: Sequence[Update]) -> list[bytes]:
+        sequences = [update.sequence for update in updates]
+        found = {
+            row.sequence: row.payload for row in self._all(sql.payloads, sql.payloads_of, sequences=sequences)
+        }
+        if missing := next((number for number in sequences if number not in found), None):
+            raise StorageError(f"update {missing} holds no payload")
+        return [found[number] for number in sequences]
+
     def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:
         return self._all(sql.updates, sql.updates_of, device_id=device_id, state=state)
 
@@ -172,10 +188,15 @@ class SqlTransaction(SqlDevices):
     ) -> int:
         end = {"state": state, "reason": reason, "folded_into": folded_into}
         rows = [{"lease": lease_id, **end} for lease_id in updates]
-        self.has_wiped |= bool(rows)
+        self.has_settled |= bool(rows)
         moved = self._write(sql.settle, rows).rowcount if rows else 0
         self.moved[state] += moved
         return moved
+
+    def wipe(self, limit: int) -> int:
+        """Delete the payloads of so many updates in a terminal state at most; returns of how many."""
+        self.has_wiped = True
+        return self._write(sql.wipe, {"limit": limit}).rowcount
 
     def forget_settled(self, device_id: str) -> int:
         self.has_wiped = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from sqlalchemy import Table, bindparam, case, exists, func, literal_column, select, update
+from sqlalchemy import Table, bindparam, case, delete, exists, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert  # its ON CONFLICT is SQLite's too
 
 from storage.models import (
@@ -16,6 +16,7 @@ from storage.models import (
     LeaseRow,
     MembershipRow,
     ParticipationRow,
+    PayloadRow,
     RoundRow,
     TaskRow,
     TokenRow,
@@ -32,6 +33,7 @@ from storage.records import (
     Lease,
     LeaseState,
     Participation,
+    Payload,
     Round,
     Task,
     Token,
@@ -83,6 +85,8 @@ __all__ = [
     "participants",
     "participations",
     "participations_of",
+    "payloads",
+    "payloads_of",
     "put_member",
     "rounds",
     "settle",
@@ -95,6 +99,7 @@ __all__ = [
     "version_named",
     "versions",
     "versions_of",
+    "wipe",
 ]
 
 _PLACE = ("task_id", "branch")
@@ -111,6 +116,7 @@ versions = Rows(Version, VersionRow, *_PLACE, "number")
 rounds = Rows(Round, RoundRow, *_PLACE, "number")
 leases = Rows(Lease, LeaseRow, "id", changes=("state",))
 updates = Rows(Update, UpdateRow, "lease_id")
+payloads = Rows(Payload, PayloadRow, "sequence")
 evaluations = Rows(Evaluation, EvaluationRow, "lease_id")
 participations = Rows(Participation, ParticipationRow, "device_id", "task_id")
 
@@ -257,8 +263,20 @@ _of_erased = exists().where(_device.id == _update.device_id, _device.state == De
 settle = (
     update(updates.table)
     .where(_update.lease_id == bindparam("lease"), _update.state == UpdateState.ACCEPTED)
-    .values(payload=b"")
     .values({_update[name]: case((_of_erased, 0), else_=_update[name]) for name in _MEASURED})
+)
+_payload = payloads.table.c
+payloads_of = payloads.select.where(_payload.sequence.in_(bindparam("sequences", expanding=True))).order_by(
+    _payload.sequence
+)
+wipe = delete(payloads.table).where(
+    _payload.sequence.in_(
+        select(_payload.sequence)
+        .join(updates.table, _update.sequence == _payload.sequence)
+        .where(_update.state != UpdateState.ACCEPTED)
+        .order_by(_payload.sequence)
+        .limit(bindparam("limit"))
+    )
 )
 forget_settled = (
     update(updates.table)

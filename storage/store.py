@@ -7,7 +7,7 @@ writer thread and groups many requests into one commit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -211,14 +211,21 @@ class Transaction(Protocol):
         ...
 
     # the ledger
-    def add_update(self, update: Update) -> Update:
-        """Append to the ledger, giving it the next sequence; the lease must be new (StorageError)."""
+    def add_update(self, update: Update, payload: bytes) -> Update:
+        """Append to the ledger, giving it the next sequence; the lease must be new (StorageError).
+
+        payload: the coded delta, at least one byte (StorageError); there until the update is settled.
+        """
         ...
 
     def update(self, lease_id: str) -> Update | None: ...
     def count_updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> int: ...
     def updates(self, task_id: int, branch: str, round_number: int, state: UpdateState) -> Iterator[Update]:
         """Of one round, in ledger order, without holding them all in memory."""
+        ...
+
+    def payloads(self, updates: Sequence[Update]) -> list[bytes]:
+        """What accepted updates hold, in their order; raises StorageError where one holds nothing."""
         ...
 
     def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:
@@ -233,7 +240,7 @@ class Transaction(Protocol):
         reason: str = "",
         folded_into: int | None = None,
     ) -> int:
-        """Move accepted updates, named by lease, into a terminal state and empty their payloads.
+        """Move accepted updates, named by lease, into a terminal state; then their payloads may be wiped.
 
         Rows that are not accepted are left alone. Those of erased devices lose examples and losses too, for
         a fold that had claimed them needs them until now. Returns how many moved.
@@ -261,11 +268,18 @@ class Store(Protocol):
         """Read one consistent state; writing is an error."""
         ...
 
-    def maintain(self) -> bool:
-        """Wipe what was settled or forgotten from the logs too, outside any transaction.
+    def wipe(self) -> bool:
+        """Delete payloads of a few settled updates, in a transaction of its own; False once none is left.
 
-        Cheap where nothing was since it last returned True. Returns False where a reader was in the way:
-        call again later.
+        Cheap where nothing was settled since then.
+        """
+        ...
+
+    def maintain(self) -> bool:
+        """Wipe what was deleted or forgotten from the logs too, outside any transaction.
+
+        Cheap where nothing was since it last returned True. Returns False where a reader was in the way, or
+        there is more to `wipe`: call again later.
         """
         ...
 

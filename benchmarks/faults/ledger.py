@@ -31,6 +31,7 @@ class Audit(Struct, frozen=True, kw_only=True):
     discarded: int
     versions: int
     lost: int  #: acknowledged, and not in the ledger with the bytes that were sent
+    emptied: int  #: that wait to be folded, and hold nothing
     unsettled: int  #: in no terminal state although the task has ended
     miscounted: int  #: versions that name another number of updates than point to them
     folded_otherwise: (
@@ -52,6 +53,12 @@ NOTHING_WRONG = {
 }
 
 
+_EMPTIED = (
+    "SELECT count(*) FROM updates LEFT JOIN payloads USING (sequence) "
+    "WHERE state = 'accepted' AND payload IS NULL"
+)
+
+
 def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = True) -> Audit:
     """Look at a server's directory while no server runs on it.
 
@@ -64,6 +71,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
         checks = [row[0] for row in db.execute("PRAGMA integrity_check")]
         damaged = (checks != ["ok"]) + len(db.execute("PRAGMA foreign_key_check").fetchall())
         updates = {row["lease_id"]: row for row in db.execute("SELECT * FROM updates")}
+        (emptied,) = db.execute(_EMPTIED).fetchone()
         versions = db.execute("SELECT * FROM versions WHERE branch = 'main' ORDER BY number").fetchall()
     states = Counter(row["state"] for row in updates.values())
     known = {lease: row["digest"] for lease, row in updates.items()}
@@ -75,6 +83,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
         discarded=states["discarded"],
         versions=len(versions) - 1,
         lost=sum(known.get(lease) != digest for lease, digest in notes.acknowledged.items()),
+        emptied=emptied,
         unsettled=states["accepted"] if ended else 0,
         miscounted=sum(members[row["number"]] != row["updates"] for row in versions),
         folded_otherwise=wrong_places,

@@ -200,6 +200,7 @@ def _state(store: Store) -> dict[str, Any]:
             "leases by device": [tx.leases_of(i, state) for i in ids for state in LeaseState],
             "newest": [tx.lease_of(i, 1, MAIN, n) for i in ids for n in ROUNDS],
             "updates": [list(tx.updates(1, MAIN, n, state)) for n in ROUNDS for state in UpdateState],
+            "payloads": [tx.payloads(list(tx.updates(1, MAIN, n, UpdateState.ACCEPTED))) for n in ROUNDS],
             "counts": [tx.count_updates(1, MAIN, n, state) for n in ROUNDS for state in UpdateState],
             "by device": [tx.updates_of(i, state) for i in ids for state in UpdateState],
         }

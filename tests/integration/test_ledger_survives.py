@@ -64,8 +64,9 @@ def test_a_process_killed_inside_a_transaction_leaves_what_it_had_committed_and_
     with closing(SqlStore.open(path)) as store, store.reading() as tx:
         assert tx.versions(1) == [ledger.version(0)]
         assert tx.rounds(1) == [ledger.round_(1)]
-        expected = ledger.update("kept", sequence=1, payload=bytes(50_000))
+        expected = ledger.update("kept", sequence=1)
         assert list(tx.updates(1, MAIN, 1, UpdateState.ACCEPTED)) == [expected]
+        assert tx.payloads([expected]) == [bytes(50_000)]
         assert tx.lease(ledger.lease("0").id) is None
 
 
@@ -112,6 +113,7 @@ def test_settled_payloads_are_in_no_file_any_more(payload_bytes: int, tmp_path: 
         settled = list(secrets)[::2]
         with store.transaction() as tx:
             tx.settle([ledger.lease(n).id for n in settled], UpdateState.DISCARDED, reason="test")
+        assert not store.wipe()
         assert store.maintain()
         assert _found(secrets, tmp_path) == set(secrets) - set(settled)
 
@@ -133,6 +135,7 @@ def test_maintenance_says_when_a_reader_is_in_its_way(tmp_path: Path) -> None:
             assert tx.tasks() == []
             with store.transaction() as writing:
                 ledger.open_round(writing)
+            assert not store.wipe()
             assert not store.maintain()
         assert store.maintain()
         assert (tmp_path / "ledger.db-wal").stat().st_size == 0

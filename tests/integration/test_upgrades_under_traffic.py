@@ -118,17 +118,20 @@ def test_rows_survive_every_migration_of_postgresql_and_its_schema_is_the_models
     url = server().new_database()
     with closing(SqlStore.open(url)) as store, store.transaction() as tx:
         ledger.open_round(tx)
-        update = ledger.upload(tx)
+        update, settled = ledger.upload(tx), ledger.upload(tx, "settled")
+        tx.settle([settled.lease_id], UpdateState.DISCARDED, reason="test")
     engine = create_engine(url)
     with engine.begin() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
         downgrade(connection, "0001")
         assert "memberships" not in inspect(connection).get_table_names()
-        assert connection.execute(text("SELECT count(*) FROM updates")).scalar_one() == 1
+        held = connection.execute(text("SELECT payload FROM updates ORDER BY sequence")).scalars()
+        assert [bytes(payload) for payload in held] == [b"payload of lease", b""]
         upgrade(connection, url)
     engine.dispose()
     with closing(SqlStore.open(url)) as store, store.reading() as tx:
         assert tx.tasks() == [ledger.task(id=1)]
         assert tx.update(update.lease_id) == update
+        assert tx.payloads([update]) == [b"payload of lease"]
     server().drop(url)

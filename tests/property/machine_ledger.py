@@ -42,7 +42,8 @@ class AuditedMachine(MachineState):
             update = tx.update(lease)
             assert update is not None
             assert update.digest == receipt.digest
-            assert (update.payload == b"") == (update.state is not UpdateState.ACCEPTED)
+            if update.state is UpdateState.ACCEPTED:
+                assert tx.payloads([update])[0]
             assert (update.folded_into is not None) == (update.state is UpdateState.FOLDED)
             if receipt.state is not UpdateState.ACCEPTED:
                 assert (update.state, update.folded_into) == (receipt.state, receipt.version_number)

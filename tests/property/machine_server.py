@@ -65,7 +65,7 @@ class ServerMachine(AuditedMachine):
 
     def _sum(self, tx: Any, round_: Round) -> Fold:
         updates = list(tx.updates(self.task.id, MAIN, round_.number, UpdateState.ACCEPTED))
-        total = sum(int(update.payload.split()[1]) for update in updates)
+        total = sum(int(payload.split()[1]) for payload in tx.payloads(updates))
         return Fold(
             task_id=self.task.id,
             round_number=round_.number,

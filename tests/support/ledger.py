@@ -182,7 +182,6 @@ def update(name: object = "lease", **changes: Any) -> Update:
         examples=7,
         loss_first=1.25,
         loss_last=0.75,
-        payload=f"payload of {name}".encode(),
         state=UpdateState.ACCEPTED,
         reason="",
         folded_into=None,
@@ -208,8 +207,11 @@ def open_round(tx: Transaction, devices: tuple[str, ...] = ("alice", "bob")) -> 
     tx.put_round(round_(1))
 
 
-def upload(tx: Transaction, name: object = "lease", **changes: Any) -> Update:
+def upload(
+    tx: Transaction, name: object = "lease", *, payload: bytes | None = None, **changes: Any
+) -> Update:
     """A lease of this name and the update under it."""
+    held = f"payload of {name}".encode() if payload is None else payload
     shared = {key: changes[key] for key in ("device_id", "round_number") if key in changes}
     tx.put_lease(lease(name, state=LeaseState.UPLOADED, **shared))
-    return tx.add_update(update(name, **changes))
+    return tx.add_update(update(name, **changes), held)

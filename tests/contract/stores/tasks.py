@@ -105,7 +105,7 @@ class TaskContract(OpenedStore):
     def test_leases_and_updates_carry_the_rank_they_are_of(self, store: Store) -> None:
         with store.transaction() as tx:
             tx.put_lease(ledger.lease("a", rank=3, state=LeaseState.UPLOADED))
-            tx.add_update(ledger.update("a", rank=3))
+            tx.add_update(ledger.update("a", rank=3), b"coded")
             plain = ledger.upload(tx, "b")
         with store.reading() as tx:
             lease, update = tx.lease(ledger.lease("a").id), tx.update(ledger.lease("a").id)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from msgspec.structs import replace
 
 from fedtt.errors import StorageError
+from storage.memory import MemoryStore
 from storage.records import (
     MAIN,
     DeviceState,
@@ -81,19 +84,58 @@ class LedgerContract(OpenedStore):
             first = ledger.upload(tx, "z", payload=payload)
             second = ledger.upload(tx, "a")
         assert 0 < first.sequence < second.sequence
-        assert first == ledger.update("z", payload=payload, sequence=first.sequence)
+        assert first == ledger.update("z", sequence=first.sequence)
         with store.reading() as tx:
             assert tx.update(first.lease_id) == first
             assert list(tx.updates(1, MAIN, 1, ACCEPTED)) == [first, second]
+            assert tx.payloads([second, first]) == [b"payload of a", payload]
+            assert tx.payloads([]) == []
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_an_update_without_a_payload_is_refused_and_the_transaction_goes_on(
+        self, together: bool, store: Store
+    ) -> None:
+        lease = ledger.lease().id
+        with store.transaction() as tx:
+            refused = pytest.raises(StorageError, match=f"the update under lease {lease} has no payload")
+            with tx.together([lease]) if together else nullcontext(), refused:
+                ledger.upload(tx, payload=b"")
+        with store.reading() as tx:
+            assert tx.update(lease) is None
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_payloads_are_read_also_before_they_are_written(self, together: bool, store: Store) -> None:
+        leases = [ledger.lease(name).id for name in "ab"]
+        with store.transaction() as tx, tx.together(leases) if together else nullcontext():
+            assert tx.payloads([ledger.upload(tx, name) for name in "ab"]) == [
+                b"payload of a",
+                b"payload of b",
+            ]
+
+    def test_wiping_takes_the_payloads_of_settled_updates_a_few_at_a_time(self, store: Store) -> None:
+        names = [str(i) for i in range(150)]
+        with store.transaction() as tx:
+            updates = [ledger.upload(tx, name) for name in names]
+            tx.settle([update.lease_id for update in updates[::2]], DISCARDED, reason="test")
+        while store.wipe():
+            assert not store.maintain() or isinstance(store, MemoryStore)
+        assert not store.wipe()
+        assert store.maintain()
+        with store.reading() as tx:
+            assert tx.payloads(updates[1::2]) == [f"payload of {name}".encode() for name in names[1::2]]
+            for settled in updates[::2]:
+                with pytest.raises(StorageError, match=f"update {settled.sequence} holds no payload"):
+                    tx.payloads([settled])
 
     def test_a_second_update_under_a_lease_is_refused_and_the_transaction_goes_on(self, store: Store) -> None:
         with store.transaction() as tx:
             first = ledger.upload(tx, "a")
             with pytest.raises(StorageError, match=f"lease {first.lease_id} has an update already"):
-                tx.add_update(ledger.update("a", payload=b"other bytes"))
+                tx.add_update(ledger.update("a"), b"other bytes")
             second = ledger.upload(tx, "b")
         with store.reading() as tx:
             assert list(tx.updates(1, MAIN, 1, ACCEPTED)) == [first, second]
+            assert tx.payloads([first, second]) == [b"payload of a", b"payload of b"]
 
     def test_updates_are_found_by_round_and_by_device(self, store: Store) -> None:
         bob = ledger.device("bob").id
@@ -125,7 +167,7 @@ class LedgerContract(OpenedStore):
             assert tx.count_updates(1, MAIN, 1, DISCARDED) == 150
         assert seen == [ledger.lease(name).id for name in names]
 
-    def test_settling_moves_accepted_updates_once_and_empties_their_payloads(self, store: Store) -> None:
+    def test_settling_moves_accepted_updates_once(self, store: Store) -> None:
         with store.transaction() as tx:
             a, b, c = (ledger.upload(tx, name) for name in "abc")
             tx.add_version(ledger.version(1))
@@ -133,9 +175,9 @@ class LedgerContract(OpenedStore):
             assert tx.settle([b.lease_id, c.lease_id, "0" * 32], DISCARDED, reason="too late") == 1
             assert tx.settle([], DISCARDED, reason="none") == 0
         with store.reading() as tx:
-            assert tx.update(a.lease_id) == replace(a, state=FOLDED, payload=b"", folded_into=1)
-            assert tx.update(b.lease_id) == replace(b, state=FOLDED, payload=b"", folded_into=1)
-            assert tx.update(c.lease_id) == replace(c, state=DISCARDED, payload=b"", reason="too late")
+            assert tx.update(a.lease_id) == replace(a, state=FOLDED, folded_into=1)
+            assert tx.update(b.lease_id) == replace(b, state=FOLDED, folded_into=1)
+            assert tx.update(c.lease_id) == replace(c, state=DISCARDED, reason="too late")
 
     def test_a_transaction_counts_the_updates_it_moves_and_no_others(self, store: Store) -> None:
         with store.transaction() as tx:
@@ -156,7 +198,7 @@ class LedgerContract(OpenedStore):
             tx.settle([settled.lease_id, bobs.lease_id], FOLDED, folded_into=0)
             assert tx.forget_settled(ledger.device("alice").id) == 1
         with store.reading() as tx:
-            ended = {"state": FOLDED, "payload": b"", "folded_into": 0}
+            ended = {"state": FOLDED, "folded_into": 0}
             nothing = {"examples": 0, "loss_first": 0.0, "loss_last": 0.0}
             assert tx.update(settled.lease_id) == replace(settled, **ended, **nothing)
             assert tx.update(waiting.lease_id) == waiting
@@ -178,6 +220,8 @@ class LedgerContract(OpenedStore):
         with store.transaction() as tx:
             a, b = (ledger.upload(tx, name) for name in "ab")
             tx.settle([a.lease_id], FOLDED, folded_into=0)
+        assert not store.wipe()
         assert store.maintain()
         with store.reading() as tx:
             assert list(tx.updates(1, MAIN, 1, ACCEPTED)) == [b]
+            assert tx.payloads([b]) == [b"payload of b"]

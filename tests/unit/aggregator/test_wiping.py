@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -83,3 +84,20 @@ async def test_where_a_reader_is_in_the_way_a_later_tick_wipes(service: Service,
         assert lies_in(tmp_path)
     await service.tick()
     assert not lies_in(tmp_path)
+
+
+async def test_many_payloads_leave_between_other_commits_and_none_stays(
+    service: Service, tmp_path: Path
+) -> None:
+    names = [str(number) for number in range(300)]
+    with service.store.transaction() as tx:
+        for name in names:
+            ledger.upload(tx, name, payload=SECRET)
+    await service.write(lambda tx: stop(service, tx))
+    wiping, waited = asyncio.create_task(service.tick()), 0
+    while not wiping.done():
+        await service.write(lambda tx: tx.update(ledger.lease("1").id))
+        waited += 1
+    assert waited > 3, "commits waited for all of it"
+    while lies_in(tmp_path):
+        await service.tick()

@@ -119,27 +119,22 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Transaction], object]]] = {
         "expiry_follows_grant",
         lambda tx: tx.put_lease(ledger.lease(expires_at=309.0)),
     ),
-    "an update without a lease": ("FOREIGN KEY", lambda tx: tx.add_update(ledger.update(OTHER))),
-    "an accepted update without a payload": ("one_end", lambda tx: tx.add_update(ledger.update(payload=b""))),
+    "an update without a lease": ("FOREIGN KEY", lambda tx: tx.add_update(ledger.update(OTHER), b"coded")),
     "an accepted update that is part of a version": (
         "one_end",
-        lambda tx: tx.add_update(ledger.update(folded_into=0)),
-    ),
-    "a folded update that kept its payload": (
-        "one_end",
-        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, folded_into=0)),
+        lambda tx: tx.add_update(ledger.update(folded_into=0), b"coded"),
     ),
     "an update folded into nothing": (
         "one_end",
-        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, payload=b"")),
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED), b"coded"),
     ),
     "an update folded into a version that is not there": (
         "FOREIGN KEY",
-        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, payload=b"", folded_into=1)),
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.FOLDED, folded_into=1), b"coded"),
     ),
     "an update discarded for no reason": (
         "one_end",
-        lambda tx: tx.add_update(ledger.update(state=UpdateState.DISCARDED, payload=b"")),
+        lambda tx: tx.add_update(ledger.update(state=UpdateState.DISCARDED), b"coded"),
     ),
     "a part taken by a device that is not there": (
         "FOREIGN KEY",
@@ -175,7 +170,7 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Transaction], object]]] = {
     ),
     "an update whose loss is not a number": (
         "NOT NULL",
-        lambda tx: tx.add_update(ledger.update(loss_first=float("nan"))),
+        lambda tx: tx.add_update(ledger.update(loss_first=float("nan")), b"coded"),
     ),
 }
 
@@ -187,12 +182,24 @@ def test_the_schema_refuses(what: str, store: SqlStore) -> None:
         write(tx)
 
 
+def test_a_payload_is_not_empty_and_its_update_is_there_even_in_plain_sql(store: SqlStore) -> None:
+    with store.transaction() as tx:
+        ledger.upload(tx, OTHER)
+    engine = sqlite_engine(Path(store.where), readonly=False, busy_timeout_s=1.0)
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM payloads"))
+        for row, refusal in (("(1, x'')", "holds_something"), ("(2, x'00')", "FOREIGN KEY")):
+            with pytest.raises(Exception, match=refusal):
+                connection.execute(text(f"INSERT INTO payloads VALUES {row}"))  # noqa: S608
+    engine.dispose()
+
+
 def test_a_refused_row_leaves_the_rest_of_its_transaction_alone(store: SqlStore) -> None:
     with store.transaction() as tx:
         tx.put_token(ledger.token())
         with pytest.raises(StorageError):
             tx.put_token(ledger.token(uses_left=-1))
-        tx.add_update(ledger.update())
+        tx.add_update(ledger.update(), b"coded")
     with store.reading() as tx:
         assert tx.token(ledger.sha256("secret")) == ledger.token()
         assert tx.update(ledger.lease().id) is not None
@@ -329,12 +336,15 @@ def test_rows_survive_every_migration_up_and_down(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     with closing(SqlStore.open(path)) as store, store.transaction() as tx:
         ledger.open_round(tx)
-        ledger.upload(tx)
+        waiting, settled = ledger.upload(tx), ledger.upload(tx, OTHER)
+        tx.settle([settled.lease_id], UpdateState.DISCARDED, reason="test")
     engine = sqlite_engine(path, readonly=False, busy_timeout_s=1.0)
     with engine.begin() as connection:
         newest = _rows(connection)
+        newest["payloads"].pop()  # of what is settled
         downgrade(connection, "0001")
         oldest = _rows(connection)
+        assert [row.pop("payload") for row in oldest["updates"]] == [b"payload of lease", b""]
         kept = {
             table: [{name: row[name] for name in row.keys() & set(old[0])} for row in newest[table]]
             for table, old in oldest.items()
@@ -351,7 +361,8 @@ def test_rows_survive_every_migration_up_and_down(tmp_path: Path) -> None:
         assert tx.tasks() == [ledger.task(id=1)]
         assert tx.versions(1) == [ledger.version(0)]
         assert tx.device(ledger.device().id) == ledger.device()
-        assert [u.rank for u in tx.updates(1, "main", 1, UpdateState.ACCEPTED)] == [None]
+        assert list(tx.updates(1, "main", 1, UpdateState.ACCEPTED)) == [waiting]
+        assert tx.payloads([waiting]) == [b"payload of lease"]
 
 
 def test_what_newer_schemas_added_is_dropped_by_going_back_and_the_rest_stays(tmp_path: Path) -> None:
