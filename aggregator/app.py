@@ -154,7 +154,7 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
         admin_url = await listen(
             people, config.admin_host, config.admin_port, counted("admin"), option="admin-"
         )
-        keeper = asyncio.create_task(service.run())
+        keeper = asyncio.create_task(service.keeper.run())
         stack.push_async_callback(_cancel, keeper)
         yield Listening(
             url=url,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from aggregator.claims import Claims
 from aggregator.coordinator import Coordinator
 from aggregator.differences import Differences
-from aggregator.folding import server_state, sum_round
+from aggregator.folding import server_state
 from aggregator.inline import Aside, InlineTogether, InlineWriter, at_once
+from aggregator.keeper import Keeper
 from aggregator.metrics import Metrics
 from aggregator.problems import bad_signature, busy, malformed, not_found, unknown_lease
 from aggregator.releases import Releases
@@ -24,12 +23,11 @@ from aggregator.update_check import check_update, check_updates
 from aggregator.uploads import Admission, Upload
 from aggregator.writer import QueueFullError, Writer
 from fedtt.codec import payload_bytes
-from fedtt.errors import StorageError, WireError
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_digest, update_limit_bytes, zeros_digest
 from storage.blobs import BlobStore, load
-from storage.records import MAIN, Device, Round, Version, VersionState
+from storage.records import Device
 from storage.store import Store, Transaction
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ T = TypeVar("T")
 Admitted = tuple[Admission, int]  #: and the most bytes its frame may have
 Proof = Callable[[Device | None], Problem | None]  #: what is wrong with who claims to send a request
 _log = logging.getLogger("fedtt.aggregator")
-_TICKS_APART_S = 0.02  #: however fast updates arrive
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -104,8 +101,16 @@ class Service:
         self._door: Answers[_Knock, _Known] = together(self._look)
         self._inspection: Answers[_Sent, Upload | Problem] = together(_inspect)
         self._differences = Differences(blobs, aside=self.aside)
-        self._claims = Claims(store, self.lifecycle, clock)
-        self._wake = asyncio.Event()
+        self.keeper = Keeper(
+            store,
+            blobs,
+            clock,
+            self.lifecycle,
+            self.writer,
+            aside=self.aside,
+            tracer=tracer,
+            metrics=self.metrics,
+        )
 
     async def write(self, change: Callable[[Transaction], T], *, task: str = "") -> T | Problem:
         """Run a change in the next commit; a full queue is a typed refusal. task: whose share it takes."""
@@ -194,7 +199,7 @@ class Service:
             answer = await self.writer.request_together(self._accept_all, upload, task=task)
         except QueueFullError as error:
             return busy(str(error))
-        self._wake.set()
+        self.keeper.wake()
         return answer
 
     async def take(self, device_name: str, lease: str, frame: bytes) -> Receipt | Problem:
@@ -227,7 +232,7 @@ class Service:
         """Take a device's verdict on a candidate."""
         now, take = self.clock.now(), self.coordinator.evaluations.accept
         answer = await self.write(lambda tx: take(tx, now, device_name, lease, verdict))
-        self._wake.set()
+        self.keeper.wake()
         return answer
 
     async def fail(self, device_name: str, lease: str, failure: Failure) -> Problem | None:
@@ -267,77 +272,9 @@ class Service:
             return True
         return held == zeros_digest(await self.aside(self.blobs.size, sha256))
 
-    # rounds
-
     async def tick(self) -> None:
-        """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled."""
-        if any(round_.branch != MAIN for round_ in await self._advance()):
-            await self._advance()  # the last group's fold may be what the sum of all groups waits for
-        await self.writer.maintain()  # where a reader is in the way the next tick tries again
-
-    async def _advance(self) -> list[Round]:
-        """Returns the rounds that waited for their sums."""
-
-        def change(tx: Transaction) -> tuple[list[Round], list[Version]]:
-            decided: list[Version] = []
-            return self.lifecycle.advance(tx, self.clock.now(), decided.append), decided
-
-        waiting, decided = await self._move_on(change)
-        for version in decided:
-            with self.tracer.span("release" if version.state is VersionState.RELEASED else "hold") as span:
-                span.set({"fedtt.version": version.number, "fedtt.state": version.state.value})
-        folding = self._claims.due(waiting)
-        for round_ in folding:
-            try:
-                with self.tracer.span("fold") as span:
-                    span.set({"fedtt.branch": round_.branch, "fedtt.round": round_.number})
-                    await self._fold(round_)
-            except StorageError as error:  # other tasks go on
-                _log.error("round %d waits for its sum: %s", round_.number, error)
-        return folding
-
-    async def _move_on(self, change: Callable[[Transaction], T]) -> T:
-        """Run a change that may claim rounds: their sums are this server's to make."""
-        answer, claimed = await self.writer.run(self._claims.noting(change))
-        self._claims.noted(claimed)
-        return answer
-
-    async def _fold(self, round_: Round) -> None:
-        started = time.perf_counter()
-        try:
-            fold = await self.aside(sum_round, self.store, self.blobs, self.lifecycle, round_)
-        except WireError as error:  # the same updates would fail in the same way for ever
-            why = str(error)
-            await self._move_on(lambda tx: self.lifecycle.give_up_fold(tx, self.clock.now(), round_, why))
-            return
-        with self.tracer.span("release") as span:
-            version = await self._move_on(lambda tx: self.lifecycle.publish(tx, self.clock.now(), fold))
-            if version is not None:
-                span.set({"fedtt.version": version.number, "fedtt.state": version.state.value})
-        if version is not None:
-            self.metrics.folded(version.updates, time.perf_counter() - started)
-            _log.info(
-                "round %d folded %d updates into version %d", round_.number, version.updates, version.number
-            )
-
-    async def run(self, interval_s: float = 0.5) -> None:
-        """Tick for ever: whenever an update arrives, and every `interval_s` for deadlines."""
-        while True:
-            try:
-                await self.tick()
-            except StorageError as error:
-                _log.error("rounds wait: %s", error)
-                await self.clock.sleep(interval_s)
-            except Exception:
-                _log.exception("a tick failed; the ledger is as before and the next tick tries again")
-                await self.clock.sleep(interval_s)
-            await self.clock.sleep(_TICKS_APART_S)
-            try:
-                async with asyncio.timeout(interval_s):
-                    await self._wake.wait()
-                self._wake.clear()
-            except TimeoutError:
-                pass
+        """Move all rounds on that are due."""
+        await self.keeper.tick()
 
 
 def _inspect(sent: Sequence[_Sent]) -> list[Upload | Problem]:
