@@ -21,7 +21,7 @@ from aggregator.token_files import token_sha256
 from aggregator.tracing import UNTRACED, Tracer
 from aggregator.update_check import check_update, check_updates
 from aggregator.uploads import Admission, Upload
-from aggregator.writer import QueueFullError, Writer
+from aggregator.writer import QUEUE_LIMIT, QueueFullError, Writer
 from fedtt.codec import payload_bytes
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
 from fedtt.seams import Clock, VersionBody
@@ -71,7 +71,7 @@ class Service:
     """One aggregator process over a store; everything it knows lies in the store and the blobs.
 
     inline: do all work on the caller's thread, one change a commit, as an emulator's own server does; such
-    a service awaits nothing but its clock.
+    a service awaits nothing but its clock. queue_limit: most requests that wait for a commit otherwise.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Service:
         clock: Clock,
         *,
         inline: bool = False,
+        queue_limit: int = QUEUE_LIMIT,
         tracer: Tracer = UNTRACED,
     ) -> None:
         self.store, self.blobs, self.clock, self.tracer = store, blobs, clock, tracer
@@ -94,7 +95,12 @@ class Service:
         self.writer: Writer | InlineWriter = (
             InlineWriter(store)
             if inline
-            else Writer(store, observe=self.metrics.committed, refused=self.metrics.no_room)
+            else Writer(
+                store,
+                queue_limit=queue_limit,
+                observe=self.metrics.committed,
+                refused=self.metrics.no_room,
+            )
         )
         self.metrics.watch_queue(lambda: self.writer.waiting())
         together = InlineTogether if inline else Together

@@ -14,13 +14,14 @@ from fedtt.errors import FedttError
 from fedtt.messages import UpdateState
 from storage.store import Store, Transaction
 
-__all__ = ["QueueFullError", "Writer"]
+__all__ = ["QUEUE_LIMIT", "QueueFullError", "Writer"]
 
 A = TypeVar("A")
 T = TypeVar("T")
 ChangeAll = Callable[[Transaction, Sequence[A]], list[T]]
 Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
 Refused = Callable[[str], None]
+QUEUE_LIMIT = 4096
 _GROUP = 256  #: most changes in one transaction
 _WIPING_S = 0.25  #: after which whoever wipes may look at its rounds again
 
@@ -58,7 +59,7 @@ class Writer:
         self,
         store: Store,
         *,
-        queue_limit: int = 4096,
+        queue_limit: int = QUEUE_LIMIT,
         observe: Observe | None = None,
         refused: Refused | None = None,
     ) -> None:

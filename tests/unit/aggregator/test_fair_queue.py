@@ -82,8 +82,7 @@ def test_nothing_is_lost_and_nobody_waits_behind_more_than_a_turn_of_each(
 
 async def test_what_people_change_is_not_kept_out_by_a_flood_of_check_ins(tmp_path: Path) -> None:
     store = SqlStore.open(tmp_path / "ledger.db")
-    service = Service(store, MemoryBlobs(), SystemClock())
-    service.writer = Writer(store, queue_limit=10, refused=service.metrics.no_room)
+    service = Service(store, MemoryBlobs(), SystemClock(), queue_limit=10)
     check_in = CheckIn(client="", runtimes=(), examples=1)
     flood = [asyncio.create_task(service.check_in("0" * 32, check_in)) for _ in range(20)]
     await asyncio.sleep(0)

@@ -148,8 +148,7 @@ async def test_a_change_is_durable_although_nobody_waits_for_it_any_more() -> No
 
 
 async def test_a_service_with_a_full_queue_says_busy() -> None:
-    service = Service(MemoryStore(), MemoryBlobs(), SystemClock())
-    service.writer = Writer(service.store, queue_limit=1)
+    service = Service(MemoryStore(), MemoryBlobs(), SystemClock(), queue_limit=1)
     waiting = asyncio.create_task(service.write(put(1)))
     await asyncio.sleep(0)
     answer = await service.write(put(2))
@@ -161,8 +160,7 @@ async def test_a_service_with_a_full_queue_says_busy() -> None:
 
 
 async def test_rounds_move_on_while_the_queue_is_full() -> None:
-    service = Service(MemoryStore(), MemoryBlobs(), SystemClock())
-    service.writer = Writer(service.store, queue_limit=0)
+    service = Service(MemoryStore(), MemoryBlobs(), SystemClock(), queue_limit=0)
     assert isinstance(await service.write(put(1)), Problem)
     service.writer.start()
     await service.tick()
