@@ -91,10 +91,12 @@ class _Round:
         codec, number = self.task.spec.codec, self._round.version_number
         place = (self._round.task_id, self._round.branch, self._round.number)
         updates = self._tx.updates(*place, UpdateState.ACCEPTED)
-        for rank, some in groupby(updates, key=lambda update: update.rank):
-            while few := list(islice(some, _DECODED)):
-                deltas = decode_deltas(codec, self._lives[rank], self._tx.payloads(few))
-                for update, delta in zip(few, deltas, strict=True):
+        while few := list(islice(updates, _DECODED)):
+            held = zip(few, self._tx.payloads(few), strict=True)
+            for rank, some in groupby(held, key=lambda pair: pair[0].rank):
+                alike, payloads = zip(*some, strict=True)
+                deltas = decode_deltas(codec, self._lives[rank], payloads)
+                for update, delta in zip(alike, deltas, strict=True):
                     yield self._contribution(update, delta, number - update.version_number)
 
     def _contribution(self, update: Update, delta: NDArray[np.float32], staleness: int) -> Contribution:

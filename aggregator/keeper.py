@@ -59,7 +59,7 @@ class Keeper:
         """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled."""
         if any(round_.branch != MAIN for round_ in await self._advance()):
             await self._advance()  # the last group's fold may be what the sum of all groups waits for
-        await self._writer.maintain()  # what has to wait is left to the next tick
+        await self._writer.maintain()  # where a reader is in the way the next tick tries again
 
     async def _advance(self) -> list[Round]:
         """Returns the rounds that waited for their sums."""

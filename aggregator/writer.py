@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from aggregator.fair_queue import FairQueue
 from aggregator.together import each_alone
-from fedtt.errors import FedttError
+from fedtt.errors import FedttError, StorageError
 from fedtt.messages import UpdateState
 from storage.store import Store, Transaction
 
@@ -23,7 +24,6 @@ Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
 Refused = Callable[[str], None]
 QUEUE_LIMIT = 4096
 _GROUP = 256  #: most changes in one transaction
-_WIPING_S = 0.25  #: after which whoever wipes may look at its rounds again
 
 
 class QueueFullError(FedttError):
@@ -103,23 +103,28 @@ class Writer:
         return await pending.future
 
     async def maintain(self) -> bool:
-        """Have settled payloads leave the disk, a few between two commits; False where some have to wait."""
+        """Have settled payloads leave the disk, a few between two commits; False where a log has to wait.
+
+        It ends under any load: whoever waits for it settles no more meanwhile.
+        """
         run = asyncio.get_running_loop().run_in_executor
-        over_at = time.monotonic() + _WIPING_S
         while await run(self._thread, self._store.wipe):
-            if time.monotonic() >= over_at:
-                return False
+            pass
         return await run(self._thread, self._store.maintain)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._loop())
 
     async def stop(self) -> None:
-        """Commit what waits, then end."""
+        """Commit what waits, wipe what is settled, then end."""
+        if self._ending:
+            return
         self._ending = True
         self._news.set()
         if self._task is not None:
             await self._task
+        with contextlib.suppress(StorageError):  # else whoever opens the ledger next does it
+            await self.maintain()
         self._thread.shutdown()
 
     async def _loop(self) -> None:

@@ -1,7 +1,7 @@
 """The tables: their keys, CHECKs and foreign keys hold the invariants of the ledger.
 
-Column names are those of `storage.records`, so a row is a record. No row is ever deleted but for payloads. A
-key's columns are never updated; states move forward.
+Column names are those of `storage.records`, so a row is a record. Only payloads are ever deleted. A key's
+columns are never updated; states move forward.
 """
 
 from __future__ import annotations

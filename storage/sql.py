@@ -19,7 +19,8 @@ __all__ = ["SqlStore", "change_schema"]
 
 _ATTEMPTS = 6
 _APART_S = 0.5
-_WIPED_TOGETHER = 64  #: payloads in one transaction: other commits wait for so many
+_WIPED_TOGETHER = 128  #: payloads in one transaction: other commits wait for so many
+_LOOK_AGAIN_S = 60.0
 
 
 def change_schema(backend: Backend, change: Callable[[Connection], None]) -> None:
@@ -44,7 +45,8 @@ class SqlStore:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._wipe_due = self._log_due = True  # a process before this one may have ended without
+        self._log_due = self._wipe_due = True  # a process before this one may have ended without
+        self._wiped_to, self._looked_at = 0, time.monotonic()
 
     @classmethod
     def open(cls, database: str | Path, *, busy_timeout_s: float = 10.0, alone: bool = True) -> Self:
@@ -80,7 +82,8 @@ class SqlStore:
             tx = SqlTransaction(connection, self._backend, readonly=False)
             yield tx
             tx.refuse_if_broken()
-            self._wipe_due |= tx.has_settled
+            if tx.has_settled:
+                self._wipe_from_start()
             self._log_due |= tx.has_wiped
 
     @contextmanager
@@ -89,11 +92,17 @@ class SqlStore:
             yield SqlTransaction(connection, self._backend, readonly=True)
 
     def wipe(self) -> bool:
+        if self.is_shared and time.monotonic() >= self._looked_at + _LOOK_AGAIN_S:
+            self._wipe_from_start()  # a server may have died before it has wiped what it settled
         if self._wipe_due:
             with self.transaction() as tx:
-                count = tx.wipe(_WIPED_TOGETHER)
-            self._wipe_due = count == _WIPED_TOGETHER
+                gone = tx.wipe(after=self._wiped_to, limit=_WIPED_TOGETHER)
+            self._wipe_due = len(gone) == _WIPED_TOGETHER
+            self._wiped_to = max(gone, default=0)
         return self._wipe_due
+
+    def _wipe_from_start(self) -> None:
+        self._wipe_due, self._wiped_to, self._looked_at = True, 0, time.monotonic()
 
     def maintain(self) -> bool:
         """Have what was wiped leave the write-ahead log too, so that no old payload stays in it."""

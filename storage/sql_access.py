@@ -110,8 +110,12 @@ class SqlAccess:
     def _write_behind(self) -> None:
         """Write what the batch has kept back, one statement for all rows of a table."""
         if self._batch is not None:
-            for written in self._batch.take_written():
-                self._insert(*written)
+            try:
+                for written in self._batch.take_written():
+                    self._insert(*written)
+            except StorageError as refusal:
+                self._broken = refusal  # of what belongs together a part may be written
+                raise
             for state, names in self._batch.take_moved().items():
                 self._execute(sql.move_leases, {"moved_to": state, "names": names})
 

@@ -186,17 +186,19 @@ class SqlTransaction(SqlDevices):
         reason: str = "",
         folded_into: int | None = None,
     ) -> int:
-        end = {"state": state, "reason": reason, "folded_into": folded_into}
-        rows = [{"lease": lease_id, **end} for lease_id in updates]
-        self.has_settled |= bool(rows)
-        moved = self._write(sql.settle, rows).rowcount if rows else 0
+        end = {"names": list(updates), "state": state, "reason": reason, "folded_into": folded_into}
+        moved = self._write(sql.settle, end).rowcount if end["names"] else 0
+        self.has_settled |= moved > 0
         self.moved[state] += moved
         return moved
 
-    def wipe(self, limit: int) -> int:
-        """Delete the payloads of so many updates in a terminal state at most; returns of how many."""
-        self.has_wiped = True
-        return self._write(sql.wipe, {"limit": limit}).rowcount
+    def wipe(self, *, after: int, limit: int) -> list[int]:
+        """Delete the payloads of the first updates behind a sequence that are settled; returns of which."""
+        settled = list(self._read(sql.payloads_to_wipe, {"after": after, "limit": limit}).scalars())
+        if settled:
+            self.has_wiped = True
+            self._write(sql.wipe, {"sequences": settled})
+        return settled
 
     def forget_settled(self, device_id: str) -> int:
         self.has_wiped = True

@@ -87,6 +87,7 @@ __all__ = [
     "participations_of",
     "payloads",
     "payloads_of",
+    "payloads_to_wipe",
     "put_member",
     "rounds",
     "settle",
@@ -262,22 +263,22 @@ updates_of = updates.where("device_id", "state").order_by(_update.sequence)
 _of_erased = exists().where(_device.id == _update.device_id, _device.state == DeviceState.ERASED)
 settle = (
     update(updates.table)
-    .where(_update.lease_id == bindparam("lease"), _update.state == UpdateState.ACCEPTED)
+    .where(is_among(_update.lease_id, _names), _update.state == UpdateState.ACCEPTED)
     .values({_update[name]: case((_of_erased, 0), else_=_update[name]) for name in _MEASURED})
 )
 _payload = payloads.table.c
 payloads_of = payloads.select.where(_payload.sequence.in_(bindparam("sequences", expanding=True))).order_by(
     _payload.sequence
 )
-wipe = delete(payloads.table).where(
-    _payload.sequence.in_(
-        select(_payload.sequence)
-        .join(updates.table, _update.sequence == _payload.sequence)
-        .where(_update.state != UpdateState.ACCEPTED)
-        .order_by(_payload.sequence)
-        .limit(bindparam("limit"))
-    )
+# a subquery for each row, because a join may be planned to read all updates
+_its_state = select(_update.state).where(_update.sequence == _payload.sequence).scalar_subquery()
+payloads_to_wipe = (
+    select(_payload.sequence)
+    .where(_payload.sequence > bindparam("after"), _its_state != UpdateState.ACCEPTED)
+    .order_by(_payload.sequence)
+    .limit(bindparam("limit"))
 )
+wipe = delete(payloads.table).where(_payload.sequence.in_(bindparam("sequences", expanding=True)))
 forget_settled = (
     update(updates.table)
     .where(_update.device_id == bindparam("device"), _update.state != UpdateState.ACCEPTED)

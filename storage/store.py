@@ -225,7 +225,10 @@ class Transaction(Protocol):
         ...
 
     def payloads(self, updates: Sequence[Update]) -> list[bytes]:
-        """What accepted updates hold, in their order; raises StorageError where one holds nothing."""
+        """What a few accepted updates hold, in their order; raises StorageError where one holds nothing.
+
+        Of one that is settled it may be there until it is wiped.
+        """
         ...
 
     def updates_of(self, device_id: str, state: UpdateState) -> list[Update]:

@@ -143,5 +143,6 @@ def _upload_all(store: SqlStore, codec: CodecSpec, count: int) -> Round:
     claimed = replace(round_, state=RoundState.FOLDING)
     with store.transaction() as tx:
         tx.put_round(claimed)
-    store.maintain()
+    assert not store.wipe()
+    assert store.maintain()
     return claimed

@@ -31,7 +31,7 @@ class Audit(Struct, frozen=True, kw_only=True):
     discarded: int
     versions: int
     lost: int  #: acknowledged, and not in the ledger with the bytes that were sent
-    emptied: int  #: that wait to be folded, and hold nothing
+    misheld: int  #: that wait without a payload, or that have ended and kept it
     unsettled: int  #: in no terminal state although the task has ended
     miscounted: int  #: versions that name another number of updates than point to them
     folded_otherwise: (
@@ -53,9 +53,9 @@ NOTHING_WRONG = {
 }
 
 
-_EMPTIED = (
+_MISHELD = (
     "SELECT count(*) FROM updates LEFT JOIN payloads USING (sequence) "
-    "WHERE state = 'accepted' AND payload IS NULL"
+    "WHERE CASE state WHEN 'accepted' THEN payload IS NULL ELSE ? AND payload IS NOT NULL END"
 )
 
 
@@ -63,7 +63,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
     """Look at a server's directory while no server runs on it.
 
     places: device -> its place among the factors (`benchmarks.faults.devices`).
-    ended: whether the task was stopped, so that every update must be in a terminal state.
+    ended: whether the task and then the server was stopped, so that every update must be in a terminal state.
     """
     database = data / "fedtt.db"
     with closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as db:
@@ -71,7 +71,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
         checks = [row[0] for row in db.execute("PRAGMA integrity_check")]
         damaged = (checks != ["ok"]) + len(db.execute("PRAGMA foreign_key_check").fetchall())
         updates = {row["lease_id"]: row for row in db.execute("SELECT * FROM updates")}
-        (emptied,) = db.execute(_EMPTIED).fetchone()
+        (misheld,) = db.execute(_MISHELD, (ended,)).fetchone()
         versions = db.execute("SELECT * FROM versions WHERE branch = 'main' ORDER BY number").fetchall()
     states = Counter(row["state"] for row in updates.values())
     known = {lease: row["digest"] for lease, row in updates.items()}
@@ -83,7 +83,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
         discarded=states["discarded"],
         versions=len(versions) - 1,
         lost=sum(known.get(lease) != digest for lease, digest in notes.acknowledged.items()),
-        emptied=emptied,
+        misheld=misheld,
         unsettled=states["accepted"] if ended else 0,
         miscounted=sum(members[row["number"]] != row["updates"] for row in versions),
         folded_otherwise=wrong_places,

@@ -118,6 +118,37 @@ def test_settled_payloads_are_in_no_file_any_more(payload_bytes: int, tmp_path: 
         assert _found(secrets, tmp_path) == set(secrets) - set(settled)
 
 
+def test_what_a_server_settled_and_did_not_wipe_is_wiped_by_the_next(tmp_path: Path) -> None:
+    secret = {"a": os.urandom(5_000)}
+    with closing(SqlStore.open(tmp_path / "ledger.db")) as store, store.transaction() as tx:
+        ledger.open_round(tx)
+        ledger.upload(tx, "a", payload=secret["a"])
+        tx.settle([ledger.lease("a").id], UpdateState.DISCARDED, reason="test")
+    assert _found(secret, tmp_path)
+    with closing(SqlStore.open(tmp_path / "ledger.db")) as store:
+        assert not store.wipe()
+        assert store.maintain()
+        assert not _found(secret, tmp_path)
+
+
+def test_what_a_server_settled_and_did_not_wipe_is_wiped_by_those_that_live_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = {"a": os.urandom(5_000)}
+    with closing(SqlStore.open(tmp_path / "ledger.db", alone=False)) as survivor:
+        assert not survivor.wipe()
+        with closing(SqlStore.open(tmp_path / "ledger.db", alone=False)) as other, other.transaction() as tx:
+            ledger.open_round(tx)
+            ledger.upload(tx, "a", payload=secret["a"])
+            tx.settle([ledger.lease("a").id], UpdateState.DISCARDED, reason="test")
+        assert not survivor.wipe()
+        assert _found(secret, tmp_path)
+        monkeypatch.setattr("storage.sql._LOOK_AGAIN_S", 0.0)
+        assert not survivor.wipe()
+        assert survivor.maintain()
+        assert not _found(secret, tmp_path)
+
+
 def _found(secrets: dict[str, bytes], directory: Path) -> set[str]:
     """The names of the secrets of which a piece lies in some file of the directory."""
     stored = b"".join(path.read_bytes() for path in directory.iterdir())

@@ -1,4 +1,4 @@
-"""The schema moves forward and back while updates come in; steps are additive, so older servers go on."""
+"""The schema moves forward and back while updates come in; from the first release on, steps are additive."""
 
 from __future__ import annotations
 

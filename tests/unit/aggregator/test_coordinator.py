@@ -12,6 +12,7 @@ from aggregator.coordinator import Coordinator
 from aggregator.lifecycle import Fold, Lifecycle
 from aggregator.uploads import Admission, Upload
 from fedtt.algorithms import ExactFedTT, FedTT, Method
+from fedtt.errors import StorageError
 from fedtt.messages import (
     CheckIn,
     CheckInAnswer,
@@ -345,8 +346,10 @@ def test_an_erased_device_leaves_no_key_and_no_update_behind() -> None:
     with server.store.transaction() as tx:
         assert server.coordinator.leave(tx, device, erase=True) is None
         row, update = tx.device(device), tx.update(lease)
+        assert update is not None
+        with pytest.raises(StorageError, match="holds no payload"):
+            tx.payloads([update])
     assert row is not None
-    assert update is not None
     assert (row.public_key, row.client) == (b"", "")
     assert update.state is UpdateState.DISCARDED
     assert code_of(server.check_in(device)) is Code.UNKNOWN_DEVICE

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -241,6 +241,19 @@ def test_a_crowd_of_readers_opens_no_more_files(store: SqlStore) -> None:
         for reading in [crowd.submit(read) for _ in range(20)]:
             reading.result()
     assert of_the_ledger() == before
+
+
+def test_of_what_is_written_together_no_part_stays_where_a_part_is_refused(store: SqlStore) -> None:
+    def upload_two() -> None:
+        leases = [ledger.lease(name).id for name in "ab"]
+        with store.transaction() as tx, suppress(StorageError), tx.together(leases):
+            ledger.upload(tx, "a")
+            ledger.upload(tx, "b", loss_first=float("nan"))
+
+    with pytest.raises(StorageError, match="NOT NULL"):
+        upload_two()
+    with store.reading() as tx:
+        assert tx.update(ledger.lease("a").id) is None
 
 
 # migrations
