@@ -59,11 +59,14 @@ _MISHELD = (
 )
 
 
-def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = True) -> Audit:
+def audit(
+    data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = True, wiped: bool = True
+) -> Audit:
     """Look at a server's directory while no server runs on it.
 
     places: device -> its place among the factors (`benchmarks.faults.devices`).
-    ended: whether the task and then the server was stopped, so that every update must be in a terminal state.
+    ended: whether the task was stopped, so that every update must be in a terminal state.
+    wiped: whether the server was told to stop after that and met no fault, so that no payload is left.
     """
     database = data / "fedtt.db"
     with closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as db:
@@ -71,7 +74,7 @@ def audit(data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = 
         checks = [row[0] for row in db.execute("PRAGMA integrity_check")]
         damaged = (checks != ["ok"]) + len(db.execute("PRAGMA foreign_key_check").fetchall())
         updates = {row["lease_id"]: row for row in db.execute("SELECT * FROM updates")}
-        (misheld,) = db.execute(_MISHELD, (ended,)).fetchone()
+        (misheld,) = db.execute(_MISHELD, (wiped,)).fetchone()
         versions = db.execute("SELECT * FROM versions WHERE branch = 'main' ORDER BY number").fetchall()
     states = Counter(row["state"] for row in updates.values())
     known = {lease: row["digest"] for lease, row in updates.items()}

@@ -56,7 +56,7 @@ async def cut(setting: Setting, *, lives: int, cuts: int) -> Outcome:
             }
             image = directory / "image"
             _Disk(data, first).play(calls[:after]).write(image, rng)
-            found = audit(image, known, places, ended=False)
+            found = audit(image, known, places, ended=False, wiped=False)
             figures["cuts"] = int(figures["cuts"]) + 1
             figures["expected"] = int(figures["expected"]) + len(known.acknowledged)
             for name in NOTHING_WRONG:

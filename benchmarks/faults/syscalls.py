@@ -125,7 +125,7 @@ class _Trial:
             await server.stop()
             if not done:
                 await self._go_on(peers, notes)
-            found = audit(server.data, notes, {p.identity.device: p.number for p in peers})
+            found = audit(server.data, notes, {p.identity.device: p.number for p in peers}, wiped=False)
         if any(getattr(found, name) for name in NOTHING_WRONG):
             self.note = str(found)
         counts.update({name: int(getattr(found, name)) for name in Audit.__struct_fields__})
