@@ -318,13 +318,14 @@ int32_t fedtt_output(const fedtt_program* program, int32_t index, fedtt_tensor* 
 
 #ifdef FEDTT_PROFILE
 FEDTT_PUBLIC int32_t fedtt_write_profile(fedtt_program* program, const char* path) {
-  const auto result = program->trace.get_etdump_data();
-  if (result.buf == nullptr) return 1;
-  std::FILE* file = std::fopen(path, "wb");
-  std::fwrite(result.buf, 1, result.size, file);
-  std::fclose(file);
-  std::free(result.buf);
-  return 0;
+  return contained(threw, nullptr, 0, [&] {
+    const auto result = program->trace.get_etdump_data();
+    const std::unique_ptr<void, decltype(&std::free)> owned(result.buf, &std::free);
+    std::FILE* file = result.buf == nullptr ? nullptr : std::fopen(path, "wb");
+    if (file == nullptr) return 1;
+    const bool whole = std::fwrite(result.buf, 1, result.size, file) == result.size;
+    return std::fclose(file) == 0 && whole ? 0 : 1;
+  });
 }
 #endif
 
