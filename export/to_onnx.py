@@ -15,6 +15,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from .onnx_passes import simplify
 from .trace import AXES
 
 __all__ = ["OPSET", "STEP_OUTPUTS", "convert", "part_of", "share_weights", "write_graphs"]
@@ -53,6 +54,7 @@ def convert(
         raise RuntimeError("torch.onnx.export(dynamo=True) returned no program")
     model = converted.model
     _name_weights(model.graph, {weight.data_ptr(): name for name, weight in weights.items()})
+    simplify(model)
     _run(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     _run(model, passes.IdentityEliminationPass(), passes.DeduplicateInitializersPass())
     _run(model, passes.CommonSubexpressionEliminationPass())

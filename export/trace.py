@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .gradients import layer_norm_backward
+
 __all__ = ["AXES", "MIN_TOKENS", "FlatProducts", "trace"]
 
 MIN_TOKENS = 3  #: a causal step over shorter rows would have a dimension of 1, which tracing specialises
@@ -58,14 +60,20 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if b.dim() == 2:
         return _linear(a, b.t())
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
-    a, b = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    a, b = (_spread(x, lead).reshape(-1, *x.shape[-2:]) for x in (a, b))
     return torch.bmm(a, b).reshape(*lead, a.shape[-2], b.shape[-1])
 
 
+def _spread(x: Tensor, lead: Sequence[int]) -> Tensor:
+    """x (..., m, k) with leading dimensions `lead`; without an operator where it has them."""
+    return x if x.shape[:-2] == lead else x.expand(*lead, *x.shape[-2:])
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Core ATen, and two operators that ONNX has no good form for."""
+    """Core ATen, two operators that ONNX has no good form for, and gradients in fewer passes."""
     return {
         **core_aten_decompositions(),
+        torch.ops.aten.native_layer_norm_backward.default: layer_norm_backward,
         torch.ops.aten.empty_permuted.default: _empty_permuted,
         torch.ops.aten.split_with_sizes.default: _split_with_sizes,
     }
