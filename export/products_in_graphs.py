@@ -63,17 +63,19 @@ class _Writer:
         return self.add("Mul", self.add("MatMulIntegerToFloat", *inputs, domain=_RUNTIME), step)
 
     def _rounded(self, x: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """x (T, N) as unsigned integers, and the steps (T, 1)."""
+        """x (T, N) as unsigned integers, and the steps (T, 1).
+
+        Steps are computed as (T,): with a scalar beside it, each row of (T, 1) is a loop of its own.
+        """
         last, least = (
             self._constant("last", torch.tensor([-1])),
-            self._constant("least", torch.tensor(LEAST)),
+            self._constant("least", torch.tensor([LEAST])),
         )
-        lowest = self.add("Neg", self.add("ReduceMin", x, last))
-        largest = self.add("Max", self.add("ReduceMax", x, last), lowest, least)
-        step = self.add("Div", largest, self._constant("levels", torch.tensor(float(LEVELS))))
-        steps = self.add("Reshape", step, last)
+        lowest = self.add("Neg", self.add("ReduceMin", x, last, keepdims=0))
+        largest = self.add("Max", self.add("Max", self.add("ReduceMax", x, last, keepdims=0), lowest), least)
+        steps = self.add("Div", largest, self._constant("levels", torch.tensor(float(LEVELS))))
         zeros = self.add("Expand", self._zero, self.add("Shape", steps))
-        return self.add("QuantizeLinear", x, steps, zeros, axis=0), step
+        return self.add("QuantizeLinear", x, steps, zeros, axis=0), self.add("Unsqueeze", steps, last)
 
 
 def _products(value: ir.Value, *, transposed: bool) -> Iterator[tuple[ir.Node, bool]]:

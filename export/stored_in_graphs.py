@@ -9,6 +9,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor
 
+from .joined_products import join_products
 from .products_in_graphs import write_products
 from .quantise import Stored
 
@@ -40,6 +41,7 @@ def store(model: ir.Model, stored: dict[str, Stored]) -> None:
     if any(kept.multiplied for kept in stored.values()):
         passes.RemoveUnusedNodesPass()(model)
         passes.CommonSubexpressionEliminationPass()(model)  # one value of several products is rounded once
+        join_products(graph)
 
 
 def _initialiser(graph: ir.Graph, name: str, value: Tensor) -> ir.Value:

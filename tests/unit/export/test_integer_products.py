@@ -110,6 +110,43 @@ def test_a_matrix_that_is_not_only_multiplied_with_is_named_and_what_to_do() -> 
         store(graph, quantise(module, "int8", multiplied={"layer.weight"}))
 
 
+class Mlp(nn.Module):
+    """x (T, N), gradient (T, N) of a layer on gelu of a layer -> the gradient of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, gradient: Tensor) -> Tensor:
+        _, backward, *_ = torch.func.vjp(lambda x: self.down(F.gelu(self.up(x))), x)
+        found: Tensor = backward(gradient)[0]
+        return found
+
+
+def test_products_that_follow_one_another_are_joined_and_give_the_same(tmp_path: Path) -> None:
+    module = Mlp()
+    stored = quantise(module, "int8", multiplied={"up.weight", "down.weight"})
+    inputs = {"x": torch.randn(ROWS, IN), "gradient": 1e-3 * torch.randn(ROWS, IN)}
+    inputs["gradient"][3] = 0
+    axes: dict[str, tuple[str, ...]] = {"x": ("rows",), "gradient": ("rows",)}
+    weights = dict(module.named_parameters())
+    graph = convert(trace(module, inputs, axes), list(inputs), weights, {"back": ("rows",)}, axes)
+    store(graph, stored)
+    write_graphs({"mlp.onnx": graph}, "mlp.bin", tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "mlp.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    with IntegerProducts(weights, stored):
+        torch.testing.assert_close(torch.from_numpy(found), module(*inputs.values()), atol=1e-9, rtol=1e-5)
+    columns = [node.inputs[3] for node in graph.graph if node.op_type == "MatMulIntegerToFloat"]
+    assert [value.name for value in columns if value] == [
+        "up.weight.scale",
+        "up.weight.scale",
+        "quantise.one",
+    ]
+
+
 def test_pairs_of_products_fit_into_the_sixteen_bits_of_processors_without_vnni(
     layer: tuple[Layer, dict[str, Stored]],
 ) -> None:
