@@ -46,7 +46,7 @@ __all__ = ["NO_TASK", "Coordinator"]
 
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active
-_FOLDING_RETRY_S = 1.0  #: at most
+_FOLDING_S = 1.0  #: after which devices ask again, on average
 _INVITATIONS_KEPT = 16  #: rounds
 
 
@@ -128,8 +128,8 @@ class Coordinator(Population, Uploads):
         if last is not None and is_judged(tx, task):
             return self._wait(task.spec, last, device, "the newest version is being judged")
         spec, number = task.spec, last.number if last is not None else 0
-        soon_s = rules.retry_after_s(spec.rounds, spec.seed, number, device.id)
-        return Wait(retry_after_s=min(_FOLDING_RETRY_S, soon_s), reason="the round is being folded")
+        soon_s = rules.retry_after_s(spec.rounds, spec.seed, number, device.id, mean_s=_FOLDING_S)
+        return Wait(retry_after_s=soon_s, reason="the round is being folded")
 
     @staticmethod
     def _idle(now: float, device_name: str, reason: str) -> Wait:

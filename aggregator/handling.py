@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
@@ -51,7 +52,7 @@ SERVICE = web.AppKey("service", Service)
 KEYS = web.AppKey("keys", Buckets)  #: what each device's key may still send
 RENDER: web.AppKey[Render] = web.AppKey("render")  #: how the listener writes a Problem
 BODY_S = web.AppKey("body_s", float)
-_BUSY_RETRY_S = 2
+_BUSY_RETRY_S = (1, 2, 3)  #: drawn, so that those who came together do not come back together
 _CONTROL = re.compile("%(?:[01][0-9a-f]|7f)", re.IGNORECASE)  #: in a path or query as it came
 _log = logging.getLogger("fedtt.aggregator")
 
@@ -61,7 +62,7 @@ M = TypeVar("M")
 class ProblemError(FedttError):
     """Carries a Problem out of a handler to the middleware."""
 
-    def __init__(self, problem: Problem, retry_after_s: float = _BUSY_RETRY_S) -> None:
+    def __init__(self, problem: Problem, retry_after_s: float | None = None) -> None:
         self.problem, self.retry_after_s = problem, retry_after_s
         super().__init__(problem.detail)
 
@@ -142,13 +143,14 @@ def json_answer(value: object, status: int = 200) -> web.Response:
 
 
 def refuse(
-    app: web.Application, problem: Problem, status: int | None = None, retry_after_s: float = _BUSY_RETRY_S
+    app: web.Application, problem: Problem, status: int | None = None, retry_after_s: float | None = None
 ) -> web.Response:
     """Count a refusal, and answer with it in the listener's own format."""
     app[SERVICE].metrics.refused(problem.code)
     response = app[RENDER](problem, status or STATUS[problem.code])
     if problem.code in {Code.BUSY, Code.TOO_MANY}:
-        response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+        wait_s = secrets.choice(_BUSY_RETRY_S) if retry_after_s is None else max(1, math.ceil(retry_after_s))
+        response.headers["Retry-After"] = str(wait_s)
     return response
 
 

@@ -108,7 +108,11 @@ def malformed(why: str) -> Problem:
 
 
 def not_found(what: str) -> Problem:
-    return Problem(code=Code.NOT_FOUND, detail=f"there is no {what} here"[:500])
+    return Problem(
+        code=Code.NOT_FOUND,
+        detail=f"there is no {what} here"[:500],
+        remedy="see that the name is whole, and the server the right one",
+    )
 
 
 def unknown_task(name: str) -> Problem:

@@ -9,6 +9,7 @@ factors in the same coordinates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 
@@ -91,9 +92,14 @@ def refusal(task: TaskSpec, granted: Round, current: Round, lease: Lease) -> str
     return None
 
 
-def retry_after_s(spec: RoundSpec, seed: int, round_number: int, device_id: str) -> float:
-    """When this device asks again: between half and one and a half of `retry_s`, so that herds disperse."""
-    return _spread(spec.retry_s, seed, round_number, device_id)
+def retry_after_s(
+    spec: RoundSpec, seed: int, round_number: int, device_id: str, *, mean_s: float = math.inf
+) -> float:
+    """When this device asks again: between half and one and a half of `retry_s`, so that herds disperse.
+
+    mean_s: of what is waited for, where that is known to be sooner.
+    """
+    return _spread(min(mean_s, spec.retry_s), seed, round_number, device_id)
 
 
 def idle_retry_s(mean_s: float, now: float, device_id: str) -> float:

@@ -70,7 +70,11 @@ def _taken_apart(frame: bytes, wanted: Wanted) -> Checked:
     except WireError as error:
         return _of_another_plan(str(error))
     if header.examples < 1 or header.steps < 1:
-        return Problem(code=Code.MALFORMED, detail="an update stands for at least one example and one step")
+        return Problem(
+            code=Code.MALFORMED,
+            detail="an update stands for at least one example and one step",
+            remedy="give the lease back instead",
+        )
     return header, payload
 
 

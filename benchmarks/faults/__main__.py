@@ -24,7 +24,7 @@ ROWS = {
     "flips": "every prefix and single-bit flip of a valid upload",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
     "client": "kill -9 of a client at random points of its rounds",
-    "fold": "the sum of 10,000 updates of 20,000 numbers",
+    "fold": "the sum of 10,000 updates of 20,000 numbers, bounded where they have 8 bits",
     "herd": "10,000 check-ins at the same moment, and the times at which they are told to return",
     "full-disk": "the disk full under load, then with room again",
     "power": "power cuts that lose what was not synced",

@@ -53,7 +53,7 @@ class Notes:
         self.acknowledged_at: dict[str, float] = {}  #: lease -> Unix seconds
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []  #: answers that no server may give
-        self.latencies_s: list[float] = []  #: of uploads that were acknowledged
+        self.latencies_s: list[float] = []  #: of uploads that were acknowledged, from their first sending
 
     def receipt(self, lease: str, frame: bytes, receipt: Receipt) -> None:
         digest = hashlib.sha256(frame).hexdigest()
@@ -142,9 +142,9 @@ class Device:
 
     async def _send(self, lease: str, frame: bytes, over: asyncio.Event) -> None:
         """The same bytes again and again, sometimes together with themselves, once more, or with others."""
+        started = time.perf_counter()
         while not over.is_set():
             try:
-                started = time.perf_counter()
                 if self._rng.random() < self._habits.together:
                     both = [self.transport.upload(lease, frame) for _ in range(2)]
                     receipts: Sequence[Receipt] = await asyncio.gather(*both)

@@ -12,6 +12,7 @@ from benchmarks.faults.kill import places
 from benchmarks.faults.ledger import NOTHING_WRONG, audit
 from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.server import ServerProcess, task_text
+from benchmarks.serving.processes import cpu_s
 
 __all__ = ["run"]
 
@@ -21,7 +22,7 @@ _WARM_UP = 1 / 3  #: of the time
 _OWN_SOCKETS = (
     8  #: two listeners, what wakes the loop, an administrator; devices send some updates twice at once
 )
-_HABITS = Habits(pause_s=0.2, retry_s=0.4)  #: about half of what two busy cores take
+_HABITS = Habits(pause_s=0.2, retry_s=0.4)  #: they keep the server busy for more than half of the time
 
 
 async def run(setting: Setting) -> Outcome:
@@ -40,6 +41,7 @@ async def run(setting: Setting) -> Outcome:
             if len(samples) % 30 == 0:
                 setting.report.line(row="soak", at_s=round(at), **_figures(*samples[-1][1:]))
             await asyncio.sleep(every_s)
+        server_cpu_s = cpu_s(server.pid)
         over.set()
         await asyncio.gather(*living)
         await server.task("/stop", "POST")
@@ -53,6 +55,7 @@ async def run(setting: Setting) -> Outcome:
             **found.figures(),
             "seconds": seconds,
             "acknowledged_per_s": round(found.acknowledged / seconds, 1),
+            "server_cpu_share": round(server_cpu_s / seconds, 2),
             "resident_mb": round(float(resident_mb[-1]), 1),
             "resident_mb_per_h": round(float(np.polyfit(hours, resident_mb, 1)[0]), 3),
             "anonymous_mb_per_h": round(float(np.polyfit(hours, anonymous_mb, 1)[0]), 3),

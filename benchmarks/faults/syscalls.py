@@ -27,7 +27,7 @@ NUMBERS = 100
 _COHORT = 4
 _FAULTS = {
     "pwrite64": ("signal=KILL", "error=EIO", "error=ENOSPC"),
-    "fdatasync": ("signal=KILL", "error=EIO"),
+    "fdatasync": ("signal=KILL", "error=EIO", "error=ENOSPC"),
     "ftruncate": ("signal=KILL", "error=EIO"),
     "fsync": ("signal=KILL", "error=EIO", "error=ENOSPC"),
     "write": ("signal=KILL", "error=EIO", "error=ENOSPC"),

@@ -205,5 +205,5 @@ async def test_a_store_that_fails_is_the_servers_fault_and_may_pass(
     finally:
         blob.write_bytes(sound)
     refused(answer, Code.BUSY, "the server cannot use its storage now; nothing was changed")
-    assert answer.headers["Retry-After"] == "2"
+    assert answer.headers["Retry-After"] in {"1", "2", "3"}
     assert "is damaged where it is stored: restore it from a backup" in caplog.text

@@ -1,4 +1,4 @@
-"""What is discarded leaves the disk at the next tick, whatever discarded it and whoever reads meanwhile."""
+"""What is settled leaves the disk at the next tick, whatever settled it and whoever reads meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest_asyncio
 from aggregator.service import Service
 from fedtt.task import RoundSpec, TaskSpec
 from storage.blobs import MemoryBlobs
-from storage.records import TaskState
+from storage.records import TaskState, UpdateState
 from storage.sql import SqlStore
 from storage.store import Transaction
 from tests.support import ledger
@@ -62,18 +62,23 @@ def stop(service: Service, tx: Transaction) -> None:
     service.lifecycle.stop(tx, 1000.0, "t", "test")
 
 
+def fold(service: Service, tx: Transaction) -> None:
+    """What publishing does to an update."""
+    tx.settle([ledger.lease().id], UpdateState.FOLDED, folded_into=0)
+
+
 def give_up(service: Service, tx: Transaction) -> None:
     """The deadline passes with one update where two are needed."""
     service.lifecycle.advance(tx, 1061.0)
     assert tx.tasks()[0].state is TaskState.PAUSED
 
 
-@pytest.mark.parametrize("discard", [leave, erase, stop, give_up])
-async def test_a_discarded_update_is_in_no_file_after_the_next_tick(
-    discard: Callable[[Service, Transaction], None], service: Service, tmp_path: Path
+@pytest.mark.parametrize("settle", [fold, leave, erase, stop, give_up])
+async def test_a_settled_update_is_in_no_file_after_the_next_tick(
+    settle: Callable[[Service, Transaction], None], service: Service, tmp_path: Path
 ) -> None:
     assert lies_in(tmp_path)
-    await service.write(lambda tx: discard(service, tx))
+    await service.write(lambda tx: settle(service, tx))
     await service.tick()
     assert not lies_in(tmp_path)
 

@@ -20,6 +20,11 @@ def test_the_page_is_what_the_stored_rows_say(tmp_path: Path) -> None:
     assert made.read_text() == page.read_text()
 
 
+def test_every_row_is_stored() -> None:
+    stored = {path.stem for path in (ROOT / "benchmarks" / "results" / "faults").glob("*.jsonl")}
+    assert stored == set(ROWS)
+
+
 def test_a_bound_that_does_not_hold_is_named(tmp_path: Path) -> None:
     bounds = {"at_most": {"lost": 0, "back_s": 2}, "at_least": {"kills": 200}}
     line = {
