@@ -8,11 +8,13 @@ import hashlib
 import json
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from safetensors.numpy import load
@@ -62,9 +64,9 @@ async def start(data: Path, *options: str) -> asyncio.subprocess.Process:
 
 
 @asynccontextmanager
-async def serve(data: Path) -> AsyncIterator[Process]:
+async def serve(data: Path, *options: str) -> AsyncIterator[Process]:
     """A server process on free ports; whatever becomes of it, it is gone afterwards."""
-    process = await start(data, "--json")
+    process = await start(data, "--json", *options)
     assert process.stdout is not None
     try:
         async with asyncio.timeout(30):
@@ -118,6 +120,32 @@ async def test_a_server_that_is_asked_to_end_does_so_at_once_and_cleanly(
     else:
         assert first.startswith(b"devices   http://127.0.0.1:")
         assert out.endswith(b"\nstopped; everything acknowledged is on disk\n")
+
+
+async def test_a_server_that_drains_is_not_ready_and_takes_what_comes_to_the_end(tmp_path: Path) -> None:
+    cohort = 12
+    async with serve(tmp_path / "data", "--drain-s", "1") as server:
+        await open_task(server, tmp_path / "bundle", task_text(cohort=cohort, count=1))
+        async with server.devices(cohort) as peers, aiohttp.ClientSession() as web:
+            work = [await peer.work() for peer in peers]
+            server.process.terminate()
+
+            async def is_not_ready() -> bool:
+                async with web.get(f"{server.url}/readyz") as answer:
+                    return answer.status == 503
+
+            await until(is_not_ready, 10)
+            receipts = await asyncio.gather(
+                *(
+                    peer.transport.upload(w.lease, frame_of(w.plan))
+                    for peer, w in zip(peers, work, strict=True)
+                )
+            )
+        async with asyncio.timeout(30):
+            assert await server.process.wait() == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "fedtt.db")) as ledger:
+        kept = dict(ledger.execute("SELECT lease_id, digest FROM updates").fetchall())
+    assert kept == {w.lease: receipt.digest for w, receipt in zip(work, receipts, strict=True)}
 
 
 async def test_a_server_that_cannot_start_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
