@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from yarl import URL
 from aggregator.limits import Rate, Rates
 from fedtt.errors import Unreachable
 from tests.support.certificates import authority
-from tests.support.served import LAYOUT, Peer, served, task_text
+from tests.support.postgresql import needs_postgresql
+from tests.support.postgresql import server as postgresql
+from tests.support.served import LAYOUT, Peer, served, task_text, until
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def documented(directory: Path, server: URL, port: int) -> str:
+def documented(directory: Path, servers: Sequence[URL], port: int) -> str:
     """The page's own server block, of this certificate and these ports."""
     block = re.search(r"```nginx\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert block is not None
@@ -38,7 +40,7 @@ def documented(directory: Path, server: URL, port: int) -> str:
         "fedtt.example.org": "127.0.0.1",
         "/etc/ssl/fedtt/chain.pem": f"{directory}/server-ours.pem",
         "/etc/ssl/fedtt/key.pem": f"{directory}/server-ours-key.pem",
-        "127.0.0.1:8440": server.authority,
+        "127.0.0.1:8440": "servers",
     }.items():
         assert said in text
         text = text.replace(said, here)
@@ -46,17 +48,18 @@ def documented(directory: Path, server: URL, port: int) -> str:
         f"{kind}_temp_path {directory}/{kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    upstream = "".join(f"server {server.authority};\n" for server in servers)
     return (
         f"daemon off; master_process off; pid {directory}/pid; error_log stderr;\n"
-        f"events {{}}\nhttp {{\naccess_log off;\n{places}{text}}}\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{places}upstream servers {{\n{upstream}}}\n{text}}}\n"
     )
 
 
 @asynccontextmanager
-async def proxy(directory: Path, server: str, port: int) -> AsyncIterator[str]:
-    """nginx in front of a server; its URL."""
+async def proxy(directory: Path, port: int, *servers: str) -> AsyncIterator[str]:
+    """nginx in front of servers, each asked in turn; its URL."""
     settings = directory / "nginx.conf"
-    settings.write_text(documented(directory, URL(server), port))
+    settings.write_text(documented(directory, [URL(server) for server in servers], port))
     process = await asyncio.create_subprocess_exec(str(NGINX), "-c", str(settings), "-p", str(directory))
     try:
         async with asyncio.timeout(10):
@@ -81,7 +84,7 @@ async def test_devices_work_through_the_proxy_of_the_page(tmp_path: Path, unused
     ca = str(tmp_path / "ours.pem")
     async with (
         served(tmp_path, task_text(), forwarded=True) as server,
-        proxy(tmp_path, server.url, unused_tcp_port) as url,
+        proxy(tmp_path, unused_tcp_port, server.url) as url,
     ):
         async with Peer(url, 1) as stranger:
             with pytest.raises(Unreachable, match=r"(?i)certificate verify failed"):
@@ -99,6 +102,36 @@ async def test_devices_work_through_the_proxy_of_the_page(tmp_path: Path, unused
             assert await server.service.read(lambda tx: tx.update(receipt.lease)) is not None
 
 
+@needs_postgresql
+async def test_devices_work_through_a_balancer_whichever_server_answers(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    authority(tmp_path, "ours")
+    ca, database = str(tmp_path / "ours.pem"), postgresql().new_database()
+    shared = {"database": database, "blobs": str(tmp_path / "blobs"), "forwarded": True}
+    async with (
+        served(tmp_path / "a", task_text(cohort=2, count=1), **shared) as first,
+        served(tmp_path / "b", **shared) as second,
+        proxy(tmp_path, unused_tcp_port, first.url, second.url) as url,
+        Peer(url, 1, ca=ca) as one,
+        Peer(url, 2, ca=ca) as another,
+    ):
+        for device in (one, another):
+            await device.enroll(first.token)
+        receipts = [await device.update() for device in (one, another)]
+
+        async def folded() -> bool:
+            return all(
+                [(await one.transport.receipt(receipts[0].lease)).version_number == 1 for _ in range(2)]
+            )
+
+        await until(folded)
+        for server in (first, second):
+            (requests,) = server.service.metrics.requests.collect()
+            assert sum(sample.value for sample in requests.samples) > 2
+    postgresql().drop(database)
+
+
 async def test_what_a_stranger_says_of_the_address_does_not_get_past_the_proxy(
     tmp_path: Path, unused_tcp_port: int
 ) -> None:
@@ -108,7 +141,7 @@ async def test_what_a_stranger_says_of_the_address_does_not_get_past_the_proxy(
     lie = {"X-Forwarded-For": "198.51.100.7"}
     async with (
         served(tmp_path, None, rates=rates, forwarded=True) as server,
-        proxy(tmp_path, server.url, unused_tcp_port) as url,
+        proxy(tmp_path, unused_tcp_port, server.url) as url,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session,
     ):
         for _ in range(4):  # the proxy saw this machine, whose requests are not counted
@@ -131,7 +164,7 @@ async def test_the_proxy_says_whom_it_stands_for(tmp_path: Path, unused_tcp_port
     async with await asyncio.start_server(upstream, "127.0.0.1", 0) as listener:
         port = listener.sockets[0].getsockname()[1]
         async with (
-            proxy(tmp_path, f"http://127.0.0.1:{port}", unused_tcp_port) as url,
+            proxy(tmp_path, unused_tcp_port, f"http://127.0.0.1:{port}") as url,
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session,
             session.get(f"{url}/v1/x%2Fy?z", headers={"X-Forwarded-For": "198.51.100.7"}),
         ):
