@@ -10,6 +10,7 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -108,7 +109,7 @@ async def test_devices_work_through_a_balancer_whichever_server_answers(
 ) -> None:
     authority(tmp_path, "ours")
     ca, database = str(tmp_path / "ours.pem"), postgresql().new_database()
-    shared = {"database": database, "blobs": str(tmp_path / "blobs"), "forwarded": True}
+    shared: dict[str, Any] = {"database": database, "blobs": str(tmp_path / "blobs"), "forwarded": True}
     async with (
         served(tmp_path / "a", task_text(cohort=2, count=1), **shared) as first,
         served(tmp_path / "b", **shared) as second,
