@@ -22,6 +22,7 @@ __all__ = [
     "Lease",
     "LeaseState",
     "Participation",
+    "Payload",
     "Role",
     "Round",
     "RoundState",

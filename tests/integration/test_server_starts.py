@@ -212,7 +212,8 @@ async def test_a_disk_that_fills_up_takes_no_update_and_loses_none(tmp_path: Pat
             with pytest.raises(Refused) as caught:
                 await _enroll_without_end(server)  # the log has some room of its own
             for _ in range(3):
-                assert (caught.value.problem.code, caught.value.retry_after_s) == (Code.BUSY, 2)
+                assert caught.value.problem.code is Code.BUSY
+                assert caught.value.retry_after_s in {1, 2, 3}
                 with pytest.raises(Refused) as caught:
                     await b.transport.upload(work.lease, frame)
             assert await a.transport.receipt(kept.lease) == kept
