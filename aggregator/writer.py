@@ -22,7 +22,7 @@ T = TypeVar("T")
 ChangeAll = Callable[[Transaction, Sequence[A]], list[T]]
 Observe = Callable[[int, float, Mapping[UpdateState, int]], None]
 Refused = Callable[[str], None]
-QUEUE_LIMIT = 4096
+QUEUE_LIMIT = 4096  #: requests that wait for a commit, unless said otherwise
 _GROUP = 256  #: most changes in one transaction
 
 
