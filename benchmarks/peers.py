@@ -19,6 +19,8 @@ How it is kept fair
     torch would have it ("frozen"), and with their output kept for each row in memory and on disk, which
     takes a user some code of his own ("cached"). Late figures are of the last third of the rounds, when
     most of what is cached has been met before; everybody's cache is empty when the first round begins.
+  - `ours_int8` beside it is the same job with the frozen matrices multiplied in int8, as devices train that
+    were given such a bundle (`fedtt export --base int8 --products int8`): other arithmetic, so other ratios.
   - Without training pfl-research serialises nothing and sends no messages; devices are iterations of a loop
     over one model. Beside our in-process transport with typed messages (`ours`) there is therefore the one
     where each becomes bytes and is read again (`ours_framed`), which is nearer to what Flower does. Here pfl
@@ -108,6 +110,8 @@ class Bench:
 
     def _programs(self, *, whole: bool) -> dict[str, Program]:
         programs = {"ours": Program.ours()}
+        if not self._quick:
+            programs["ours-int8"] = Program.ours("ours-int8")
         prefixes: tuple[PrefixKind, ...] = ("cached",) if self._quick else ("frozen", "cached")
         for peer in self._peers:
             if whole:
@@ -119,7 +123,7 @@ class Bench:
     def _best(self, program: Program, real: RealJob, cohort: int) -> Callable[[int], Job] | None:
         """How many processes and threads a peer is fastest with, as jobs of so many rounds."""
         ways = list(dict.fromkeys([(self._cores, 1), (1, self._cores)]))
-        if program.name == "ours":
+        if program.is_ours:
             ways = ways[-1:]
         elif self._quick:
             ways = ways[:1]
@@ -158,9 +162,10 @@ class Bench:
 
     def _against_ours(self, what: str, rates: dict[str, float]) -> Figures:
         ratios = {
-            f"{what}_ours_over_{name}".replace("-", "_"): round(rates["ours"] / rate, 2)
+            f"{what}_{ours}_over_{name}".replace("-", "_"): round(rates[ours] / rate, 2)
+            for ours in ("ours", "ours-int8")
             for name, rate in rates.items()
-            if name in rates and "ours" in rates and not name.startswith("ours")
+            if ours in rates and not name.startswith("ours")
         }
         own = {
             f"{what}_{name}_device_rounds_per_s".replace("-", "_"): round(rate, 3)

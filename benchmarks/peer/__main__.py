@@ -17,7 +17,7 @@ def main() -> None:
 def _run(program: str, job: Job) -> Answer | None:
     """None in all processes of a program but one."""
     match program:
-        case "ours" | "ours-framed":
+        case "ours" | "ours-framed" | "ours-int8":
             from benchmarks.peer import ours
 
             return ours.run(job, framed=program == "ours-framed")

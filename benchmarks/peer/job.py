@@ -11,9 +11,21 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-__all__ = ["Answer", "Data", "Job", "PrefixKind", "Training", "batches", "read_answer", "read_job", "write"]
+__all__ = [
+    "Answer",
+    "Data",
+    "Job",
+    "PrefixKind",
+    "Products",
+    "Training",
+    "batches",
+    "read_answer",
+    "read_job",
+    "write",
+]
 
 PrefixKind = Literal["none", "frozen", "cached"]  #: how what lies below all adapters is computed
+Products = Literal["fp32", "int8"]  #: of the frozen matrices
 Theta = NDArray[np.float32]
 Rows = NDArray[np.intp]
 

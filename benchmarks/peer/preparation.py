@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.claims.data import DataSet, prepared
 from benchmarks.federated import exported
-from benchmarks.peer.job import Data, Job, PrefixKind, Training
+from benchmarks.peer.job import Data, Job, PrefixKind, Products, Training
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import label_index
 from edge_client.inference import Evaluation, Model
@@ -62,9 +62,9 @@ class RealJob:
     rank: int = 8
     test_rows: int = 1500
 
-    def add_to(self, job: Job, prefix: PrefixKind) -> Job:
+    def add_to(self, job: Job, prefix: PrefixKind, products: Products = "fp32") -> Job:
         """The job with its training; fleet file and arrays are written into its scratch directory."""
-        data, model, bundle = prepared("clinc150"), _encoder(), self._bundle()
+        data, model, bundle = prepared("clinc150"), _encoder(), self._bundle(products)
         fleet, arrays = job.scratch / "fleet.toml", job.scratch / "data.npz"
         fleet.write_text(
             _FLEET.format(
@@ -102,12 +102,14 @@ class RealJob:
         chosen = rows[:: max(1, len(rows) // self.test_rows)]
         return Model(bundle, theta, OnnxRuntime(bundle, threads=threads)).evaluate(chosen)
 
-    def _bundle(self) -> Path:
+    def _bundle(self, products: Products = "fp32") -> Path:
         """Exported once."""
         labels = _label_file(prepared("clinc150"))
         options = ("--labels", str(labels), "--rank", str(self.rank), "--max-tokens", "64")
         depth = ("--depth", str(self.depth))
         name = f"clinc150-r{self.rank}-depth{self.depth}"
+        if products == "int8":
+            name, options = f"{name}-int8", (*options, "--base", "int8", "--products", "int8")
         return exported(name, str(_encoder()), "--task", "sequence-classification", *options, *depth)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from benchmarks.federated import WORK
 from benchmarks.harness import ROOT
 from benchmarks.peer.environments import python_of
-from benchmarks.peer.job import Answer, Job, PrefixKind, read_answer, write
+from benchmarks.peer.job import Answer, Job, PrefixKind, Products, read_answer, write
 from benchmarks.peer.preparation import RealJob
 
 __all__ = ["Failed", "Program", "start"]
@@ -43,6 +43,15 @@ class Program:
         """Raises Missing where it cannot be installed."""
         return cls(name=name, python=python_of(name), prefix=prefix)
 
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("ours")
+
+    @property
+    def products(self) -> Products:
+        """In which the frozen matrices are multiplied."""
+        return "int8" if self.name == "ours-int8" else "fp32"
+
     def command(self, job: Job) -> list[str]:
         launcher: tuple[str, ...] = ()
         if self.name == "pfl" and job.processes > 1:
@@ -64,7 +73,7 @@ def start(program: Program, job: Job, real: RealJob | None = None, *, limit_s: f
     scratch.mkdir(parents=True)
     job = msgspec.structs.replace(job, scratch=scratch)
     if real is not None:
-        job = real.add_to(job, program.prefix)
+        job = real.add_to(job, program.prefix, program.products)
     write(scratch / "job.json", job)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment |= {
