@@ -1,16 +1,17 @@
-"""The audit of a ledger: what became of every acknowledged update, from the files alone.
+"""The audit of a ledger: what became of every acknowledged update, from the files and the database alone.
 
-Read with sqlite3 and hashlib and no code of the server's, so that it cannot share the server's mistakes.
+Read with sqlite3 or plain SQL, hashlib and numpy and no code of the server's, so that it cannot share the
+server's mistakes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.faults.devices import Notes
 from benchmarks.faults.row import Figures
+from benchmarks.faults.tables import SqliteTables, Tables
 
 __all__ = ["NOTHING_WRONG", "Audit", "audit"]
 
@@ -53,73 +55,97 @@ NOTHING_WRONG = {
 }
 
 
-_MISHELD = (
-    "SELECT count(*) FROM updates LEFT JOIN payloads USING (sequence) "
-    "WHERE CASE state WHEN 'accepted' THEN payload IS NULL ELSE ? AND payload IS NOT NULL END"
-)
+class _Update(NamedTuple):
+    """A row of the ledger."""
+
+    sequence: int
+    lease: str
+    device: str
+    digest: str
+    state: str
+    reason: str
+    folded_into: int | None
+
+
+class _Version(NamedTuple):
+    """A row of the versions."""
+
+    number: int
+    sha256: str
+    updates: int
+
+
+_UPDATES = "SELECT sequence, lease_id, device_id, digest, state, reason, folded_into FROM updates"
+_VERSIONS = "SELECT number, sha256, updates FROM versions WHERE branch = 'main' ORDER BY number"
 
 
 def audit(
-    data: Path, notes: Notes, places: Mapping[str, int], *, ended: bool = True, wiped: bool = True
+    data: Path,
+    notes: Notes,
+    places: Mapping[str, int],
+    *,
+    tables: Tables | None = None,
+    ended: bool = True,
+    wiped: bool = True,
 ) -> Audit:
-    """Look at a server's directory while no server runs on it.
+    """Look at a server's directory, and its database, while no server runs on them.
 
     places: device -> its place among the factors (`benchmarks.faults.devices`).
+    tables: where they lie; by default in the directory's own SQLite file.
     ended: whether the task was stopped, so that every update must be in a terminal state.
     wiped: whether the server was told to stop after that and met no fault, so that no payload is left.
     """
-    database = data / "fedtt.db"
-    with closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as db:
-        db.row_factory = sqlite3.Row
-        checks = [row[0] for row in db.execute("PRAGMA integrity_check")]
-        damaged = (checks != ["ok"]) + len(db.execute("PRAGMA foreign_key_check").fetchall())
-        updates = {row["lease_id"]: row for row in db.execute("SELECT * FROM updates")}
-        (misheld,) = db.execute(_MISHELD, (wiped,)).fetchone()
-        versions = db.execute("SELECT * FROM versions WHERE branch = 'main' ORDER BY number").fetchall()
-    states = Counter(row["state"] for row in updates.values())
-    known = {lease: row["digest"] for lease, row in updates.items()}
-    members = Counter(row["folded_into"] for row in updates.values() if row["state"] == "folded")
-    wrong_places, wrong_blobs = _compare_factors(data, versions, updates, places)
+    tables = tables or SqliteTables(data / "fedtt.db")
+    damaged = tables.damaged()
+    updates = [_Update(*row) for row in tables.rows(_UPDATES)]
+    versions = [_Version(*row) for row in tables.rows(_VERSIONS)]
+    held = {sequence for (sequence,) in tables.rows("SELECT sequence FROM payloads")}
+    states = Counter(update.state for update in updates)
+    known = {update.lease: update.digest for update in updates}
+    folded = [update for update in updates if update.state == "folded"]
+    members = Counter(update.folded_into for update in folded)
+    wrong_places, wrong_blobs = _compare_factors(data, versions, folded, places)
     return Audit(
         acknowledged=len(notes.acknowledged),
         folded=states["folded"],
         discarded=states["discarded"],
         versions=len(versions) - 1,
         lost=sum(known.get(lease) != digest for lease, digest in notes.acknowledged.items()),
-        misheld=misheld,
+        misheld=sum(_is_misheld(update, held, wiped=wiped) for update in updates),
         unsettled=states["accepted"] if ended else 0,
-        miscounted=sum(members[row["number"]] != row["updates"] for row in versions),
+        miscounted=sum(members[version.number] != version.updates for version in versions),
         folded_otherwise=wrong_places,
-        unreasoned=sum(row["state"] == "discarded" and not row["reason"] for row in updates.values()),
+        unreasoned=sum(update.state == "discarded" and not update.reason for update in updates),
         damaged=damaged + wrong_blobs,
         wrong_answers=len(notes.wrong),
     )
 
 
+def _is_misheld(update: _Update, held: Set[int], *, wiped: bool) -> bool:
+    if update.state == "accepted":
+        return update.sequence not in held
+    return wiped and update.sequence in held
+
+
 def _compare_factors(
-    data: Path, versions: list[sqlite3.Row], updates: dict[str, sqlite3.Row], places: Mapping[str, int]
+    data: Path, versions: Sequence[_Version], updates: Iterable[_Update], places: Mapping[str, int]
 ) -> tuple[int, int]:
     """Places at which a version's step, times its updates, is not the devices the ledger says; bad blobs.
 
-    With equal weights θ_n - θ_{n-1} = Σ e_place(k) / K over the K updates of version n.
+    With equal weights θ_n - θ_{n-1} = Σ e_place(k) / K over the K updates folded into version n.
     """
-    if len(versions) < 2:
-        return 0, 0
     wrong_places = wrong_blobs = 0
-    before = _factors(data, versions[0]["sha256"])
-    folded: dict[int, list[int]] = {}
-    for row in updates.values():
-        if row["state"] == "folded":
-            folded.setdefault(row["folded_into"], []).append(places[row["device_id"]])
-    for version in versions[1:]:
-        after = _factors(data, version["sha256"])
-        if after is None or before is None:
+    members: dict[int | None, list[int]] = {}
+    for update in updates:
+        members.setdefault(update.folded_into, []).append(places[update.device])
+    for before, version in pairwise(versions):
+        from_, to = _factors(data, before.sha256), _factors(data, version.sha256)
+        if from_ is None or to is None:
             wrong_blobs += 1
         else:
-            found = np.rint((after - before) * version["updates"])
-            expected = np.bincount(folded.get(version["number"], []), minlength=len(found))
+            found = np.rint((to - from_) * version.updates)
+            expected = np.bincount(members.get(version.number, []), minlength=len(found))
             wrong_places += int((found != expected).sum())
-        before = after
     return wrong_places, wrong_blobs
 
 

@@ -1,7 +1,7 @@
 """Two servers on PostgreSQL: backends killed, the database crashed, a server stopped and resumed.
 
-Devices go on all the while. At the end the task is stopped and the ledger read by SQL: each acknowledged
-update is there with its bytes, in one terminal state, and every version has the updates that point to it.
+Devices go on all the while. At the end the task is stopped and the ledger audited: each acknowledged update
+is there, in one terminal state, and the factors of every version hold exactly the devices that it says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -18,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults.devices import Notes, devices
-from benchmarks.faults.row import Figures, Outcome, Setting
+from benchmarks.faults.kill import places
+from benchmarks.faults.ledger import NOTHING_WRONG, audit
+from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.server import ServerProcess, on_one_port, task_text
+from benchmarks.faults.tables import PostgresqlTables
 from benchmarks.local_postgresql import LocalPostgresql, postgresql_binaries
 
 __all__ = ["run", "shared"]
@@ -77,19 +79,16 @@ async def _run(setting: Setting, database: LocalPostgresql, count: int, times: i
             await server.stop()
     for line in notes.wrong[:5]:
         setting.report.line(row="postgresql", wrong=line)
-    found = await asyncio.to_thread(_audit, database, url.rpartition("/")[2], notes)
+    found = audit(servers[0].data, notes, places(peers), tables=PostgresqlTables(database, url))
     return Outcome(
         figures={
-            **found,
+            **found.figures(),
             "devices": count,
             "servers": len(servers),
             **{f"{name}_gap_max_s": round(max(gap), 2) for name, gap in gaps.items()},
             **{name.replace(" ", "_"): value for name, value in sorted(notes.counts.items())},
         },
-        at_most={
-            **dict.fromkeys(("lost", "unsettled", "miscounted", "unreasoned", "wrong_answers"), 0.0),
-            **{f"{name}_gap_max_s": 10.0 for name in _FAULTS},
-        },
+        at_most={**NOTHING_WRONG, **{f"{name}_gap_max_s": 10.0 for name in _FAULTS}},
         at_least={"acknowledged": times, "versions": times},
     )
 
@@ -135,22 +134,3 @@ async def _gap(notes: Notes, fault: Coroutine[Any, Any, None]) -> float:
     await _acknowledge_more(notes)
     at = np.sort([began, *(moment for moment in notes.acknowledged_at.values() if moment > began)])
     return float(np.diff(at).max())
-
-
-def _audit(database: LocalPostgresql, name: str, notes: Notes) -> Figures:
-    updates = database.sql("SELECT lease_id, digest, state, reason, folded_into FROM updates", name)
-    versions = database.sql("SELECT number, updates FROM versions WHERE branch = 'main' AND number > 0", name)
-    known = {lease: digest for lease, digest, *_ in updates}
-    states = Counter(state for _, _, state, _, _ in updates)
-    members = Counter(into for _, _, state, _, into in updates if state == "folded")
-    return {
-        "acknowledged": len(notes.acknowledged),
-        "folded": states["folded"],
-        "discarded": states["discarded"],
-        "versions": len(versions),
-        "lost": sum(known.get(lease) != digest for lease, digest in notes.acknowledged.items()),
-        "unsettled": states["accepted"],
-        "miscounted": sum(members[number] != count for number, count in versions),
-        "unreasoned": sum(state == "discarded" and not reason for _, _, state, reason, _ in updates),
-        "wrong_answers": len(notes.wrong),
-    }
