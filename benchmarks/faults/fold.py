@@ -23,6 +23,7 @@ from aggregator.promised import promised
 from benchmarks.bundles import bundle_of, head_of
 from benchmarks.faults.row import Figures, Outcome, Setting
 from benchmarks.faults.server import TASK, task_text
+from benchmarks.faults.tables import SqliteTables
 from benchmarks.serving.load import lease_id
 from benchmarks.serving.uploads import give_leases
 from edge_client.bundle import Bundle as OpenBundle
@@ -34,28 +35,46 @@ from storage.blobs import FileBlobs, save
 from storage.records import MAIN, Bundle, Round, RoundState, Update, UpdateState
 from storage.sql import SqlStore
 
-__all__ = ["run"]
+__all__ = ["folded", "run"]
 
 NUMBERS = 20_000
 _UPDATES = 10_000
 _CODECS = ("int8", "fp32")
+_GROWN_MB = 32.0  #: at most, from a sum of few updates to one of many
 _DIFFERENT = 64
+_LEFT = {
+    "folded": "SELECT count(*) FROM updates WHERE state = 'folded' AND folded_into = 1",
+    "not_wiped": "SELECT count(*) FROM payloads",
+}
 
 
 async def run(setting: Setting) -> Outcome:
-    counts = (200, 2000) if setting.quick else (_UPDATES // 10, _UPDATES)
-    figures: Figures = {}
-    for codec in _CODECS:
-        for count in counts:
-            found = await asyncio.to_thread(_folded, setting.directory / f"{codec}-{count}", codec, count)
+    few, many = (200, 2000) if setting.quick else (_UPDATES // 10, _UPDATES)
+    found = await folded(setting, few=few, many=many)
+    return replace(
+        found,
+        figures={**found.figures, "fold_s": found.figures[f"seconds_int8_{many}"], "updates": many},
+        at_most={**found.at_most, "fold_s": 2.0},
+    )
+
+
+async def folded(setting: Setting, *, few: int, many: int, codecs: tuple[str, ...] = _CODECS) -> Outcome:
+    """Rounds of few and of many updates in each codec; how much more memory the sum of the many takes."""
+    figures: Figures = {"folded": 0, "not_wiped": 0}
+    for codec in codecs:
+        for count in (few, many):
+            directory = setting.directory / f"{codec}-{count}"
+            found = await asyncio.to_thread(_folded, directory, codec, count)
             setting.report.line(row="fold", codec=codec, updates=count, **found)
             figures |= {f"{key}_{codec}_{count}": value for key, value in found.items()}
-        few, many = (float(figures[f"peak_mb_{codec}_{count}"]) for count in counts)
-        figures[f"peak_mb_grown_{codec}"] = round(many - few, 1)
-    figures["fold_s"] = figures[f"seconds_int8_{counts[-1]}"]
-    figures["updates"] = counts[-1]
-    bounds = {f"peak_mb_grown_{codec}": 32.0 for codec in _CODECS}
-    return Outcome(figures=figures, at_most={**bounds, "fold_s": 2.0})
+            for name, query in _LEFT.items():
+                ((rows,),) = SqliteTables(directory / "fedtt.db").rows(query)
+                figures[name] = int(figures[name]) + rows
+        grown_mb = float(figures[f"peak_mb_{codec}_{many}"]) - float(figures[f"peak_mb_{codec}_{few}"])
+        figures[f"peak_mb_grown_{codec}"] = round(grown_mb, 1)
+    grown = {f"peak_mb_grown_{codec}": _GROWN_MB for codec in codecs}
+    everything = len(codecs) * (few + many)
+    return Outcome(figures=figures, at_most={"not_wiped": 0, **grown}, at_least={"folded": everything})
 
 
 def _folded(directory: Path, codec: str, count: int) -> Figures:
