@@ -3,7 +3,8 @@
 strace counts the calls of each thread and injects the fault: into the ledger's writes (pwrite64, ftruncate),
 its syncs (fdatasync), and into what stores blobs (write, fsync, rename). After a death the server is started
 again and the round goes on; after an error it has to go on by itself, or, where the error meets its start,
-refuse to start in one line. Then the ledger is audited.
+refuse to start in one line. Then the ledger is audited. A round may take a call less than another and so
+never meet its fault: `deaths` and `struck` count those that were met.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.server import ServerProcess, task_text
 from fedtt.errors import FedttError
 
-__all__ = ["calls_in", "injected", "run"]
+__all__ = ["calls_in", "injected", "run", "was_injected"]
 
 NUMBERS = 100
 _COHORT = 4
@@ -35,6 +36,7 @@ _FAULTS = {
 }
 _STRACE = ("strace", "-f", "-qq")  #: with --seccomp-bpf, strace 6.1 delivers no injected signal
 _HABITS = Habits(pause_s=0.01, twice=0.2, together=0.2, other_bytes=0.0, retry_s=0.05)
+_MET = 0.8  #: of the faults at least
 _ROUND_S = 20.0  #: for a round with a fault in it, also on a busy machine
 
 
@@ -65,9 +67,9 @@ async def injected(setting: Setting, *, most: int | None) -> Outcome:
         if number % 50 == 49:
             setting.report.line(row="syscalls", faults=number + 1, of=len(faults) // step)
     return Outcome(
-        figures={**dict.fromkeys(("not_recovered", "silent_starts"), 0), **counts},
+        figures={**dict.fromkeys(("not_recovered", "silent_starts", "deaths", "struck"), 0), **counts},
         at_most={**NOTHING_WRONG, "not_recovered": 0, "silent_starts": 0},
-        at_least={"faults": 1, "deaths": 0.8 * counts["kills"]},  # a round may take a call less than another
+        at_least={"faults": 1, "deaths": _MET * counts["kills"], "struck": _MET * counts["errors"]},
     )
 
 
@@ -98,18 +100,25 @@ def calls_in(log: str) -> Counter[str]:
     return calls
 
 
+def was_injected(log: str) -> bool:
+    """Whether a call met the error that was set for it."""
+    return any(line.endswith("(INJECTED)") for line in log.splitlines())
+
+
 class _Trial:
     """One fault in one round, on a copy of a server's directory."""
 
     def __init__(self, directory: Path, template: Path, call: str, fault: str, when: int) -> None:
         shutil.copytree(template.parent, directory)
         self.directory, self.note = directory, ""
-        inject = ("-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}")
+        self._log = directory / "calls"
+        inject = ("-o", str(self._log), "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}")
         self._faulty = ServerProcess(directory / "data", *_STRACE, *inject)
         self._kills = fault.startswith("signal")
 
     async def run(self) -> Counter[str]:
-        server, counts = self._faulty, Counter[str](faults=1, kills=int(self._kills))
+        server = self._faulty
+        counts = Counter[str](faults=1, kills=int(self._kills), errors=int(not self._kills))
         async with devices(_COHORT, server.url, NUMBERS, _HABITS) as (peers, notes):
             try:
                 await server.start()
@@ -123,6 +132,7 @@ class _Trial:
                 counts["not_recovered"] += 1
                 self.note = "the server runs and its round does not end"
             await server.stop()
+            counts["struck"] += not self._kills and was_injected(self._log.read_text())
             if not done:
                 await self._go_on(peers, notes)
             found = audit(server.data, notes, {p.identity.device: p.number for p in peers}, wiped=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.attacks import attacked
+from benchmarks.faults.fold import folded
 from benchmarks.faults.full_disk import filled
 from benchmarks.faults.herd import herd
 from benchmarks.faults.hostile import bounded
@@ -14,7 +15,8 @@ from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
 from benchmarks.faults.power import cut
 from benchmarks.faults.row import Outcome, Setting
-from benchmarks.faults.syscalls import calls_in, injected
+from benchmarks.faults.soak import soaked
+from benchmarks.faults.syscalls import calls_in, injected, was_injected
 from benchmarks.harness import Report
 
 pytestmark = pytest.mark.slow
@@ -53,12 +55,23 @@ def test_calls_are_counted_of_threads_with_short_and_with_long_numbers() -> None
     assert calls_in(log) == {"fdatasync": 2, "write": 1}
 
 
+def test_an_error_counts_as_met_where_strace_says_so() -> None:
+    call = "417   fdatasync(9)"
+    assert was_injected(
+        f"{call} = 0\n417   <... fdatasync resumed>) = -1 EIO (Input/output error) (INJECTED)\n"
+    )
+    assert not was_injected(f"{call} = -1 EIO (Input/output error)\n{call} = 0\n")
+    assert not was_injected("")
+
+
 async def test_a_server_whose_writes_fail_or_end_it_loses_and_doubles_nothing(setting: Setting) -> None:
     outcome = await injected(setting, most=3)
     if outcome.skipped:
         pytest.skip(outcome.skipped)
     assert wrong(outcome) == {}
     assert (outcome.figures["faults"], outcome.figures["not_recovered"]) == (3, 0)
+    met = int(outcome.figures["deaths"]) + int(outcome.figures["struck"])
+    assert met >= 2  # the last call of a round may not come again
     assert outcome.figures["acknowledged"] == 12  # 3 rounds of 4 devices
 
 
@@ -100,3 +113,16 @@ async def test_honest_devices_go_on_while_others_flood_and_stall(setting: Settin
     assert int(outcome.figures["acknowledged"]) > 0
     late = {"acknowledged", "honest_p99_s"}  # which say little while other tests run
     assert [failure for failure in outcome.failures if failure.split(" ")[0] not in late] == []
+
+
+async def test_a_fold_leaves_no_update_and_no_payload_in_memory_that_many_updates_share(
+    setting: Setting,
+) -> None:
+    outcome = await folded(setting, few=100, many=900, codecs=("fp32",))
+    assert outcome.failures == []  # 800 more updates are 61 MB, twice what the sum of many may take more
+
+
+async def test_a_server_under_steady_load_keeps_its_files_and_sockets(setting: Setting) -> None:
+    outcome = await soaked(setting, count=10, seconds=6, every_s=0.1)
+    assert wrong(outcome) == {}
+    assert outcome.failures == []
