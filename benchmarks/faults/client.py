@@ -27,6 +27,7 @@ from benchmarks.faults.row import Outcome, Setting
 from benchmarks.faults.server import ServerProcess, task_text
 from benchmarks.federated import exported
 from benchmarks.harness import ROOT
+from benchmarks.with_parent import WITH_PARENT
 from edge_client.home import Home
 from edge_client.journal import Trained, read_state
 from fedtt.errors import StorageError
@@ -147,7 +148,7 @@ class _Lives:
         options = ("--server", self._server.url, "--token", self._server.token, "--data", str(self._data))
         home = ("--home", str(self._home.directory), "--yes", "--json")
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "fedtt", "client", "run", *options, *home, *more),
+            *(*WITH_PARENT, sys.executable, "-m", "fedtt", "client", "run", *options, *home, *more),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,

@@ -19,6 +19,7 @@ import msgspec
 
 from aggregator.admin_client import AdminClient
 from benchmarks.bundles import bundle_of
+from benchmarks.with_parent import WITH_PARENT
 
 __all__ = ["TASK", "ServerProcess", "on_one_port", "task_text"]
 
@@ -38,7 +39,10 @@ def task_text(quantise: str = "fp32", *, fold: str = "", **rounds: float) -> str
 
 
 class ServerProcess:
-    """`fedtt serve` on a data directory and two ports that stay the same; its log grows in `server.log`."""
+    """`fedtt serve` on a data directory and two ports that stay the same; its log grows in `server.log`.
+
+    It ends with this process, also where that is killed: a wrapper with it, and the server with its wrapper.
+    """
 
     def __init__(self, data: Path, *wrapper: str, options: Sequence[str] = ()) -> None:
         """wrapper: a command to run it under, such as strace; options: more of `fedtt serve`."""
@@ -53,13 +57,14 @@ class ServerProcess:
 
         Raises RuntimeError where it ends before.
         """
-        arguments = ("-m", "fedtt", "serve", "--json", "--data", str(self.data))
         ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
+        arguments = ("-m", "fedtt", "serve", "--json", "--data", str(self.data), *ports, *self._options)
+        wrapper = (*WITH_PARENT, *self._wrapper) if self._wrapper else ()
         started = time.perf_counter()
         self.data.parent.mkdir(parents=True, exist_ok=True)
         with (self.data.parent / "server.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(*self._wrapper, sys.executable, *arguments, *ports, *self._options),
+                *(*wrapper, *WITH_PARENT, sys.executable, *arguments),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
