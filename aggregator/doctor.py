@@ -21,7 +21,9 @@ from aggregator.server_key import ServerKey
 from aggregator.tls import server_tls
 from fedtt.cli import print_json
 from fedtt.errors import FedttError
-from storage.blobs import load, open_blobs, save
+from storage.backend import is_shared
+from storage.blobs import blobs_directory, load, open_blobs, save
+from storage.engine import database_path
 
 __all__ = ["examine", "run"]
 
@@ -47,11 +49,26 @@ def _directory(data: Path) -> Finding:
     return Finding(name="data", ok=True, said=f"{data} is this user's alone")
 
 
-def _disk(data: Path) -> Finding:
-    found = shutil.disk_usage(data if data.is_dir() else data.absolute().parent)
-    said = f"{found.free >> 20} MiB of {found.total >> 20} MiB are free"
+def _disks(data: Path, database: str | None, blobs: str | None) -> Iterator[Finding]:
+    """The room on each disk that the server's files lie on."""
+    places = {"disk": data}
+    if database is not None and not is_shared(database):
+        places["ledger disk"] = database_path(database)
+    if blobs is not None and (directory := blobs_directory(blobs)) is not None:
+        places["blobs disk"] = directory
+    seen: set[int] = set()
+    for name, place in places.items():
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        if (device := there.stat().st_dev) not in seen:
+            seen.add(device)
+            yield _room(name, there)
+
+
+def _room(name: str, there: Path) -> Finding:
+    found = shutil.disk_usage(there)
+    said = f"{there}: {found.free >> 20} MiB of {found.total >> 20} MiB are free"
     enough = found.free >= _FREE_BYTES and found.free >= _FREE_SHARE * found.total
-    return Finding(name="disk", ok=enough, said=said, fix="" if enough else "free at least 1 GiB and 5 %")
+    return Finding(name=name, ok=enough, said=said, fix="" if enough else "free at least 1 GiB and 5 %")
 
 
 def _blobs(place: str | Path) -> Finding:
@@ -132,7 +149,7 @@ def examine(
     now = time.time()
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "data": lambda: [_directory(data)],
-        "disk": lambda: [_disk(data)],
+        "disk": lambda: _disks(data, database, blobs),
         "database": lambda: look_at_database(database or data / "fedtt.db"),
         "blobs": lambda: [_blobs(blobs or data / "blobs")] if blobs or data.is_dir() else [],
         "clock": lambda: [_clock()],

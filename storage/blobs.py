@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol
 from fedtt.errors import StorageError
 from storage.incoming import Incoming, checked_name, disk_errors
 
-__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "check", "load", "open_blobs", "save"]
+__all__ = ["BlobStore", "FileBlobs", "MemoryBlobs", "blobs_directory", "check", "load", "open_blobs", "save"]
 
 _ABANDONED_S = 3600.0
 _PIECE_BYTES = 1 << 18
@@ -187,11 +187,18 @@ class MemoryBlobs:
 
 def open_blobs(place: str | Path) -> BlobStore:
     """In a directory, or in the object storage that a URL like s3://bucket/prefix names."""
-    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
-        from storage.object_blobs import ObjectBlobs
+    if (directory := blobs_directory(place)) is not None:
+        return FileBlobs(directory)
+    from storage.object_blobs import ObjectBlobs
 
-        return ObjectBlobs.from_url(place)
-    return FileBlobs(Path(str(place).removeprefix("file://")))
+    return ObjectBlobs.from_url(str(place))
+
+
+def blobs_directory(place: str | Path) -> Path | None:
+    """The directory that `open_blobs` means by this; None for object storage."""
+    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
+        return None
+    return Path(str(place).removeprefix("file://"))
 
 
 def load(blobs: BlobStore, sha256: str) -> bytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import create_engine
@@ -32,6 +33,16 @@ def data(tmp_path: Path) -> Path:
     SqlStore.open(directory / "fedtt.db").close()
     secret_file(directory / "admin-token")
     return directory
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a file system other than the tests'."""
+    memory = Path("/dev/shm")  # noqa: S108  # it is one of its own on Linux
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has no second file system to write to")
+    with TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
 
 
 def found(data: Path, **files: Path | str | None) -> dict[str, Finding]:
@@ -86,6 +97,21 @@ def test_too_few_files_and_too_little_disk_are_found(data: Path, monkeypatch: py
     seen = found(data)
     assert "LimitNOFILE=" in seen["files"].fix or "any number" in seen["files"].said
     assert "free at least" in seen["disk"].fix
+
+
+def test_each_disk_is_looked_at_once(
+    data: Path, other_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disks(**files: Path | str) -> dict[str, Path]:
+        seen = found(data, **files).values()
+        return {f.name: Path(f.said.partition(":")[0]) for f in seen if "disk" in f.name}
+
+    assert disks() == disks(blobs=str(tmp_path / "blobs")) == disks(blobs="memory:///") == {"disk": data}
+    assert disks(blobs=str(other_disk / "blobs")) == {"disk": data, "blobs disk": other_disk}
+    with_both = disks(blobs=f"file://{other_disk}", database=f"sqlite:///{other_disk / 'fedtt.db'}")
+    assert with_both == {"disk": data, "ledger disk": other_disk}  # on which the blobs lie, too
+    monkeypatch.setattr(doctor, "_FREE_BYTES", 1 << 60)
+    assert "free at least" in found(data, blobs=str(other_disk))["blobs disk"].fix
 
 
 def test_the_command_ends_with_status_1_where_something_is_to_be_fixed(
