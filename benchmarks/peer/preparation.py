@@ -105,7 +105,7 @@ class RealJob:
     def _bundle(self, products: Products = "fp32") -> Path:
         """Exported once."""
         labels = _label_file(prepared("clinc150"))
-        options = ("--labels", str(labels), "--rank", str(self.rank), "--max-tokens", "64")
+        options: tuple[str, ...] = ("--labels", str(labels), "--rank", str(self.rank), "--max-tokens", "64")
         depth = ("--depth", str(self.depth))
         name = f"clinc150-r{self.rank}-depth{self.depth}"
         if products == "int8":
