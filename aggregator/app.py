@@ -47,7 +47,7 @@ _log = logging.getLogger("fedtt.aggregator")
 _HEADER_LIMIT_BYTES = 4096
 _BACKLOG = 1024
 BODY_LIMIT_S = 60.0
-_HANDSHAKE_S = 10.0  #: for TLS; a connection counts towards its limits only once that is done
+_HANDSHAKE_S = 10.0  #: for TLS
 _LINGER_S = 2.0  #: for which the rest of a refused body is read, so that its sender sees the refusal
 
 
@@ -195,23 +195,24 @@ async def _listen(
         max_line_size=_HEADER_LIMIT_BYTES,
         max_field_size=_HEADER_LIMIT_BYTES,
     )
-    counted = protocol if connections is None else lambda: connections.counted(protocol())
     handshake_s = None if tls is None else min(idle_s, _HANDSHAKE_S)
-    loop = asyncio.get_running_loop()
+    create = partial(
+        asyncio.get_running_loop().create_server,
+        protocol,
+        backlog=_BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=handshake_s,
+    )
     try:
-        server = await loop.create_server(
-            counted,
-            host,
-            port,
-            backlog=_BACKLOG,
-            reuse_port=reuse_port or None,
-            ssl=tls,
-            ssl_handshake_timeout=handshake_s,
-        )
+        server = await create(host, port, reuse_port=reuse_port or None, start_serving=connections is None)
     except OSError as error:
         raise _not_listening(error, host, port, option) from None
     stack.callback(server.close)
     bound = server.sockets[0].getsockname()[1]
+    if connections is not None:
+        for listener in connections.listen(server.sockets):
+            stack.callback((await create(sock=listener)).close)
+        server.close()
     return url_of(host, bound, tls=tls is not None)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
+import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from msgspec import Struct
 
@@ -48,31 +51,39 @@ class Connections:
         if not self._ranges[name]:
             del self._ranges[name]
 
-    def counted(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
-        """A connection's protocol, reached only by one that is admitted."""
-        return _Counted(protocol, self)
+    def listen(self, bound: Iterable[socket.socket]) -> list[socket.socket]:
+        """The same sockets again, whose connections are counted from the moment the kernel gives them.
+
+        A handshake of TLS that is never finished counts like any other connection.
+        """
+        return [_Listener(self, each) for each in bound]
 
 
-class _Counted(asyncio.Protocol):
-    def __init__(self, protocol: asyncio.Protocol, connections: Connections) -> None:
-        self._connections, self._admitted = connections, False
-        self._range: str | None = None
-        self._protocol = protocol
-        self.data_received = protocol.data_received  # type: ignore[method-assign]  # straight through
-        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
-        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
+class _Listener(socket.socket):
+    """Takes connections as long as there is room for them."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        peer = transport.get_extra_info("peername")
-        self._range = address_range(peer[0] if peer else None)
-        self._admitted = self._connections.admit(self._range)
-        if self._admitted:
-            self._protocol.connection_made(transport)
-        elif isinstance(transport, asyncio.Transport):
-            transport.abort()
+    def __init__(self, connections: Connections, bound: socket.socket) -> None:
+        super().__init__(bound.family, bound.type, bound.proto, fileno=os.dup(bound.fileno()))
+        self._connections = connections
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._admitted:
-            self._connections.ended(self._range)
-            self._protocol.connection_lost(exc)
+    def accept(self) -> tuple[socket.socket, Any]:
+        descriptor, peer = self._accept()  # type: ignore[attr-defined]  # as its base class does
+        name = address_range(peer[0])
+        if not self._connections.admit(name):
+            os.close(descriptor)
+            raise ConnectionAbortedError  # the loop looks again at once
+        accepted = _Connection(self.family, self.type, self.proto, fileno=descriptor)
+        accepted.ended = partial(self._connections.ended, name)
+        return accepted, peer
+
+
+class _Connection(socket.socket):
+    """Counts until it is closed."""
+
+    ended: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended()
+        super().close()

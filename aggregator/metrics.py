@@ -73,6 +73,11 @@ class Metrics:
             ("limit",),
             registry=registry,
         )
+        self.connections_idle = Counter(
+            "fedtt_idle_connections_total",
+            "Connections closed because no whole request came in time.",
+            registry=registry,
+        )
         self.check_ins = Counter(
             "fedtt_check_ins_total", "Check-ins, by what they were answered.", ("answer",), registry=registry
         )

@@ -1,13 +1,12 @@
-"""`fedtt serve`: one server process, from its options to its clean end."""
+"""`fedtt serve`: its options, and what it says once it listens."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import socket
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +14,12 @@ from aggregator.limit_arguments import limit_arguments
 from fedtt.cli import add_command, print_json
 
 if TYPE_CHECKING:
-    from aggregator.app import Listening, ServerConfig
-    from aggregator.tracing import Tracer
+    from aggregator.processes import Said
     from fedtt.cli import Commands
 
 __all__ = ["place_arguments", "reachable", "register"]
 
-_GARBAGE = (50_000, 20, 100)  #: objects, and collections of the younger, between two collections
-_SWITCH_S = 0.0005  #: at most, that the writer waits for requests at work after each statement
+_MOST_PROCESSES = 64
 
 
 def register(commands: Commands) -> None:
@@ -33,6 +30,7 @@ def register(commands: Commands) -> None:
         examples="""
             fedtt serve
             fedtt serve --data /var/lib/fedtt --host 0.0.0.0 --port 8440
+            fedtt serve --data /var/lib/fedtt --host 0.0.0.0 --processes 4
             fedtt serve --data /var/lib/fedtt --behind-proxy --address-rate 2000 --max-connections 40000
         """,
         run=_serve,
@@ -98,6 +96,14 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
         "--admin-port", type=_port, default=8441, help="0 picks a free one (default %(default)s)"
     )
     serve.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="that share the port and the work, one for each core; people's ports follow one another "
+        "(default %(default)s)",
+    )
+    serve.add_argument(
         "--reuse-port",
         action="store_true",
         help="share the devices' port and the ledger with other servers on this machine",
@@ -109,6 +115,12 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
     )
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST_PROCESSES):
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: give a number from 1 to {_MOST_PROCESSES}")
+    return int(text)
+
+
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
@@ -118,11 +130,11 @@ def _port(text: str) -> int:
 def _serve(args: argparse.Namespace) -> None:
     from aggregator.app import ServerConfig
     from aggregator.connections import ConnectionLimits
-    from aggregator.limits import Rates, raise_file_limit
+    from aggregator.limits import Rates
     from aggregator.logs import set_up_log
-    from aggregator.tracing import open_tracer
+    from aggregator.one_process import Settings, serve
+    from aggregator.processes import Said, serve_together
 
-    set_up_log(as_json=args.log_json)
     config = ServerConfig(
         data=args.data,
         host=args.host,
@@ -141,66 +153,41 @@ def _serve(args: argparse.Namespace) -> None:
         idle_s=args.idle_s,
         body_s=args.body_s,
     )
-    sys.setswitchinterval(_SWITCH_S)
-    raise_file_limit()
-    tracer = open_tracer(asked_for=args.traces)
-    try:
-        asyncio.run(_serve_until_stopped(config, tracer, drain_s=args.drain_s, as_json=args.json))
-    finally:
-        tracer.close()
-
-
-async def _serve_until_stopped(
-    config: ServerConfig, tracer: Tracer, *, drain_s: float, as_json: bool
-) -> None:
-    import signal
-
-    from aggregator.app import serving
-
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    async with serving(config, tracer) as listening:
-        _collect_seldom()
-        _announce(listening, config.data, as_json=as_json)
-        await stopped.wait()
-        listening.service.draining = True  # /readyz says so, and a balancer sends nobody any more
-        await asyncio.sleep(drain_s)
-    if not as_json:
+    settings = Settings(config=config, drain_s=args.drain_s, traces=args.traces, log_json=args.log_json)
+    announce = partial(_announce, args.data, as_json=args.json)
+    if args.processes == 1:
+        serve(settings, lambda listening: announce([Said.of(listening)]))
+    else:
+        set_up_log(as_json=args.log_json)
+        asyncio.run(serve_together(settings, args.processes, announce))
+    if not args.json:
         print("stopped; everything acknowledged is on disk")
 
 
-def _collect_seldom() -> None:
-    """What lives as long as the process is never looked at again, and the rest less often.
-
-    A collection stops the loop and every thread.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GARBAGE)
-
-
-def _announce(listening: Listening, data: Path, *, as_json: bool) -> None:
-    dashboard = reachable(listening.admin_url) + "/"
+def _announce(data: Path, said: list[Said], *, as_json: bool) -> None:
+    first, others = said[0], [one.admin_url for one in said[1:]]
+    dashboard = reachable(first.admin_url) + "/"
     if as_json:
         print_json(
             {
                 "event": "listening",
-                "url": listening.url,
-                "admin_url": listening.admin_url,
+                "url": first.url,
+                "admin_url": first.admin_url,
                 "dashboard_url": dashboard,
-                "enrolment_token": listening.enrolment_token,
+                "enrolment_token": first.enrolment_token,
                 "admin_token_file": str(data / "admin-token"),
+                "other_admin_urls": others,
             }
         )
         return
-    print(f"devices   {listening.url}")
-    print(f"people    {listening.admin_url}  (token in {data / 'admin-token'})")
+    print(f"devices   {first.url}")
+    print(f"people    {first.admin_url}  (token in {data / 'admin-token'})")
+    for url in others:
+        print(f"          {url}  (another process, with metrics of its own)")
     print(f"dashboard {dashboard}")
     print(
-        f"enrol     fedtt client run --server {reachable(listening.url)} "
-        f"--token {listening.enrolment_token} --data examples.jsonl",
+        f"enrol     fedtt client run --server {reachable(first.url)} "
+        f"--token {first.enrolment_token} --data examples.jsonl",
         flush=True,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, LineTooLong
 
-from aggregator.handling import refuse
+from aggregator.handling import SERVICE, refuse
 from aggregator.problems import malformed
 
 __all__ = ["Protocol"]
@@ -43,6 +43,13 @@ class Protocol(web.RequestHandler):
         if isinstance(error, BadStatusLine):
             return "the request does not begin with a method, a path and a version of HTTP"
         return f"the request's head is no valid HTTP, or has more than {self.max_headers} fields"
+
+    def _process_keepalive(self) -> None:
+        """Its timer, which closes a connection that has waited too long for a whole request."""
+        closed_before = self._force_close
+        super()._process_keepalive()
+        if self._force_close and not closed_before:
+            self._app[SERVICE].metrics.connections_idle.inc()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of what was read: each piece behind the first error has failed too, and its error's frames

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -15,9 +17,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_client.identity import Identity
-from fedtt.messages import Code, Enroll, Failure, FailureCode, Judged, Verdict, Work, encode
+from fedtt.messages import Code, Enroll, Failure, FailureCode, Judged, Plan, Verdict, Work, encode
 from fedtt.signature import Signed, content_digest, signature_base, signature_headers
-from tests.support.served import CHECK_IN, Answer, Peer, Served, frame_of, refused, served, task_text
+from tests.support.served import CHECK_IN, LAYOUT, Answer, Peer, Served, frame_of, refused, served, task_text
 
 VERDICT = Verdict(examples=1, before=Judged(loss=1.0), after=Judged(loss=1.0))
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -38,6 +40,10 @@ class Place(Struct, frozen=True):
     peer: Peer
     work: Work
     database: Path
+
+    @property
+    def plan(self) -> Plan:
+        return self.work.plan
 
     def calls(self) -> dict[str, Call]:
         lease, plan = f"/v1/leases/{self.work.lease}", self.work.plan
@@ -244,4 +250,92 @@ async def test_a_revoked_key_is_taken_nowhere(place: Place, name: str) -> None:
     call, before = place.calls()[name], place.snapshot()
     answer = await place.send(call, place.peer.signed(call.method, call.path, call.body))
     refused(answer, Code.REVOKED, "an operator has revoked this device's key")
+    assert place.snapshot() == before
+
+
+# sound signatures over contents that are not
+
+NOT_FINITE = np.full(LAYOUT.size, np.nan, np.float32)
+FAILED = encode(Failure(code=FailureCode.OTHER))
+CONTENTS: dict[str, tuple[Code, Callable[[Place], Call]]] = {
+    "an update cut short": (Code.MALFORMED, lambda place: uploading(place, frame_of(place.plan)[:-1])),
+    "an update that is no frame": (Code.MALFORMED, lambda place: uploading(place, b"\0" * 200)),
+    "an update without a body": (Code.MALFORMED, lambda place: uploading(place, b"")),
+    "an update for another layout": (
+        Code.WRONG_LAYOUT,
+        lambda place: uploading(place, frame_of(place.plan, layout=b"otherone")),
+    ),
+    "an update that is not finite": (
+        Code.NOT_FINITE,
+        lambda place: uploading(place, frame_of(place.plan, NOT_FINITE)),
+    ),
+    "an update of no examples": (
+        Code.MALFORMED,
+        lambda place: uploading(place, frame_of(place.plan, examples=0)),
+    ),
+    "an update whose loss is not finite": (
+        Code.MALFORMED,
+        lambda place: uploading(place, frame_of(place.plan, loss_last=math.inf)),
+    ),
+    "an update that is too long": (Code.TOO_LARGE, lambda place: uploading(place, bytes(100_000))),
+    "an update under no lease": (
+        Code.UNKNOWN_LEASE,
+        lambda place: Call("PUT", f"/v1/leases/{'0' * 32}/update", frame_of(place.plan)),
+    ),
+    "a verdict of a device that was not asked": (Code.UNKNOWN_LEASE, lambda place: place.calls()["verdict"]),
+    "a failure that is no message": (
+        Code.MALFORMED,
+        lambda place: Call("POST", f"/v1/leases/{place.work.lease}/failure", b"{}"),
+    ),
+    "a failure under no lease": (
+        Code.UNKNOWN_LEASE,
+        lambda place: Call("POST", f"/v1/leases/{'0' * 32}/failure", FAILED),
+    ),
+    "a check-in that is no message": (Code.MALFORMED, lambda _: Call("POST", "/v1/check-in", b"\xc1")),
+    "a check-in that is too long": (Code.TOO_LARGE, lambda _: Call("POST", "/v1/check-in", bytes(20_000))),
+    "an enrolment with a wrong token": (
+        Code.BAD_TOKEN,
+        lambda place: Call(
+            "POST",
+            "/v1/enroll",
+            encode(Enroll(public_key=place.peer.identity.public_key, token="wrong", client="x")),
+        ),
+    ),
+    "a version that is not there": (Code.NOT_FOUND, lambda _: Call("GET", f"/v1/versions/{'0' * 64}")),
+    "a file that no bundle has": (
+        Code.NOT_FOUND,
+        lambda place: Call("GET", f"/v1/bundles/{place.plan.bundle}/no.onnx"),
+    ),
+}
+
+
+def uploading(place: Place, frame: bytes) -> Call:
+    return Call("PUT", f"/v1/leases/{place.work.lease}/update", frame)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+async def test_a_fault_in_the_content_changes_nothing(place: Place, content: str) -> None:
+    code, made = CONTENTS[content]
+    call = made(place)
+    before = place.snapshot()
+    answer = await place.send(call, place.peer.signed(call.method, call.path, call.body))
+    refused(answer, code)
+    assert place.snapshot() == before
+
+
+async def test_other_bytes_and_another_end_of_a_lease_that_was_answered_change_nothing(place: Place) -> None:
+    await place.peer.transport.upload(place.work.lease, frame_of(place.plan))
+    before = place.snapshot()
+    for call, code in (
+        (uploading(place, frame_of(place.plan, examples=6)), Code.CONFLICT),
+        (place.calls()["verdict"], Code.UNKNOWN_LEASE),
+    ):
+        refused(await place.send(call, place.peer.signed(call.method, call.path, call.body)), code)
+    assert place.snapshot() == before
+
+
+async def test_an_update_under_a_lease_that_was_given_back_changes_nothing(place: Place) -> None:
+    await place.peer.transport.fail(place.work.lease, Failure(code=FailureCode.OTHER))
+    call, before = uploading(place, frame_of(place.plan)), place.snapshot()
+    refused(await place.send(call, place.peer.signed(call.method, call.path, call.body)), Code.STALE)
     assert place.snapshot() == before

@@ -10,6 +10,7 @@ from yarl import URL
 
 from aggregator.admin_client import AdminClient
 from aggregator.app import ServerConfig, serving
+from aggregator.connections import ConnectionLimits
 from aggregator.tls import server_tls
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
@@ -17,7 +18,7 @@ from fedtt.errors import ConfigError, Unreachable
 from fedtt.messages import Enroll, Wait
 from fedtt.seams import SystemClock
 from tests.support.certificates import authority
-from tests.support.served import CHECK_IN, Peer
+from tests.support.served import CHECK_IN, Peer, until
 
 
 async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no_other(
@@ -69,6 +70,37 @@ async def test_a_connection_that_never_shakes_hands_is_closed(tmp_path: Path) ->
             async with asyncio.timeout(5):
                 assert await reader.read() == b""
             writer.close()
+
+
+async def test_a_handshake_that_is_never_finished_counts_as_a_connection(tmp_path: Path) -> None:
+    authority(tmp_path, "ours")
+    config = ServerConfig(
+        data=tmp_path / "data",
+        port=0,
+        admin_port=0,
+        tls_cert=tmp_path / "server-ours.pem",
+        tls_key=tmp_path / "server-ours-key.pem",
+        connections=ConnectionLimits(total=2),
+    )
+    async with serving(config) as listening:
+        url, ours = URL(listening.url), str(tmp_path / "ours.pem")
+        silent = [await asyncio.open_connection(url.host, url.port) for _ in range(2)]
+        async with Peer(listening.url, 1, ca=ours) as peer:
+            with pytest.raises(Unreachable):
+                await peer.enroll(listening.enrolment_token)
+            refused = listening.service.metrics.registry.get_sample_value
+            assert refused("fedtt_refused_connections_total", {"limit": "total"}) == 1
+            for _, writer in silent:
+                writer.close()
+
+            async def is_served() -> bool:
+                try:
+                    await peer.enroll(listening.enrolment_token)
+                except Unreachable:
+                    return False
+                return True
+
+            await until(is_served)
 
 
 async def _checked_in(url: str, identity: Identity, ca: str, token: str) -> bool:

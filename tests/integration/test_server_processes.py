@@ -1,0 +1,133 @@
+"""`fedtt serve --processes`: one port, several processes, started again when they die, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.test_server_process import newest, open_task, serve, start
+from tests.support.served import Peer, frame_of, task_text, until
+
+pytestmark = pytest.mark.slow
+
+COHORT = 8
+
+
+def servers(pid: int) -> list[psutil.Process]:
+    """The processes that serve, without the one that multiprocessing keeps for itself."""
+    children = psutil.Process(pid).children()
+    return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+
+
+def serving(pid: int) -> set[int]:
+    """Those of them that listen."""
+    return {child.pid for child in servers(pid) if any(c.status == "LISTEN" for c in child.net_connections())}
+
+
+async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_lost(tmp_path: Path) -> None:
+    async with serve(tmp_path / "data", "--processes", "2") as server:
+        assert len(serving(server.process.pid)) == 2
+        await open_task(server, tmp_path / "bundle", task_text(cohort=COHORT))
+        async with server.devices(COHORT) as peers:
+            work = [await peer.work() for peer in peers]
+            for peer, w in list(zip(peers, work, strict=True))[: COHORT // 2]:
+                await peer.transport.upload(w.lease, frame_of(w.plan))
+            before = serving(server.process.pid)
+            os.kill(min(before), signal.SIGKILL)
+
+            async def are_two_again() -> bool:
+                found = serving(server.process.pid)
+                return len(found) == 2 and found != before
+
+            await until(are_two_again, 30)
+        async with server.devices(COHORT) as peers:  # on connections of their own
+            for peer, w in zip(peers, work, strict=True):
+                await peer.transport.upload(w.lease, frame_of(w.plan))
+        await newest(server, 1)
+        versions = await server.admin.task("lights", "/versions")
+        assert [(row["number"], row["updates"]) for row in versions] == [(0, 0), (1, COHORT)]
+        members = servers(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert await server.process.wait() == 0
+        assert [member for member in members if member.is_running()] == []
+
+
+async def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
+    async with serve(tmp_path / "data", "--processes", "2") as server:
+        members = servers(server.process.pid)
+        assert len(members) == 2
+        await server.kill()
+
+        async def are_gone() -> bool:
+            return not any(member.is_running() for member in members)
+
+        await until(are_gone, 20)
+
+
+async def test_both_processes_take_connections_and_tell_where_people_reach_them(tmp_path: Path) -> None:
+    process = await start(tmp_path / "data", "--processes", "2")
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            devices = await process.stdout.readline()
+            people = [await process.stdout.readline() for _ in range(2)]
+        assert devices.startswith(b"devices   http://127.0.0.1:")
+        assert b"another process, with metrics of its own" in people[1]
+        url = devices.split()[1].decode()
+        for number in range(20):  # the kernel gives each connection to one of them
+            async with Peer(url, number + 1) as peer:
+                token = (tmp_path / "data" / "enrolment-token").read_text().strip()
+                await peer.enroll(token)
+        took = [await enrolments(line, tmp_path / "data") for line in (people[0], people[1])]
+        assert sum(took) == 20
+        assert min(took) > 0
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert out.endswith(b"stopped; everything acknowledged is on disk\n")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def enrolments(line: bytes, data: Path) -> int:
+    """How many requests to enrol the process behind this line of people's has answered."""
+    import aiohttp
+    from prometheus_client.parser import text_string_to_metric_families
+
+    url = next(word for word in line.decode().split() if word.startswith("http"))
+    token = (data / "admin-token").read_text().strip()
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as web:
+        async with web.get(f"{url}/metrics") as answer:
+            text = await answer.text()
+    return int(
+        sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "fedtt_http_requests_total" and sample.labels["route"] == "/v1/enroll"
+        )
+    )
+
+
+async def test_processes_that_cannot_start_end_with_status_2_and_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = await start(
+            tmp_path / "data", "--processes", "2", "--port", str(taken.getsockname()[1])
+        )
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+    assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
+    assert err.startswith(b"fedtt: error: --port = ")
