@@ -19,6 +19,7 @@ PARTS: dict[str, Measure] = {
     "sqlite": uploads.sqlite,
     "sqlite-one-process": uploads.sqlite_one_process,
     "postgresql": uploads.postgresql,
+    "postgresql-two-servers": uploads.postgresql_two_servers,
     "postgresql-one-process": uploads.postgresql_one_process,
     "fold": faults.fold,
     "herd": faults.herd,

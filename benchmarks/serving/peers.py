@@ -77,8 +77,8 @@ async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> 
         theirs = await _theirs(part, name, environment, results, connections, **more)
     except (Missing, PeerFailed) as error:
         return Measured(skipped=str(error))
-    one, _ = await _ours(part, f"beside_{name}_alone", servers=1)
-    ours, our_cpu = await _ours(part, f"beside_{name}", servers=_PROCESSES)
+    one, _ = await _ours(part, f"beside_{name}_alone", processes=1)
+    ours, our_cpu = await _ours(part, f"beside_{name}", processes=_PROCESSES)
     rate, our_rate = results / theirs["seconds"], results / ours.seconds
     return Measured(
         figures={
@@ -98,11 +98,11 @@ async def _beside_ours(part: Part, name: str, environment: str, **more: str) -> 
     )
 
 
-async def _ours(part: Part, name: str, *, servers: int) -> tuple[Answers, Cpu]:
+async def _ours(part: Part, name: str, *, processes: int) -> tuple[Answers, Cpu]:
     results, connections = _counts(part)
     own = msgspec.structs.replace(part, directory=part.directory / name)
     database = own.directory / "data" / "fedtt.db"
-    return await taken(own, database, name, updates=results, connections=connections, servers=servers)
+    return await taken(own, database, name, updates=results, connections=connections, processes=processes)
 
 
 async def _theirs(

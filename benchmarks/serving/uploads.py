@@ -28,6 +28,7 @@ __all__ = [
     "give_leases",
     "postgresql",
     "postgresql_one_process",
+    "postgresql_two_servers",
     "sqlite",
     "sqlite_one_process",
     "taken",
@@ -46,45 +47,67 @@ class Cpu(NamedTuple):
 
 
 async def sqlite(part: Part) -> Measured:
-    """As deployment.md sizes it for two cores: a process for each."""
-    return await _on_sqlite(part, "sqlite", servers=2)
+    """As deployment.md sizes it for two cores: one server, with a process for each."""
+    return await _on_sqlite(part, "sqlite", processes=2)
 
 
 async def sqlite_one_process(part: Part) -> Measured:
-    return await _on_sqlite(part, "sqlite_one_process", servers=1)
+    return await _on_sqlite(part, "sqlite_one_process")
 
 
 async def postgresql(part: Part) -> Measured:
-    return await _on_postgresql(part, "postgresql", servers=2)
+    return await _on_postgresql(part, "postgresql", processes=2)
+
+
+async def postgresql_two_servers(part: Part) -> Measured:
+    """Replicas with a process for each core: more processes than cores, here."""
+    return await _on_postgresql(part, "postgresql_two_servers", servers=2, processes=2)
 
 
 async def postgresql_one_process(part: Part) -> Measured:
-    return await _on_postgresql(part, "postgresql_one_process", servers=1)
+    return await _on_postgresql(part, "postgresql_one_process")
 
 
-async def _on_sqlite(part: Part, name: str, *, servers: int) -> Measured:
-    return await _measured(part, part.directory / "data" / "fedtt.db", name, servers=servers)
+async def _on_sqlite(part: Part, name: str, *, processes: int = 1) -> Measured:
+    return await _measured(part, part.directory / "data" / "fedtt.db", name, processes=processes)
 
 
-async def _on_postgresql(part: Part, name: str, *, servers: int) -> Measured:
+async def _on_postgresql(part: Part, name: str, *, servers: int = 1, processes: int = 1) -> Measured:
     binaries = postgresql_binaries()
     if binaries is None:
         return Measured(skipped="no initdb on this machine (Debian: apt install postgresql)")
     database = LocalPostgresql(binaries, durable=True)
     try:
         return await _measured(
-            part, database.new_database(), name, servers=servers, database_pid=database.pid
+            part,
+            database.new_database(),
+            name,
+            servers=servers,
+            processes=processes,
+            database_pid=database.pid,
         )
     finally:
         database.close()
 
 
 async def _measured(
-    part: Part, database: str | Path, name: str, *, servers: int, database_pid: int | None = None
+    part: Part,
+    database: str | Path,
+    name: str,
+    *,
+    servers: int = 1,
+    processes: int = 1,
+    database_pid: int | None = None,
 ) -> Measured:
     updates = 2000 if part.quick else 15_000
     answers, cpu = await taken(
-        part, database, name, updates=updates, servers=servers, database_pid=database_pid
+        part,
+        database,
+        name,
+        updates=updates,
+        servers=servers,
+        processes=processes,
+        database_pid=database_pid,
     )
     database_figures = (
         {f"database_cpu_us_per_update_{name}": round(1e6 * cpu.database_s / updates, 1)}
@@ -103,7 +126,7 @@ async def _measured(
         against={
             f"durable_signed_updates_per_s_{name}": f"{updates} updates of {answers.update_bytes} bytes, "
             f"each by a device of its own, over {CONNECTIONS} connections from a process on the same cores; "
-            f"server processes: {servers}"
+            f"servers: {servers}, of {processes} process{'es' * (processes > 1)}"
         },
     )
 
@@ -116,9 +139,13 @@ async def taken(
     updates: int,
     connections: int = CONNECTIONS,
     servers: int = 1,
+    processes: int = 1,
     database_pid: int | None = None,
 ) -> tuple[Answers, Cpu]:
-    """So many updates, all acknowledged and in the ledger; and what that took."""
+    """So many updates, all acknowledged and in the ledger; and what that took.
+
+    processes: of each server.
+    """
     options = ("--database", database) if isinstance(database, str) else ()
     first = ServerProcess(part.directory / "data", options=options)
     async with first.running():
@@ -126,7 +153,9 @@ async def taken(
         await first.stop()
     give_leases(database, updates)
     async with AsyncExitStack() as stack:
-        running = [first] if servers == 1 else on_one_port(part.directory / "data", servers, *options)
+        data, options = part.directory / "data", (*options, "--processes", str(processes))
+        alone = [ServerProcess(data, options=options)]
+        running = alone if servers == 1 else on_one_port(data, servers, *options)
         for server in running:
             await stack.enter_async_context(server.running())
         load = Load(
@@ -210,4 +239,6 @@ def _cpu(servers: Sequence[int], database_pid: int | None) -> Cpu:
 
 
 def _cpu_s(processes: Iterable[psutil.Process]) -> float:
-    return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
+    """Of each and of all that descend from it."""
+    all_of_them = [one for root in processes for one in (root, *root.children(recursive=True))]
+    return float(sum(times.user + times.system for times in (one.cpu_times() for one in all_of_them)))
