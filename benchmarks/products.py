@@ -1,8 +1,8 @@
-"""What products in integers cost in accuracy: one federation on CLINC150, trained and judged either way.
+"""What fewer bits cost in accuracy: one federation on CLINC150, trained and judged by each kind of bundle.
 
 MiniLM-L6, FedTT in the last two blocks, 100 devices with Dirichlet(0.5) label skew, 10 updates a round, one
-seed. Devices and judge run the bundle's own graphs in ONNX Runtime, over a base in fp32 multiplied in fp32
-and over one in int8 multiplied in int8; all else is the same.
+seed. Devices and judge run the bundle's own graphs in ONNX Runtime, over a base in fp32 and in fp16 multiplied
+in fp32, and over one in int8 multiplied in int8; all else is the same.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import msgspec
 
 from benchmarks.claims.data import DataSet, prepared
 from benchmarks.federated import WORK, exported
-from benchmarks.harness import arguments, minilm_directory, reporting
+from benchmarks.harness import Report, arguments, minilm_directory, reporting
 from fedtt.task import read_task
 from fleet.experiment import prepare
 from fleet.run import run_fleet
 from fleet.run_files import VersionLine
 from fleet.spec import FleetFile, FleetSpec
 
-ARMS = {"fp32": (), "int8": ("--base", "int8", "--products", "int8")}
+ARMS = {
+    "fp32": (),
+    "fp16": ("--base", "fp16"),
+    "int8": ("--base", "int8", "--products", "int8"),
+}
 
 
 def main() -> None:
-    parser = arguments("products", "accuracy of a federation by products in int8, and in fp32")
+    parser = arguments("products", "accuracy of a federation over a base in fp32, in fp16, and multiplied in int8")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
@@ -36,28 +40,34 @@ def main() -> None:
     with reporting("products", args.out) as report:
         for products, options in ARMS.items():
             lines = trained(bundle_of(products, options, data), data, rounds, args.seed, products)
-            for line in lines:
-                if line.loss is not None:
-                    report.line(
-                        products=products, version=line.version, accuracy=line.accuracy, loss=line.loss
-                    )
+            say(report, lines, products=products)
             figures |= {
                 f"accuracy_{products}": lines[-1].accuracy or 0.0,
                 f"loss_{products}": lines[-1].loss or 0.0,
             }
-        report.summary(figures, {"accuracy_int8": "accuracy_fp32, in the same run"})
+        same = "accuracy_fp32, in the same run"
+        report.summary(figures, {"accuracy_fp16": same, "accuracy_int8": same})
 
 
-def bundle_of(products: str, options: tuple[str, ...], data: DataSet) -> Path:
+def say(report: Report, lines: list[VersionLine], **arm: object) -> None:
+    """The versions that were judged."""
+    for line in lines:
+        if line.loss is not None:
+            report.line(**arm, version=line.version, accuracy=line.accuracy, loss=line.loss)
+
+
+def bundle_of(name: str, options: tuple[str, ...], data: DataSet) -> Path:
     labels = WORK / "clinc150-labels.json"
     labels.parent.mkdir(exist_ok=True)
     labels.write_text(json.dumps({"labels": data.labels}))
     fixed = ("--labels", str(labels), "--depth", "2", "--depths", "2", "--max-tokens", "64", "--no-verify")
-    return exported(f"products-{products}", minilm_directory(), *fixed, *options)
+    return exported(f"products-{name}", minilm_directory(), *fixed, *options)
 
 
-def trained(bundle: Path, data: DataSet, rounds: int, seed: int, name: str) -> list[VersionLine]:
-    """The versions of a run, some of them judged."""
+def trained(
+    bundle: Path, data: DataSet, rounds: int, seed: int, name: str, **task_parts: object
+) -> list[VersionLine]:
+    """The versions of a run, some of them judged; `task_parts` join or replace those of the task."""
     raw: dict[str, Any] = {
         "fleet": {"devices": 100, "seed": seed, "threads": 1},
         "bundle": str(bundle),
@@ -76,7 +86,8 @@ def trained(bundle: Path, data: DataSet, rounds: int, seed: int, name: str) -> l
             "training": {"learning_rate": 1e-2, "local_steps": 8, "batch_size": 16},
             "method": {"name": "fedtt"},
             "codec": {"quantise": "int4", "error_feedback": True},
-        },
+        }
+        | task_parts,
         "products",
     )
     spec = FleetSpec(task=task, **{field: getattr(parts, field) for field in FleetFile.__struct_fields__})
