@@ -99,6 +99,9 @@ class _Member:
                 said = Said(error="a server process ended before it listened")
         if said.error:
             raise FedttError(said.error)
+        port = int(said.admin_url.rpartition(":")[2])  # whoever follows is reached where this one was
+        config = replace(self._settings.config, admin_port=port)
+        self._settings = replace(self._settings, config=config)
         return said
 
     async def keep_running(self) -> None:

@@ -1,9 +1,9 @@
-"""What differential privacy by example costs in accuracy: the federation of `benchmarks.products`, by DP-SGD.
+"""What differential privacy by example costs in accuracy: that of `benchmarks.products`, trained by DP-SGD.
 
-One bundle with the step that clips each example's gradient (`fedtt export --dp`), one seed. ε counts all that a
-device sends in the run: it is that of a device with as many examples as they have on average and as many
-trainings as they had on average, δ being 1e-5; who has fewer examples spends more. Ten updates a round are
-few for noise that each device adds by itself: that of a version falls with their number.
+One bundle with the step that clips each example's gradient (`fedtt export --dp`), one seed. ε counts all that
+a device sends in the run: it is that of a device with as many examples as they have on average and as many
+trainings as they had on average, rounded up, δ being 1e-5; who has fewer examples spends more. Ten updates a
+round are few for noise that each device adds by itself: that of a version falls with their number.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What fewer bits cost in accuracy: one federation on CLINC150, trained and judged by each kind of bundle.
 
 MiniLM-L6, FedTT in the last two blocks, 100 devices with Dirichlet(0.5) label skew, 10 updates a round, one
-seed. Devices and judge run the bundle's own graphs in ONNX Runtime, over a base in fp32 and in fp16 multiplied
-in fp32, and over one in int8 multiplied in int8; all else is the same.
+seed. Devices and judge run the bundle's own graphs in ONNX Runtime, over a base in fp32 and in fp16
+multiplied in fp32, and over one in int8 multiplied in int8; all else is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ ARMS = {
 
 
 def main() -> None:
-    parser = arguments("products", "accuracy of a federation over a base in fp32, in fp16, and multiplied in int8")
+    parser = arguments(
+        "products", "accuracy of a federation over a base in fp32, in fp16, and multiplied in int8"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds

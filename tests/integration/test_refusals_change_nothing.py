@@ -293,14 +293,6 @@ CONTENTS: dict[str, tuple[Code, Callable[[Place], Call]]] = {
     ),
     "a check-in that is no message": (Code.MALFORMED, lambda _: Call("POST", "/v1/check-in", b"\xc1")),
     "a check-in that is too long": (Code.TOO_LARGE, lambda _: Call("POST", "/v1/check-in", bytes(20_000))),
-    "an enrolment with a wrong token": (
-        Code.BAD_TOKEN,
-        lambda place: Call(
-            "POST",
-            "/v1/enroll",
-            encode(Enroll(public_key=place.peer.identity.public_key, token="wrong", client="x")),
-        ),
-    ),
     "a version that is not there": (Code.NOT_FOUND, lambda _: Call("GET", f"/v1/versions/{'0' * 64}")),
     "a file that no bundle has": (
         Code.NOT_FOUND,
@@ -338,4 +330,11 @@ async def test_an_update_under_a_lease_that_was_given_back_changes_nothing(place
     await place.peer.transport.fail(place.work.lease, Failure(code=FailureCode.OTHER))
     call, before = uploading(place, frame_of(place.plan)), place.snapshot()
     refused(await place.send(call, place.peer.signed(call.method, call.path, call.body)), Code.STALE)
+    assert place.snapshot() == before
+
+
+async def test_a_stranger_with_a_wrong_token_changes_nothing(place: Place) -> None:
+    enroll = Enroll(public_key=STRANGER.public_key, token="wrong", client="x")
+    call, before = Call("POST", "/v1/enroll", encode(enroll)), place.snapshot()
+    refused(await place.send(call, signed(place, call, by=STRANGER)), Code.BAD_TOKEN)
     assert place.snapshot() == before
