@@ -87,3 +87,7 @@ class _Connection(socket.socket):
         if ended is not None:
             ended()
         super().close()
+
+    def __del__(self) -> None:
+        """Where its transport never came about."""
+        self.close()

@@ -8,11 +8,11 @@ import logging
 import multiprocessing
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -24,6 +24,8 @@ from fedtt.errors import ConfigError, FedttError
 __all__ = ["Said", "serve_together"]
 
 _AGAIN_S = 1.0  #: between the death of a process and the start of the next
+_LAST_PORT = 65535
+T = TypeVar("T")
 _log = logging.getLogger("fedtt.aggregator")
 
 
@@ -53,6 +55,10 @@ async def serve_together(settings: Settings, count: int, announce: Callable[[lis
     with _one_port(settings.config.host, settings.config.port) as port:
         shared = replace(settings.config, port=port, reuse_port=True)
         first = shared.admin_port
+        if first + count - 1 > _LAST_PORT:
+            raise ConfigError(
+                "--admin-port", first, f"at most {_LAST_PORT - count + 1} with {count} processes"
+            )
         members = [
             _Member(replace(settings, config=replace(shared, admin_port=first and first + number)))
             for number in range(count)
@@ -68,12 +74,18 @@ async def serve_together(settings: Settings, count: int, announce: Callable[[lis
 
 
 async def _look_after(members: list[_Member], announce: Callable[[list[Said]], None]) -> None:
-    announce([await member.start() for member in members])  # the first makes tokens and tables
-    keeping = [asyncio.create_task(member.keep_running()) for member in members]
+    first = await members[0].start()  # it makes tokens and tables
+    announce([first, *await _all_of(member.start() for member in members[1:])])
+    await _all_of(member.keep_running() for member in members)
+
+
+async def _all_of(each: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """At the same time; where one fails the others are given up."""
+    tasks = [asyncio.create_task(one) for one in each]
     try:
-        await asyncio.gather(*keeping)
+        return await asyncio.gather(*tasks)
     finally:
-        for task in keeping:
+        for task in tasks:
             task.cancel()
 
 
@@ -111,7 +123,10 @@ class _Member:
             self._process.join()
             _log.error("a server process ended with status %s: starting another", self._process.exitcode)
             await asyncio.sleep(_AGAIN_S)
-            await self.start()
+            try:
+                await self.start()
+            except FedttError as error:  # the others go on, and so does this one once it can
+                _log.error("it did not start: %s", error)
 
     async def end(self) -> None:
         if self._process is not None and self._process.is_alive():

@@ -69,7 +69,7 @@ async def serve(data: Path, *options: str) -> AsyncIterator[Process]:
     process = await start(data, "--json", *options)
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             line = await process.stdout.readline()
         server = Process(process, json.loads(line))
         async with server.admin:
