@@ -14,6 +14,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import TypeEngine
 
+from fedtt.errors import FedttError, StorageError
 from storage.models import Base
 
 __all__ = ["Names", "Rows", "Values", "is_among", "json_texts"]
@@ -100,16 +101,24 @@ class Rows(Generic[R]):
         return tuple(getattr(record, name) for name in self._key)
 
     def of(self, found: CursorResult[Any]) -> list[R]:
-        """The records that a statement found: straight from the driver, for rows come in crowds."""
+        """The records that a statement found: straight from the driver, for rows come in crowds.
+
+        Raises StorageError where a row is not what this program writes, as in the middle of a migration.
+        """
         cursor, fields = found.cursor, self.record.__struct_fields__
         assert cursor is not None  # noqa: S101  # the statement returns rows
         readers = self._readers_of(found.context.dialect, cursor.description)
         records = []
-        for row in cursor.fetchall():
-            values = list(row)
-            for place, read in readers:
-                values[place] = read(values[place])
-            records.append(self.record(**dict(zip(fields, values, strict=True))))
+        try:
+            for row in cursor.fetchall():
+                values = list(row)
+                for place, read in readers:
+                    values[place] = read(values[place])
+                records.append(self.record(**dict(zip(fields, values, strict=True))))
+        except (msgspec.MsgspecError, FedttError, LookupError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            where = f"a row of {self.table.name} cannot be read ({said})"
+            raise StorageError(f"{where}: run one release on all servers of a ledger") from error
         found.close()
         return records
 

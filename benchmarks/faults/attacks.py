@@ -71,7 +71,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
         await asyncio.gather(*attackers, return_exceptions=True)
         await asyncio.gather(*living)
         lived = server.is_running
-        await server.task("/stop", "POST")
+        await server.end_task()
         await server.stop()
         found = audit(server.data, notes, places(peers))
     waits = np.array(notes.latencies_s or [np.inf])

@@ -60,7 +60,7 @@ async def _filled(setting: Setting, data: Path, times: int, full_s: float) -> Ou
             over.set()
             await asyncio.gather(*living)
         lived = server.is_running
-        await server.task("/stop", "POST")
+        await server.end_task()
         await server.stop()
         found = audit(data, notes, places(peers))
     return Outcome(

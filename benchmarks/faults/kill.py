@@ -65,7 +65,7 @@ async def killed(setting: Setting, *, count: int, kills: int, up_s: float = 1.0,
         finally:
             over.set()
             await asyncio.gather(*living)
-        await server.task("/stop", "POST")
+        await server.end_task()
         for process in running:
             await process.stop()
     found = audit(server.data, notes, places(peers))

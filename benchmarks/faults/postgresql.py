@@ -74,7 +74,7 @@ async def _run(setting: Setting, database: LocalPostgresql, count: int, times: i
         finally:
             over.set()
             await asyncio.gather(*living)
-        await servers[0].task("/stop", "POST")
+        await servers[0].end_task()
         for server in servers:
             await server.stop()
     for line in notes.wrong[:5]:

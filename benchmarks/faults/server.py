@@ -25,6 +25,7 @@ __all__ = ["TASK", "ServerProcess", "on_one_port", "task_text"]
 
 TASK = "faults"
 _START_S = 60.0
+_SUMMED_S = 30.0
 _ASK_AGAIN_S = 30.0  #: after which a server that still runs is told once more to end
 
 
@@ -152,6 +153,13 @@ class ServerProcess:
     async def task(self, below: str = "", method: str = "GET") -> Any:
         async with self.admin() as admin:
             return await admin.task(TASK, below, method)
+
+    async def end_task(self) -> None:
+        """Stop the task, and wait until the sum that was under way is published: each update has its end."""
+        await self.task("/stop", "POST")
+        async with asyncio.timeout(_SUMMED_S):
+            while any(round_["state"] == "folding" for round_ in await self.task("/rounds?limit=1")):
+                await asyncio.sleep(0.02)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ServerProcess]:

@@ -51,7 +51,7 @@ async def soaked(setting: Setting, *, count: int, seconds: float, every_s: float
         server_cpu_s = cpu_s(server.pid)
         over.set()
         await asyncio.gather(*living)
-        await server.task("/stop", "POST")
+        await server.end_task()
         await server.stop()
     found = audit(server.data, notes, places(peers))
     warm = np.array([sample for sample in samples if sample[0] >= _WARM_UP * seconds])

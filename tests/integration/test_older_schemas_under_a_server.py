@@ -59,7 +59,7 @@ async def test_devices_wait_out_an_older_schema_and_nothing_acknowledged_is_lost
         await asyncio.gather(*living)
         await serving.stop()
         await serving.start()  # going back so far took people's tokens away; a start makes the first one anew
-        await serving.task("/stop", "POST")
+        await serving.end_task()
         await serving.stop()
     figures = audit(data, notes, places(peers), tables=tables).figures()
     assert {name: figures[name] for name in NOTHING_WRONG if figures[name]} == {}

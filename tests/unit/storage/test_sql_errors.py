@@ -218,6 +218,25 @@ def test_a_transaction_that_met_a_full_disk_cannot_commit_even_where_the_error_i
             tx.put_device(ledger.device("alice", examples=8))
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        """UPDATE tasks SET spec = '{"name":"intents","weighting":"examples"}'""",
+        "UPDATE tasks SET spec = replace(spec, '\"quorum\":2', '\"quorum\":11')",  # of a cohort of 10
+        "UPDATE tasks SET state = 'dreaming'",
+    ],
+)
+def test_a_row_that_only_another_release_can_read_is_named(statement: str, tmp_path: Path) -> None:
+    _uploaded(tmp_path / "ledger.db")
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(statement)
+    with closing(SqlStore.open(tmp_path / "ledger.db")) as store, store.reading() as tx:
+        with pytest.raises(StorageError, match=r"^a row of tasks cannot be read \(.*\): run one release"):
+            tx.task("intents")
+        assert tx.device(ledger.device().id) == ledger.device()
+
+
 def test_a_postgresql_that_does_not_answer_is_named_without_its_password() -> None:
     with pytest.raises(UnavailableError) as caught:
         SqlStore.open("postgresql+psycopg://me:secret@127.0.0.1:1/db")
