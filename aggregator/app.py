@@ -202,17 +202,18 @@ async def _listen(
         backlog=_BACKLOG,
         ssl=tls,
         ssl_handshake_timeout=handshake_s,
+        ssl_shutdown_timeout=None if tls is None else _LINGER_S,  # else a silent peer is kept half a minute
     )
     try:
         server = await create(host, port, reuse_port=reuse_port or None, start_serving=connections is None)
+        stack.callback(server.close)
+        bound = server.sockets[0].getsockname()[1]
+        if connections is not None:
+            for listener in connections.listen(server.sockets):
+                stack.callback((await create(sock=listener)).close)
+            server.close()
     except OSError as error:
         raise _not_listening(error, host, port, option) from None
-    stack.callback(server.close)
-    bound = server.sockets[0].getsockname()[1]
-    if connections is not None:
-        for listener in connections.listen(server.sockets):
-            stack.callback((await create(sock=listener)).close)
-        server.close()
     return url_of(host, bound, tls=tls is not None)
 
 

@@ -15,6 +15,8 @@ from aggregator.limits import address_range
 
 __all__ = ["ConnectionLimits", "Connections"]
 
+_REFUSED_AT_ONCE = 1024
+
 
 class ConnectionLimits(Struct, frozen=True, kw_only=True):
     """What is kept open at a time; a connection beyond it is closed before a byte of it is read."""
@@ -67,14 +69,16 @@ class _Listener(socket.socket):
         self._connections = connections
 
     def accept(self) -> tuple[socket.socket, Any]:
-        descriptor, peer = self._accept()  # type: ignore[attr-defined]  # as its base class does
-        name = address_range(peer[0])
-        if not self._connections.admit(name):
+        """The next that there is room for; the others are closed, a crowd of them in one turn of the loop."""
+        for _ in range(_REFUSED_AT_ONCE):
+            descriptor, peer = self._accept()  # type: ignore[attr-defined]  # as its base class does
+            name = address_range(peer[0] if peer else None)
+            if self._connections.admit(name):
+                accepted = _Connection(self.family, self.type, self.proto, fileno=descriptor)
+                accepted.ended = partial(self._connections.ended, name)
+                return accepted, peer
             os.close(descriptor)
-            raise ConnectionAbortedError  # the loop looks again at once
-        accepted = _Connection(self.family, self.type, self.proto, fileno=descriptor)
-        accepted.ended = partial(self._connections.ended, name)
-        return accepted, peer
+        raise BlockingIOError  # others have their turn, then the loop looks again
 
 
 class _Connection(socket.socket):

@@ -24,6 +24,7 @@ from fedtt.errors import ConfigError, FedttError
 __all__ = ["Said", "serve_together"]
 
 _AGAIN_S = 1.0  #: between the death of a process and the start of the next
+_SELDOM_S = 30.0  #: the longest that this becomes where it does not start
 _LAST_PORT = 65535
 T = TypeVar("T")
 _log = logging.getLogger("fedtt.aggregator")
@@ -100,10 +101,11 @@ class _Member:
     async def start(self) -> Said:
         """Raises FedttError with its reason where it does not come to listen."""
         hears, tells = self._context.Pipe(duplex=False)
-        self._process = self._context.Process(target=_run, args=(self._settings, tells))
-        self._process.start()
-        tells.close()
         with hears:
+            with tells:
+                process = self._context.Process(target=_run, args=(self._settings, tells))
+                process.start()
+            self._process = process
             await _readable(hears.fileno())
             try:
                 said: Said = hears.recv()
@@ -122,11 +124,20 @@ class _Member:
             await _readable(self._process.sentinel)
             self._process.join()
             _log.error("a server process ended with status %s: starting another", self._process.exitcode)
-            await asyncio.sleep(_AGAIN_S)
+            await self._start_again()
+
+    async def _start_again(self) -> None:
+        """As soon as it can be: the others go on meanwhile."""
+        wait_s = _AGAIN_S
+        while True:
+            await asyncio.sleep(wait_s)
             try:
                 await self.start()
-            except FedttError as error:  # the others go on, and so does this one once it can
-                _log.error("it did not start: %s", error)
+            except (FedttError, OSError) as error:
+                wait_s = min(2 * wait_s, _SELDOM_S)
+                _log.error("a server process did not start, again in %g s: %s", wait_s, error)
+            else:
+                return
 
     async def end(self) -> None:
         if self._process is not None and self._process.is_alive():
@@ -150,10 +161,14 @@ def _run(settings: Settings, tells: Connection) -> None:
     assert parent is not None  # noqa: S101
     with tells:
         try:
-            serve(settings, lambda listening: tells.send(Said.of(listening)), ends_with=parent.sentinel)
+            serve(settings, lambda listening: _tell(tells, Said.of(listening)), ends_with=parent.sentinel)
         except FedttError as error:
-            with contextlib.suppress(BrokenPipeError):
-                tells.send(Said(error=str(error)))
+            _tell(tells, Said(error=str(error)))
+
+
+def _tell(tells: Connection, said: Said) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it ends already, and asks no more
+        tells.send(said)
 
 
 @contextmanager

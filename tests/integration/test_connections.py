@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from aggregator.connections import ConnectionLimits, Connections
 from tests.support.served import Served, served, task_text, until
@@ -25,6 +30,35 @@ def test_each_range_of_addresses_has_its_own_limit_within_the_total() -> None:
         connections.ended(name)
     assert connections.open == 0
     assert not connections._ranges
+
+
+def test_a_crowd_that_is_refused_does_not_hold_up_who_comes_behind_it() -> None:
+    refused = Counter[str]()
+    connections = Connections(ConnectionLimits(total=1), lambda limit: refused.update([limit]))
+    with socket.create_server(("127.0.0.1", 0)) as bound, ExitStack() as stack:
+        bound.setblocking(False)
+        (listener,) = connections.listen([bound])
+        stack.enter_context(listener)
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(bound.getsockname()))
+        kept, _ = listener.accept()
+        with pytest.raises(BlockingIOError):
+            listener.accept()  # all of the others in one turn
+        assert refused == {"total": 19}
+        kept.close()
+        assert connections.open == 0
+
+
+def test_a_connection_that_nobody_closes_counts_no_longer_than_it_lives() -> None:
+    connections = Connections(ConnectionLimits(), lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        (listener,) = connections.listen([bound])
+        with listener, socket.create_connection(bound.getsockname()):
+            kept, _ = listener.accept()
+            assert connections.open == 1
+            del kept
+            gc.collect()
+            assert connections.open == 0
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bool:

@@ -45,8 +45,8 @@ async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_
         await open_task(server, tmp_path / "bundle", task_text(cohort=COHORT))
         async with server.devices(COHORT) as peers:
             work = [await peer.work() for peer in peers]
-            for peer, w in list(zip(peers, work, strict=True))[: COHORT // 2]:
-                await peer.transport.upload(w.lease, frame_of(w.plan))
+            first = list(zip(peers, work, strict=True))[: COHORT // 2]
+            receipts = [await peer.transport.upload(w.lease, frame_of(w.plan)) for peer, w in first]
             before = serving(server.process.pid)
             os.kill(min(before), signal.SIGKILL)
 
@@ -56,7 +56,9 @@ async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_
 
             await until(are_two_again, 90)
         async with server.devices(COHORT) as peers:  # on connections of their own
-            for peer, w in zip(peers, work, strict=True):
+            for peer, known in zip(peers, receipts, strict=False):
+                assert await peer.transport.receipt(known.lease) == known
+            for peer, w in list(zip(peers, work, strict=True))[COHORT // 2 :]:
                 await peer.transport.upload(w.lease, frame_of(w.plan))
         await newest(server, 1)
         versions = await server.admin.task("lights", "/versions")
