@@ -41,7 +41,7 @@ from storage.records import Token
 from storage.sql import SqlStore
 from storage.store import Store
 
-__all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "serving", "url_of"]
+__all__ = ["Listening", "ServerConfig", "admin_app", "device_app", "not_listening", "serving", "url_of"]
 
 _log = logging.getLogger("fedtt.aggregator")
 _HEADER_LIMIT_BYTES = 4096
@@ -213,7 +213,7 @@ async def _listen(
                 stack.callback((await create(sock=listener)).close)
             server.close()
     except OSError as error:
-        raise _not_listening(error, host, port, option) from None
+        raise not_listening(error, host, port, option) from None
     return url_of(host, bound, tls=tls is not None)
 
 
@@ -222,7 +222,8 @@ def url_of(host: str, port: int, *, tls: bool = False) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _not_listening(error: OSError, host: str, port: int, option: str) -> ConfigError:
+def not_listening(error: OSError, host: str, port: int, option: str = "") -> ConfigError:
+    """Why an address cannot be listened on; `option` begins the names of its two options."""
     if error.errno == errno.EADDRINUSE:
         allowed = "a free one: stop the program that uses it, or choose another"
         return ConfigError(f"--{option}port", port, allowed, host)

@@ -75,7 +75,7 @@ class Metrics:
         )
         self.connections_idle = Counter(
             "fedtt_idle_connections_total",
-            "Connections closed because no whole request came in time.",
+            "Connections closed because not one whole request came in time (TLS handshakes are not counted).",
             registry=registry,
         )
         self.check_ins = Counter(

@@ -30,7 +30,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_json: bool = False
 
 
-def serve(settings: Settings, announce: Callable[[Listening], None], *, ends_with: int | None = None) -> None:
+def serve(
+    settings: Settings, announce: Callable[[Listening], object], *, ends_with: int | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain and end; all that was acknowledged is on disk.
 
     announce: called once it listens. ends_with: a descriptor that becomes readable when the process that
@@ -47,7 +49,7 @@ def serve(settings: Settings, announce: Callable[[Listening], None], *, ends_wit
 
 
 async def _until_stopped(
-    settings: Settings, tracer: Tracer, announce: Callable[[Listening], None], ends_with: int | None
+    settings: Settings, tracer: Tracer, announce: Callable[[Listening], object], ends_with: int | None
 ) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()

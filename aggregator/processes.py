@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import signal
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -17,7 +18,7 @@ from typing import Any, Self, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aggregator.app import Listening
+from aggregator.app import Listening, ServerConfig, not_listening
 from aggregator.one_process import Settings, serve
 from fedtt.errors import ConfigError, FedttError
 
@@ -25,6 +26,7 @@ __all__ = ["Said", "serve_together"]
 
 _AGAIN_S = 1.0  #: between the death of a process and the start of the next
 _SELDOM_S = 30.0  #: the longest that this becomes where it does not start
+_END_S = 20.0  #: beyond the drain, that a process may take to end
 _LAST_PORT = 65535
 T = TypeVar("T")
 _log = logging.getLogger("fedtt.aggregator")
@@ -47,22 +49,17 @@ class Said(Struct, frozen=True, kw_only=True):
         )
 
 
-async def serve_together(settings: Settings, count: int, announce: Callable[[list[Said]], None]) -> None:
-    """Run so many processes until SIGTERM or SIGINT; one that dies is started again.
+async def serve_together(settings: Settings, count: int, announce: Callable[[list[Said]], None]) -> bool:
+    """Run so many processes until SIGTERM or SIGINT; one that dies is started again. Whether all ended well.
 
     They share the devices' port; the administrators' ports follow one another, for each process counts for
     itself. announce: called once all listen. Raises FedttError where one cannot start.
     """
-    with _one_port(settings.config.host, settings.config.port) as port:
+    with _one_port(settings.config) as port:
         shared = replace(settings.config, port=port, reuse_port=True)
-        first = shared.admin_port
-        if first + count - 1 > _LAST_PORT:
-            raise ConfigError(
-                "--admin-port", first, f"at most {_LAST_PORT - count + 1} with {count} processes"
-            )
         members = [
-            _Member(replace(settings, config=replace(shared, admin_port=first and first + number)))
-            for number in range(count)
+            _Member(replace(settings, config=replace(shared, admin_port=admin_port)))
+            for admin_port in _admin_ports(shared, count)
         ]
         looking = asyncio.create_task(_look_after(members, announce))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,7 +68,8 @@ async def serve_together(settings: Settings, count: int, announce: Callable[[lis
             with contextlib.suppress(asyncio.CancelledError):
                 await looking
         finally:
-            await asyncio.gather(*(member.end() for member in members))
+            ended_well = await asyncio.gather(*(member.end() for member in members))
+        return all(ended_well)
 
 
 async def _look_after(members: list[_Member], announce: Callable[[list[Said]], None]) -> None:
@@ -139,10 +137,23 @@ class _Member:
             else:
                 return
 
-    async def end(self) -> None:
-        if self._process is not None and self._process.is_alive():
-            self._process.terminate()
-            await _readable(self._process.sentinel)
+    async def end(self) -> bool:
+        """Whether it ended well, or was not there. One that hangs is killed, and loses nothing by it."""
+        process = self._process
+        if process is None or not process.is_alive():
+            return True
+        process.terminate()
+        try:
+            async with asyncio.timeout(self._settings.drain_s + _END_S):
+                await _readable(process.sentinel)
+        except TimeoutError:
+            process.kill()
+            await _readable(process.sentinel)
+        process.join()
+        ended_well = process.exitcode in {0, -signal.SIGTERM}  # the latter before it has served
+        if not ended_well:
+            _log.error("a server process did not end by itself but with status %s", process.exitcode)
+        return ended_well
 
 
 async def _readable(descriptor: int) -> None:
@@ -163,24 +174,52 @@ def _run(settings: Settings, tells: Connection) -> None:
         try:
             serve(settings, lambda listening: _tell(tells, Said.of(listening)), ends_with=parent.sentinel)
         except FedttError as error:
-            _tell(tells, Said(error=str(error)))
+            if not _tell(tells, Said(error=str(error))):
+                _log.error("%s", error)
+            sys.exit(2)
 
 
-def _tell(tells: Connection, said: Said) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it ends already, and asks no more
+def _tell(tells: Connection, said: Said) -> bool:
+    """Whether there is still somebody who listens."""
+    try:
         tells.send(said)
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _admin_ports(config: ServerConfig, count: int) -> list[int]:
+    """One for each process; 0 where any will do. Raises ConfigError where they do not fit."""
+    first = config.admin_port
+    if not first:
+        return [0] * count
+    ports = list(range(first, first + count))
+    if ports[-1] > _LAST_PORT:
+        allowed = f"at most {_LAST_PORT - count + 1} with {count} processes"
+        raise ConfigError("--admin-port", first, allowed)
+    if config.port in ports and config.host == config.admin_host:
+        allowed = f"one with {count} free ports from it on, --port {config.port} not among them"
+        raise ConfigError("--admin-port", first, allowed)
+    return ports
 
 
 @contextmanager
-def _one_port(host: str, port: int) -> Iterator[int]:
-    """The port that all share; where any will do, one that stays taken while none of them listens."""
-    if port:
-        yield port
-        return
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
+def _one_port(config: ServerConfig) -> Iterator[int]:
+    """The port that all share, kept while none of them listens; free before, unless others may share it, too.
+
+    Raises ConfigError where it cannot be had.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        if not config.reuse_port:
+            with socket.socket(family, kind) as alone:
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(address)
+        held = socket.socket(family, kind)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            held.bind((host, 0))
-        except OSError as error:
-            raise ConfigError("--host", host, f"an address of this machine ({error.strerror})") from None
+        held.bind(address)
+    except OSError as error:
+        raise not_listening(error, config.host, config.port) from None
+    with held:
         yield held.getsockname()[1]

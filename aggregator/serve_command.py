@@ -100,8 +100,8 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
         type=_count,
         default=1,
         metavar="N",
-        help="that share the port and the work, one for each core; people's ports follow one another "
-        "(default %(default)s)",
+        help="that share the port and the work, one for each core, on Linux; people's ports follow one "
+        "another, and each counts rates and connections for itself (default %(default)s)",
     )
     serve.add_argument(
         "--reuse-port",
@@ -127,7 +127,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace) -> int:
     from aggregator.app import ServerConfig
     from aggregator.connections import ConnectionLimits
     from aggregator.limits import Rates
@@ -159,9 +159,11 @@ def _serve(args: argparse.Namespace) -> None:
         serve(settings, lambda listening: announce([Said.of(listening)]))
     else:
         set_up_log(as_json=args.log_json)
-        asyncio.run(serve_together(settings, args.processes, announce))
+        if not asyncio.run(serve_together(settings, args.processes, announce)):
+            return 1  # the log says which and how
     if not args.json:
         print("stopped; everything acknowledged is on disk")
+    return 0
 
 
 def _announce(data: Path, said: list[Said], *, as_json: bool) -> None:

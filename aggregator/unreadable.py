@@ -45,10 +45,13 @@ class Protocol(web.RequestHandler):
         return f"the request's head is no valid HTTP, or has more than {self.max_headers} fields"
 
     def _process_keepalive(self) -> None:
-        """Its timer, which closes a connection that has waited too long for a whole request."""
+        """Its timer, which closes a connection that has waited too long for a whole request.
+
+        One that has brought a request before only rested, as a proxy's do.
+        """
         closed_before = self._force_close
         super()._process_keepalive()
-        if self._force_close and not closed_before:
+        if self._force_close and not closed_before and not self._request_count:
             self._app[SERVICE].metrics.connections_idle.inc()
 
     def connection_lost(self, exc: BaseException | None) -> None:

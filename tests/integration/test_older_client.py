@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from storage.records import DeviceState, UpdateState
-from tests.support.served import Served, served
+from tests.support.served import Served, served, until
 
 pytestmark = pytest.mark.slow
 
@@ -77,8 +78,12 @@ class OlderClient:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(60):
-            out, err = await process.communicate()
+        try:
+            async with asyncio.timeout(60):
+                out, err = await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
 
     async def take_part(self) -> list[str]:
@@ -95,11 +100,22 @@ async def a_task(directory: Path, bundle: Path) -> AsyncIterator[Served]:
         yield server
 
 
+async def version(server: Served, number: int) -> None:
+    """Wait until it is there."""
+
+    async def is_there() -> bool:
+        return bool((await server.admin.task("tiny"))["version"] == number)
+
+    await until(is_there, 30)
+
+
 async def test_it_takes_part_round_after_round_and_is_forgotten(tmp_path: Path, tiny_bundle: Path) -> None:
     async with a_task(tmp_path, tiny_bundle) as server:
         client = OlderClient(tmp_path, server)
         assert await client.take_part() == ["enrolled", "granted", "trained", "acknowledged", "ended"]
+        await version(server, 1)
         assert await client.take_part() == ["granted", "trained", "acknowledged", "ended"]
+        await version(server, 2)
         status, (found,), _ = await client.run("status")
         assert (status, found["acknowledged"]) == (0, 2)
         with server.service.store.reading() as tx:

@@ -14,6 +14,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from aggregator import processes
+from aggregator.app import ServerConfig
+from aggregator.one_process import Settings
 from tests.integration.test_server_process import newest, open_task, serve, start
 from tests.support.served import Peer, frame_of, task_text, until
 
@@ -36,7 +39,19 @@ def command(process: psutil.Process) -> str:
 
 def serving(pid: int) -> set[int]:
     """Those of them that listen."""
-    return {child.pid for child in servers(pid) if any(c.status == "LISTEN" for c in child.net_connections())}
+    return {child.pid for child in servers(pid) if listens(child)}
+
+
+def listens(process: psutil.Process) -> bool:
+    try:
+        return any(connection.status == "LISTEN" for connection in process.net_connections())
+    except psutil.Error:  # it dies just now
+        return False
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """A zombie, too, where nobody waits for orphans."""
+    return command(process) == ""
 
 
 async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_lost(tmp_path: Path) -> None:
@@ -67,7 +82,7 @@ async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_
         server.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(90):
             assert await server.process.wait() == 0
-        assert [member for member in members if member.is_running()] == []
+        assert all(map(is_gone, members))
 
 
 async def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
@@ -77,7 +92,7 @@ async def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: 
         await server.kill()
 
         async def are_gone() -> bool:
-            return not any(member.is_running() for member in members)
+            return all(map(is_gone, members))
 
         await until(are_gone, 60)
 
@@ -144,3 +159,45 @@ async def test_peoples_ports_have_to_fit(tmp_path: Path) -> None:
         out, err = await process.communicate()
     assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
     assert err == b"fedtt: error: --admin-port = 65534 is not allowed: at most 65533 with 3 processes\n"
+
+
+async def test_a_port_of_another_server_is_not_joined_unless_that_was_asked_for(tmp_path: Path) -> None:
+    async with serve(tmp_path / "one", "--processes", "2") as server:
+        port = server.url.rpartition(":")[2]
+        process = await start(tmp_path / "other", "--processes", "2", "--port", port)
+        async with asyncio.timeout(90):
+            out, err = await process.communicate()
+        assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
+        assert b"is not allowed: a free one: stop the program that uses it" in err
+        async with serve(tmp_path / "one", "--processes", "2", "--port", port, "--reuse-port") as beside:
+            assert beside.url == server.url
+
+
+async def test_peoples_ports_do_not_run_over_the_devices(tmp_path: Path) -> None:
+    process = await start(tmp_path, "--processes", "4", "--port", "23452", "--admin-port", "23450")
+    async with asyncio.timeout(90):
+        out, err = await process.communicate()
+    assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
+    assert b"--admin-port = 23450 is not allowed: one with 4 free ports" in err
+
+
+async def test_one_that_hangs_is_killed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_END_S", 1.0)
+    config = ServerConfig(data=tmp_path / "data", port=0, admin_port=0, reuse_port=True)
+    member = processes._Member(Settings(config=config))
+    await member.start()
+    assert member._process is not None
+    assert member._process.pid is not None
+    os.kill(member._process.pid, signal.SIGSTOP)
+    assert not await member.end()
+    assert member._process.exitcode == -signal.SIGKILL
+
+
+async def test_one_that_is_told_to_stop_while_it_starts_says_nothing(tmp_path: Path) -> None:
+    process = await start(tmp_path / "data", "--processes", "2")
+    async with asyncio.timeout(90):
+        while not servers(process.pid):
+            await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from yarl import URL
@@ -21,18 +24,24 @@ from tests.support.certificates import authority
 from tests.support.served import CHECK_IN, Peer, until
 
 
+def with_tls(directory: Path, **settings: Any) -> ServerConfig:
+    """By the authority called ours, on free ports."""
+    return ServerConfig(
+        data=directory / "data",
+        port=0,
+        admin_port=0,
+        tls_cert=directory / "server-ours.pem",
+        tls_key=directory / "server-ours-key.pem",
+        **settings,
+    )
+
+
 async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no_other(
     tmp_path: Path,
 ) -> None:
     for name in ("ours", "another"):
         authority(tmp_path, name)
-    config = ServerConfig(
-        data=tmp_path / "data",
-        port=0,
-        admin_port=0,
-        tls_cert=tmp_path / "server-ours.pem",
-        tls_key=tmp_path / "server-ours-key.pem",
-    )
+    config = with_tls(tmp_path)
     async with serving(config) as listening:
         assert listening.url.startswith("https://127.0.0.1:")
         ours, another = tmp_path / "ours.pem", tmp_path / "another.pem"
@@ -55,14 +64,7 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
 
 async def test_a_connection_that_never_shakes_hands_is_closed(tmp_path: Path) -> None:
     authority(tmp_path, "ours")
-    config = ServerConfig(
-        data=tmp_path / "data",
-        port=0,
-        admin_port=0,
-        tls_cert=tmp_path / "server-ours.pem",
-        tls_key=tmp_path / "server-ours-key.pem",
-        idle_s=0.2,
-    )
+    config = with_tls(tmp_path, idle_s=0.2)
     async with serving(config) as listening:
         for address in (listening.url, listening.admin_url):
             url = URL(address)
@@ -74,14 +76,7 @@ async def test_a_connection_that_never_shakes_hands_is_closed(tmp_path: Path) ->
 
 async def test_a_handshake_that_is_never_finished_counts_as_a_connection(tmp_path: Path) -> None:
     authority(tmp_path, "ours")
-    config = ServerConfig(
-        data=tmp_path / "data",
-        port=0,
-        admin_port=0,
-        tls_cert=tmp_path / "server-ours.pem",
-        tls_key=tmp_path / "server-ours-key.pem",
-        connections=ConnectionLimits(total=2),
-    )
+    config = with_tls(tmp_path, connections=ConnectionLimits(total=2))
     async with serving(config) as listening:
         url, ours = URL(listening.url), str(tmp_path / "ours.pem")
         silent = [await asyncio.open_connection(url.host, url.port) for _ in range(2)]
@@ -101,6 +96,40 @@ async def test_a_handshake_that_is_never_finished_counts_as_a_connection(tmp_pat
                 return True
 
             await until(is_served)
+
+
+async def test_a_client_that_shakes_hands_and_then_says_nothing_makes_room_when_its_time_is_up(
+    tmp_path: Path,
+) -> None:
+    authority(tmp_path, "ours")
+    config = with_tls(tmp_path, idle_s=0.5, connections=ConnectionLimits(total=1))
+    async with serving(config) as listening:
+        url, context = URL(listening.url), ssl.create_default_context(cafile=tmp_path / "ours.pem")
+        raw = socket.create_connection((str(url.host), url.port or 0))
+        raw.setblocking(False)
+        with context.wrap_socket(raw, server_hostname=url.host, do_handshake_on_connect=False) as ours:
+            await shake_hands(ours)
+
+            async def is_served() -> bool:
+                async with Peer(listening.url, 1, ca=str(tmp_path / "ours.pem")) as peer:
+                    try:
+                        await peer.enroll(listening.enrolment_token)
+                    except Unreachable:
+                        return False
+                    return True
+
+            await until(is_served, 15)  # asyncio by itself would wait half a minute for its close
+
+
+async def shake_hands(ours: ssl.SSLSocket) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                ours.do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                await asyncio.sleep(0.01)
+            else:
+                return
 
 
 async def _checked_in(url: str, identity: Identity, ca: str, token: str) -> bool:
