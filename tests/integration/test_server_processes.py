@@ -38,13 +38,13 @@ def command(process: psutil.Process) -> str:
 
 
 def serving(pid: int) -> set[int]:
-    """Those of them that listen."""
+    """Those of them that devices and people reach."""
     return {child.pid for child in servers(pid) if listens(child)}
 
 
 def listens(process: psutil.Process) -> bool:
     try:
-        return any(connection.status == "LISTEN" for connection in process.net_connections())
+        return sum(connection.status == "LISTEN" for connection in process.net_connections()) == 2
     except psutil.Error:  # it dies just now
         return False
 
@@ -83,18 +83,6 @@ async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_
         async with asyncio.timeout(90):
             assert await server.process.wait() == 0
         assert all(map(is_gone, members))
-
-
-async def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
-    async with serve(tmp_path / "data", "--processes", "2") as server:
-        members = servers(server.process.pid)
-        assert len(members) == 2
-        await server.kill()
-
-        async def are_gone() -> bool:
-            return all(map(is_gone, members))
-
-        await until(are_gone, 60)
 
 
 async def test_both_processes_take_connections_and_tell_where_people_reach_them(tmp_path: Path) -> None:
@@ -161,8 +149,10 @@ async def test_peoples_ports_have_to_fit(tmp_path: Path) -> None:
     assert err == b"fedtt: error: --admin-port = 65534 is not allowed: at most 65533 with 3 processes\n"
 
 
-async def test_a_port_of_another_server_is_not_joined_unless_that_was_asked_for(tmp_path: Path) -> None:
-    async with serve(tmp_path / "one", "--processes", "2") as server:
+async def test_a_port_is_joined_where_that_is_asked_for_and_all_end_with_who_started_them(
+    tmp_path: Path,
+) -> None:
+    async with serve(tmp_path / "one", "--reuse-port") as server:
         port = server.url.rpartition(":")[2]
         process = await start(tmp_path / "other", "--processes", "2", "--port", port)
         async with asyncio.timeout(90):
@@ -171,6 +161,14 @@ async def test_a_port_of_another_server_is_not_joined_unless_that_was_asked_for(
         assert b"is not allowed: a free one: stop the program that uses it" in err
         async with serve(tmp_path / "one", "--processes", "2", "--port", port, "--reuse-port") as beside:
             assert beside.url == server.url
+            members = servers(beside.process.pid)
+            assert len(members) == 2
+            await beside.kill()
+
+            async def are_gone() -> bool:
+                return all(map(is_gone, members))
+
+            await until(are_gone, 60)
 
 
 async def test_peoples_ports_do_not_run_over_the_devices(tmp_path: Path) -> None:
