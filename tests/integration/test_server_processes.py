@@ -44,7 +44,7 @@ def serving(pid: int) -> set[int]:
 
 def listens(process: psutil.Process) -> bool:
     try:
-        return sum(connection.status == "LISTEN" for connection in process.net_connections()) == 2
+        return [connection.status for connection in process.net_connections()].count("LISTEN") == 2
     except psutil.Error:  # it dies just now
         return False
 
