@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from aggregator.auth import claim_of, verify, verify_key
+from aggregator.blob_answers import blob_answer
 from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
 from aggregator.problems import bad_signature, busy, not_found, too_many
 from aggregator.service import Proof, Service
@@ -21,9 +20,7 @@ from fedtt.messages import (
     Verdict,
 )
 from fedtt.signature import Signed, content_digest, hex_digest
-from storage.blobs import BlobStore, FileBlobs, check
 
-_PIECE_BYTES = 1 << 18
 _FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 __all__ = ["add_device_routes", "serve_bundle_file"]
@@ -136,9 +133,7 @@ async def version(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     difference = checked(await service.difference(sha256, held))
     if difference is None:
-        if request.method == "GET" and "Range" not in request.headers:  # who asks for parts checks the whole
-            await asyncio.to_thread(check, service.blobs, sha256)
-        return await _blob(request, service.blobs, sha256, **_FOR_EVER)
+        return await blob_answer(request, service.blobs, sha256, checked=True, **_FOR_EVER)
     return web.Response(body=difference, content_type=DIFFERENCE_MEDIA_TYPE, headers=_FOR_EVER)
 
 
@@ -159,33 +154,7 @@ async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
     entry = decode_manifest(bundle.manifest).files.get(name)
     if entry is None:
         raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
-    return await _blob(request, service.blobs, entry.sha256)
-
-
-async def _blob(request: web.Request, blobs: BlobStore, sha256: str, **headers: str) -> web.StreamResponse:
-    """All of a blob, or what Range asks of it, piece by piece: a reader may be as slow as it likes."""
-    size = await asyncio.to_thread(blobs.size, sha256)
-    if isinstance(blobs, FileBlobs):
-        return web.FileResponse(blobs.path(sha256), headers=headers)
-    try:
-        start, stop, _ = request.http_range.indices(size)
-    except ValueError:
-        start = stop = size
-    is_part = "Range" in request.headers
-    if is_part and start >= stop:
-        return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
-    response = web.StreamResponse(status=206 if is_part else 200, headers=headers)
-    if is_part:
-        response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    response.content_length = left = stop - start
-    with await asyncio.to_thread(blobs.open, sha256) as file:
-        await asyncio.to_thread(file.seek, start)
-        await response.prepare(request)
-        while piece := await asyncio.to_thread(file.read, min(left, _PIECE_BYTES)):
-            await response.write(piece)
-            left -= len(piece)
-    await response.write_eof()
-    return response
+    return await blob_answer(request, service.blobs, entry.sha256)
 
 
 async def healthz(_: web.Request) -> web.Response:
