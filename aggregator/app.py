@@ -143,16 +143,27 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
         limits = config.connections
         if config.forwarded:  # all come from the proxy
             limits = replace(limits, addresses=None)
+        kept = partial(
+            Connections,
+            refused=service.metrics.connection_refused,
+            handshake_s=None if tls is None else min(config.idle_s, _HANDSHAKE_S),
+            idle=service.metrics.connection_idle,
+        )
         url = await listen(
             devices,
             config.host,
             config.port,
             counted("devices"),
-            connections=Connections(limits, service.metrics.connection_refused),
+            kept(limits),
             reuse_port=config.reuse_port,
         )
         admin_url = await listen(
-            people, config.admin_host, config.admin_port, counted("admin"), option="admin-"
+            people,
+            config.admin_host,
+            config.admin_port,
+            counted("admin"),
+            kept(ConnectionLimits(addresses=None)),
+            option="admin-",
         )
         keeper = asyncio.create_task(service.keeper.run())
         stack.push_async_callback(_cancel, keeper)
@@ -171,10 +182,10 @@ async def _listen(
     host: str,
     port: int,
     meter: type[AbstractAccessLogger],
+    connections: Connections,
     *,
     idle_s: float,
     tls: ssl.SSLContext | None,
-    connections: Connections | None = None,
     option: str = "",
     reuse_port: bool = False,
 ) -> str:
@@ -187,6 +198,7 @@ async def _listen(
         Protocol,
         app,
         runner.server,
+        connections,
         access_log=_log,  # nothing is written to it: the meter counts and keeps no line
         access_log_class=meter,
         keepalive_timeout=idle_s,
@@ -195,23 +207,21 @@ async def _listen(
         max_line_size=_HEADER_LIMIT_BYTES,
         max_field_size=_HEADER_LIMIT_BYTES,
     )
-    handshake_s = None if tls is None else min(idle_s, _HANDSHAKE_S)
     create = partial(
         asyncio.get_running_loop().create_server,
         protocol,
         backlog=_BACKLOG,
         ssl=tls,
-        ssl_handshake_timeout=handshake_s,
+        ssl_handshake_timeout=connections.handshake_s,
         ssl_shutdown_timeout=None if tls is None else _LINGER_S,  # else a silent peer is kept half a minute
     )
     try:
-        server = await create(host, port, reuse_port=reuse_port or None, start_serving=connections is None)
+        server = await create(host, port, reuse_port=reuse_port or None, start_serving=False)
         stack.callback(server.close)
         bound = server.sockets[0].getsockname()[1]
-        if connections is not None:
-            for listener in connections.listen(server.sockets):
-                stack.callback((await create(sock=listener)).close)
-            server.close()
+        for listener in connections.listen(server.sockets):
+            stack.callback((await create(sock=listener)).close)
+        server.close()
     except OSError as error:
         raise not_listening(error, host, port, option) from None
     return url_of(host, bound, tls=tls is not None)

@@ -1,9 +1,10 @@
-"""How many connections the devices' listener keeps, in all and for each range of addresses."""
+"""How many connections a listener keeps, in all and for each range of addresses."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,7 +20,7 @@ _REFUSED_AT_ONCE = 1024
 
 
 class ConnectionLimits(Struct, frozen=True, kw_only=True):
-    """What is kept open at a time; a connection beyond it is closed before a byte of it is read."""
+    """What one process keeps open at a time; a connection beyond it is closed before a byte of it is read."""
 
     total: int = 16_000  #: each is an open file
     addresses: int | None = 2_000  #: from one range of addresses; None for any number
@@ -28,10 +29,22 @@ class ConnectionLimits(Struct, frozen=True, kw_only=True):
 class Connections:
     """The connections of one listener that are open now; of this very machine only the total counts."""
 
-    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None]) -> None:
-        """refused: told for each connection that is closed which limit it met, `total` or `addresses`."""
-        self._limits, self._refused = limits, refused
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        refused: Callable[[str], None],
+        *,
+        handshake_s: float | None = None,
+        idle: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """refused: told for each connection that is closed which limit it met, `total` or `addresses`.
+
+        handshake_s: for TLS, after which asyncio closes a connection. idle: told of each such, `handshake`.
+        """
+        self._limits, self._refused, self._idle = limits, refused, idle
         self._ranges: Counter[str | None] = Counter()
+        self._shaking: dict[int, float] = {}  #: file descriptor -> when it was accepted
+        self.handshake_s = handshake_s
         self.open = 0
 
     def admit(self, name: str | None) -> bool:
@@ -52,6 +65,22 @@ class Connections:
         self._ranges[name] -= 1
         if not self._ranges[name]:
             del self._ranges[name]
+
+    def accepted(self, descriptor: int) -> None:
+        if self.handshake_s is not None:
+            self._shaking[descriptor] = time.monotonic()
+
+    def begun(self, descriptor: int) -> None:
+        """Its handshake is over, and went well."""
+        self._shaking.pop(descriptor, None)
+
+    def closing(self, descriptor: int) -> None:
+        """asyncio tells nobody why it closes a connection before its protocol has begun: its age does."""
+        accepted_at = self._shaking.pop(descriptor, None)
+        if accepted_at is None or self.handshake_s is None:
+            return
+        if time.monotonic() - accepted_at >= self.handshake_s:
+            self._idle("handshake")
 
     def listen(self, bound: Iterable[socket.socket]) -> list[socket.socket]:
         """The same sockets again, whose connections are counted from the moment the kernel gives them.
@@ -75,14 +104,19 @@ class _Listener(socket.socket):
             name = address_range(peer[0] if peer else None)
             if self._connections.admit(name):
                 accepted = _Connection(self.family, self.type, self.proto, fileno=descriptor)
-                accepted.ended = partial(self._connections.ended, name)
+                accepted.ended = partial(self._ended, name, descriptor)
+                self._connections.accepted(descriptor)
                 return accepted, peer
             os.close(descriptor)
         raise BlockingIOError  # others have their turn, then the loop looks again
 
+    def _ended(self, name: str | None, descriptor: int) -> None:
+        self._connections.closing(descriptor)
+        self._connections.ended(name)
+
 
 class _Connection(socket.socket):
-    """Counts until it is closed."""
+    """Counts until it is closed; the number of its descriptor is its own until then."""
 
     ended: Callable[[], None] | None = None
 

@@ -75,7 +75,8 @@ class Metrics:
         )
         self.connections_idle = Counter(
             "fedtt_idle_connections_total",
-            "Connections closed because not one whole request came in time (TLS handshakes are not counted).",
+            "Connections closed because what was awaited, a TLS handshake or one whole request, was late.",
+            ("awaited",),
             registry=registry,
         )
         self.check_ins = Counter(
@@ -137,6 +138,8 @@ class Metrics:
             self.queue_refusals.labels(whose)
         for limit in ("total", "addresses"):
             self.connections_refused.labels(limit)
+        for awaited in ("handshake", "request"):
+            self.connections_idle.labels(awaited)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         self.queue_length.set_function(length)
@@ -149,6 +152,9 @@ class Metrics:
 
     def connection_refused(self, limit: str) -> None:
         self.connections_refused.labels(limit).inc()
+
+    def connection_idle(self, awaited: str) -> None:
+        self.connections_idle.labels(awaited).inc()
 
     def checked_in(self, answer: CheckInAnswer) -> None:
         self._answers[type(answer)].inc()

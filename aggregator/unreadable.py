@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, LineTooLong
 
+from aggregator.connections import Connections
 from aggregator.handling import SERVICE, refuse
 from aggregator.problems import malformed
 
@@ -17,11 +18,18 @@ __all__ = ["Protocol"]
 class Protocol(web.RequestHandler):
     """One connection. What aiohttp says of a request that it cannot read echoes it, and logs a traceback."""
 
-    __slots__ = ("_app",)
+    __slots__ = ("_app", "_connections")
 
-    def __init__(self, app: web.Application, server: web.Server, **settings: Any) -> None:
+    def __init__(
+        self, app: web.Application, server: web.Server, connections: Connections, **settings: Any
+    ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **settings)
-        self._app = app
+        self._app, self._connections = app, connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Over TLS, once hands are shaken."""
+        super().connection_made(transport)
+        self._connections.begun(transport.get_extra_info("socket").fileno())
 
     def handle_error(
         self,
@@ -52,7 +60,7 @@ class Protocol(web.RequestHandler):
         closed_before = self._force_close
         super()._process_keepalive()
         if self._force_close and not closed_before and not self._request_count:
-            self._app[SERVICE].metrics.connections_idle.inc()
+            self._app[SERVICE].metrics.connection_idle("request")
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of what was read: each piece behind the first error has failed too, and its error's frames

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,6 +60,31 @@ def test_a_connection_that_nobody_closes_counts_no_longer_than_it_lives() -> Non
             del kept
             gc.collect()
             assert connections.open == 0
+
+
+def test_a_handshake_is_late_only_where_it_had_its_time_and_did_not_end() -> None:
+    idle: list[str] = []
+    connections = Connections(ConnectionLimits(), lambda _: None, handshake_s=0.1, idle=idle.append)
+    with socket.create_server(("127.0.0.1", 0)) as bound, ExitStack() as stack:
+        (listener,) = connections.listen([bound])
+        stack.enter_context(listener)
+
+        def accepted() -> socket.socket:
+            stack.enter_context(socket.create_connection(bound.getsockname()))
+            return listener.accept()[0]
+
+        accepted().close()  # its client has gone, or what it said was no TLS
+        assert idle == []
+        shaken, silent = accepted(), accepted()
+        connections.begun(shaken.fileno())
+        time.sleep(0.11)
+        shaken.close()
+        assert idle == []
+        silent.close()
+        assert idle == ["handshake"]
+        silent.close()
+        assert idle == ["handshake"]
+        assert connections.open == 0
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bool:

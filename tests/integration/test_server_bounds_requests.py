@@ -144,14 +144,15 @@ async def test_a_body_that_is_not_the_signed_one_is_refused(device: Peer) -> Non
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/en", b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 async def test_a_connection_without_a_whole_request_is_closed(place: Attacked, begun: bytes) -> None:
     idle = place.server.service.metrics.connections_idle
-    (before,) = (metric.samples[0].value for metric in idle.collect())
+    before = totals(idle, "awaited")
     reader, writer = await place.server.connect()
     writer.write(begun)
     async with asyncio.timeout(5):
         assert await reader.read() == b""
     writer.close()
-    (after,) = (metric.samples[0].value for metric in idle.collect())
-    assert after >= before + 1
+    after = totals(idle, "awaited")
+    assert after["request"] >= before["request"] + 1
+    assert after["handshake"] == 0  # without TLS there is none
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(place: Attacked) -> None:

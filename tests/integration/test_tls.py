@@ -14,6 +14,7 @@ from yarl import URL
 from aggregator.admin_client import AdminClient
 from aggregator.app import ServerConfig, serving
 from aggregator.connections import ConnectionLimits
+from aggregator.metrics import totals
 from aggregator.tls import server_tls
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
@@ -62,16 +63,20 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
             await _checked_in(plain, identity, "", listening.enrolment_token)
 
 
-async def test_a_connection_that_never_shakes_hands_is_closed(tmp_path: Path) -> None:
+async def test_a_connection_that_never_shakes_hands_is_closed_and_counted(tmp_path: Path) -> None:
     authority(tmp_path, "ours")
     config = with_tls(tmp_path, idle_s=0.2)
     async with serving(config) as listening:
-        for address in (listening.url, listening.admin_url):
+        idle = listening.service.metrics.connections_idle
+        for number, address in enumerate((listening.url, listening.admin_url), 1):
             url = URL(address)
-            reader, writer = await asyncio.open_connection(url.host, url.port)
-            async with asyncio.timeout(5):
-                assert await reader.read() == b""
-            writer.close()
+            for begun in (b"", b"\x16\x03\x01\x02\x00\x01"):  # nothing, or the beginning of a ClientHello
+                reader, writer = await asyncio.open_connection(url.host, url.port)
+                writer.write(begun)
+                async with asyncio.timeout(5):
+                    assert await reader.read() == b""
+                writer.close()
+            assert totals(idle, "awaited") == {"handshake": 2 * number, "request": 0}
 
 
 async def test_a_handshake_that_is_never_finished_counts_as_a_connection(tmp_path: Path) -> None:
@@ -119,6 +124,9 @@ async def test_a_client_that_shakes_hands_and_then_says_nothing_makes_room_when_
                     return True
 
             await until(is_served, 15)  # asyncio by itself would wait half a minute for its close
+            idle = totals(listening.service.metrics.connections_idle, "awaited")
+            assert idle["request"] >= 1
+            assert idle["handshake"] == 0
 
 
 async def shake_hands(ours: ssl.SSLSocket) -> None:
