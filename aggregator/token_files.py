@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import time
 from pathlib import Path
 
 from fedtt.errors import StorageError
 
 __all__ = ["new_token", "same_token", "secret_file", "token_sha256"]
+
+_LOOKS, _LOOK_AGAIN_S = 10, 0.02  #: whether whoever made a file has written it
 
 
 def new_token() -> str:
@@ -30,13 +34,14 @@ def same_token(given: str, sha256: str) -> bool:
 def secret_file(path: Path) -> str:
     """The token in a file that only its owner reads; made where there is none."""
     try:
-        if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another server that starts now may make it first
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w") as file:
                 file.write(new_token() + "\n")
-        token = path.read_text().strip()
+        for _ in range(_LOOKS):
+            if token := path.read_text().strip():
+                return token
+            time.sleep(_LOOK_AGAIN_S)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} cannot be read or made: {error}") from None
-    if not token:
-        raise StorageError(f"{path} is empty: delete it, and the next start makes a new token")
-    return token
+    raise StorageError(f"{path} is empty: delete it, and the next start makes a new token")

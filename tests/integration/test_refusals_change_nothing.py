@@ -1,10 +1,11 @@
-"""Each call with each fault: refused with the right code, and not a bit of the ledger has changed."""
+"""Each call with each fault: refused with the right code, counted, and not a bit of the ledger changed."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aggregator.metrics import totals
 from edge_client.identity import Identity
 from fedtt.messages import Code, Enroll, Failure, FailureCode, Judged, Plan, Verdict, Work, encode
 from fedtt.signature import Signed, content_digest, signature_base, signature_headers
@@ -66,6 +68,10 @@ class Place(Struct, frozen=True):
         with closing(sqlite3.connect(self.database)) as connection:
             return hashlib.sha256("\n".join(connection.iterdump()).encode()).hexdigest()
 
+    def refusals(self) -> Counter[str]:
+        """How many have been counted, by their codes."""
+        return Counter(totals(self.server.service.metrics.refusals, "code"))
+
     async def send(self, call: Call, headers: dict[str, str]) -> Answer:
         return await self.server.raw(call.method, call.path, call.body, headers)
 
@@ -101,13 +107,15 @@ CALLS = (
 Sign = Callable[[Place, Call], dict[str, str]]
 
 
-def signed(place: Place, call: Call, *, by: Identity | None = None, **changes: int) -> dict[str, str]:
+def signed(
+    place: Place, call: Call, *, by: Identity | None = None, authority: str = "", **changes: int
+) -> dict[str, str]:
     """Sound headers, but for what is changed: `late_s` shifts all times, `lasts_s` sets the expiry."""
     now = int(place.server.service.clock.now()) + changes.get("late_s", 0)
     identity = by or place.peer.identity
     claim = Signed(
         method=call.method,
-        authority=place.server.url.removeprefix("http://"),
+        authority=authority or place.server.url.removeprefix("http://"),
         path=call.path,
         digest=content_digest(call.body),
         created=now,
@@ -146,6 +154,10 @@ FAULTS: dict[str, tuple[Code, Sign]] = {
         Code.BAD_SIGNATURE,
         lambda place, call: signed(place, replace(call, path="/v1/device/leave/x")),
     ),
+    "another server's signature": (
+        Code.BAD_SIGNATURE,
+        lambda place, call: signed(place, call, authority="fedtt.example.org"),
+    ),
     "another body's signature": (
         Code.BAD_SIGNATURE,
         lambda place, call: signed(place, replace(call, body=call.body + b"x")),
@@ -171,7 +183,9 @@ async def test_a_fault_in_the_signature_changes_nothing(place: Place, name: str,
     if name == "receipt":
         await place.peer.transport.upload(place.work.lease, frame_of(place.work.plan))
         before = place.snapshot()
+    counted = place.refusals()
     problem = refused(await place.send(call, sign(place, call)), code)
+    assert place.refusals() - counted == {code.value: 1}
     assert (problem.now is not None) == (code is Code.CLOCK_SKEW)
     assert place.snapshot() == before
 
@@ -309,10 +323,11 @@ def uploading(place: Place, frame: bytes) -> Call:
 async def test_a_fault_in_the_content_changes_nothing(place: Place, content: str) -> None:
     code, made = CONTENTS[content]
     call = made(place)
-    before = place.snapshot()
+    before, counted = place.snapshot(), place.refusals()
     answer = await place.send(call, place.peer.signed(call.method, call.path, call.body))
     refused(answer, code)
     assert place.snapshot() == before
+    assert place.refusals() - counted == {code.value: 1}
 
 
 async def test_other_bytes_and_another_end_of_a_lease_that_was_answered_change_nothing(place: Place) -> None:

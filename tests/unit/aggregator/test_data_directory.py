@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -43,6 +45,18 @@ def test_a_secret_is_made_once_random_and_readable_by_its_owner_alone(tmp_path: 
     assert (tmp_path / "one").stat().st_mode & 0o777 == 0o600
     assert secret_file(tmp_path / "two") != secret
     assert len(secret) == 48  # 24 bytes in hex: 24 · 2
+
+
+def test_servers_that_start_at_the_same_time_make_one_secret(tmp_path: Path) -> None:
+    together = Barrier(4)
+
+    def make(number: int) -> str:
+        together.wait()
+        return secret_file(tmp_path / str(number))
+
+    with ThreadPoolExecutor(4) as servers:
+        for number in range(50):
+            assert len(set(servers.map(make, [number] * 4))) == 1
 
 
 def test_a_secret_that_a_person_wrote_is_kept(tmp_path: Path) -> None:
