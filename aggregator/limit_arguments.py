@@ -14,42 +14,47 @@ _MOST = 10**9  #: of whatever is counted
 
 
 def limit_arguments(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument(
+    limits = serve.add_argument_group(
+        "limits of the devices' listener",
+        "Each process counts for itself: N of them let N times as much pass, and take N times the memory.",
+    )
+    limits.add_argument(
         "--device-rate",
         type=_rate,
         default="50:500",
         metavar="PER_S[:BURST]",
-        help="requests that one device may send, or none for any number (default %(default)s)",
+        help="requests that one device may send, per process, or none for any number (default %(default)s)",
     )
-    serve.add_argument(
+    limits.add_argument(
         "--address-rate",
         type=_rate,
         default="500:5000",
         metavar="PER_S[:BURST]",
-        help="requests from one /24 or /56, refused before they are read (default %(default)s)",
+        help="requests from one /24 or /56, per process, refused before they are read (default %(default)s)",
     )
-    serve.add_argument(
+    limits.add_argument(
         "--max-connections",
         type=_positive,
         default=16_000,
         metavar="N",
-        help="of devices at a time; more are closed at once (default %(default)s)",
+        help="of devices at a time, per process; more are closed at once (default %(default)s)",
     )
-    serve.add_argument(
+    limits.add_argument(
         "--max-connections-per-range",
         type=_number_or_none,
         default="2000",
         metavar="N",
-        help="of them from one /24 or /56, not counted behind a proxy (default %(default)s, or none)",
+        help="of them from one /24 or /56, per process, not counted behind a proxy "
+        "(default %(default)s, or none)",
     )
-    serve.add_argument(
+    limits.add_argument(
         "--idle-s",
         type=_seconds,
         default=30.0,
         metavar="S",
         help="after which a connection without a whole request is closed (default %(default)s)",
     )
-    serve.add_argument(
+    limits.add_argument(
         "--body-s",
         type=_seconds,
         default=60.0,

@@ -37,23 +37,34 @@ async def tell_request(request: web.Request, response: web.StreamResponse) -> No
 
 
 class _Text(logging.Formatter):
-    """For people: the time, the request where there is one, and what was said."""
+    """For people: the time, the process and the request where there are any, and what was said."""
+
+    def __init__(self, process: int | None) -> None:
+        super().__init__("%(message)s")
+        self._process = "" if process is None else f"process {process}"
 
     def format(self, record: logging.LogRecord) -> str:
-        names = " trace ".join(filter(None, (REQUEST_ID.get(), TRACE_ID.get())))
+        trace = TRACE_ID.get()
+        names = " ".join(filter(None, (self._process, REQUEST_ID.get(), trace and f"trace {trace}")))
         return f"{self.formatTime(record)} {f'[{names}] ' if names else ''}{super().format(record)}"
 
 
 class _Json(logging.Formatter):
     """For programs: one object a line."""
 
+    def __init__(self, process: int | None) -> None:
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
+        fields: dict[str, object] = {
             "at": record.created,
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._process is not None:
+            fields["process"] = self._process
         if name := REQUEST_ID.get():
             fields["request"] = name
         if trace := TRACE_ID.get():
@@ -63,10 +74,10 @@ class _Json(logging.Formatter):
         return msgspec.json.encode(fields).decode()
 
 
-def set_up_log(*, as_json: bool) -> None:
-    """Write the log of this process to stderr."""
+def set_up_log(*, as_json: bool, process: int | None = None) -> None:
+    """Write the log of this process to stderr. process: its number, where several write to one place."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if as_json else _Text("%(message)s"))
+    handler.setFormatter(_Json(process) if as_json else _Text(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # bytes that are no HTTP are no news

@@ -28,6 +28,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     drain_s: float = 0.0  #: to go on serving once asked to end
     traces: bool = False
     log_json: bool = False
+    process: int | None = None  #: its number in the log, where it is one of several
 
 
 def serve(
@@ -38,7 +39,7 @@ def serve(
     announce: called once it listens. ends_with: a descriptor that becomes readable when the process that
     looks after this one is gone: it ends then, too. Raises FedttError where it cannot start.
     """
-    set_up_log(as_json=settings.log_json)
+    set_up_log(as_json=settings.log_json, process=settings.process)
     sys.setswitchinterval(_SWITCH_S)
     raise_file_limit()
     tracer = open_tracer(asked_for=settings.traces)

@@ -14,7 +14,7 @@ from aggregator.limit_arguments import limit_arguments
 from fedtt.cli import add_command, print_json
 
 if TYPE_CHECKING:
-    from aggregator.processes import Said
+    from aggregator.member import Said
     from fedtt.cli import Commands
 
 __all__ = ["place_arguments", "reachable", "register"]
@@ -101,7 +101,7 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="that share the port and the work, one for each core, on Linux; people's ports follow one "
-        "another, and each counts rates and connections for itself (default %(default)s)",
+        "another (default %(default)s)",
     )
     serve.add_argument(
         "--reuse-port",
@@ -132,8 +132,9 @@ def _serve(args: argparse.Namespace) -> int:
     from aggregator.connections import ConnectionLimits
     from aggregator.limits import Rates
     from aggregator.logs import set_up_log
+    from aggregator.member import Said
     from aggregator.one_process import Settings, serve
-    from aggregator.processes import Said, serve_together
+    from aggregator.processes import serve_together
 
     config = ServerConfig(
         data=args.data,
@@ -158,7 +159,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.processes == 1:
         serve(settings, lambda listening: announce([Said.of(listening)]))
     else:
-        set_up_log(as_json=args.log_json)
+        set_up_log(as_json=args.log_json, process=0)
         if not asyncio.run(serve_together(settings, args.processes, announce)):
             return 1  # the log says which and how
     if not args.json:

@@ -8,16 +8,15 @@ from itertools import chain
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedtt.kinds import DenseBottleneck, HeadOnly, Inserted, Lora, LoraSB, TTBottleneck
 from fedtt.tensor_train import TTMatrix
 
-from .frames import frames
 from .registry import Architecture
 
-__all__ = ["Form", "LoraSBForm", "Weights", "flat", "form_of", "times", "tt_halves"]
+__all__ = ["Form", "Weights", "flat", "form_of", "times", "tt_halves"]
 
 Weights = tuple[Tensor, ...]  #: of one adapted module
 
@@ -42,15 +41,10 @@ class Form(Protocol):
         """
         ...
 
-    def fixed(self, module: nn.Module) -> Weights:
-        """What `change` is given beside the weights: matrices that the frozen module itself fixes."""
-        return ()
-
     def change(self, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
         """What is added to a module's output y (N, S, d_out), x (N, S, d_in) being its input.
 
-        Each weight serves all N rows, or has N in front: then each row has its own. What is fixed follows
-        them, and serves all rows.
+        Each weight serves all N rows, or has N in front: then each row has its own.
         """
         ...
 
@@ -61,16 +55,10 @@ def form_of(inserted: Inserted) -> Form:
             return TTForm(inserted)
         case DenseBottleneck():
             return DenseForm(inserted)
-        case Lora():
+        case Lora() | LoraSB():
             return LoraForm(inserted)
-        case LoraSB():
-            return LoraSBForm(inserted)
         case HeadOnly():
             return NoForm()
-
-
-def _target_paths(inserted: Lora | LoraSB, architecture: Architecture) -> list[str]:
-    return [architecture.projections[target.name] for target in inserted.targets]
 
 
 def _bottleneck_paths(inserted: TTBottleneck | DenseBottleneck, architecture: Architecture) -> list[str]:
@@ -78,7 +66,7 @@ def _bottleneck_paths(inserted: TTBottleneck | DenseBottleneck, architecture: Ar
     return [paths[site] for site in inserted.sites]
 
 
-class TTForm(Form):
+class TTForm:
     """up(gelu(down(y))), each matrix as two thin products: LoRETTA, arXiv 2402.11417, eq. 4."""
 
     reads_input = False
@@ -103,7 +91,7 @@ class TTForm(Form):
         return times(times(narrow, up_left), up_right).reshape(y.shape)
 
 
-class DenseForm(Form):
+class DenseForm:
     """up(gelu(down(y))) with plain matrices: Houlsby et al. 2019, arXiv 1902.00751, §2.1."""
 
     reads_input = False
@@ -126,19 +114,19 @@ class DenseForm(Form):
         return times(F.gelu(times(flat(y, down), down)), up).reshape(y.shape)
 
 
-class LoraForm(Form):
-    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3."""
+class LoraForm:
+    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3; with R between, B R A x."""
 
     reads_input = True
 
-    def __init__(self, inserted: Lora) -> None:
+    def __init__(self, inserted: Lora | LoraSB) -> None:
         self._inserted = inserted
 
     def paths(self, architecture: Architecture) -> list[str]:
-        return _target_paths(self._inserted, architecture)
+        return [architecture.projections[target.name] for target in self._inserted.targets]
 
     def weights(self, numbers: Tensor) -> list[Weights]:
-        """A (r, d_in) and B (d_out, r)."""
+        """A (r, d_in), R (r, r) where there is one, and B (d_out, r)."""
         shapes = [factor.shape for part in self._inserted.parts for factor in part.factors]
         parts = torch.split(numbers, [math.prod(shape) for shape in shapes], dim=-1)
         lead = numbers.shape[:-1]
@@ -154,36 +142,7 @@ class LoraForm(Form):
         return (product * self._inserted.scale).reshape(y.shape)
 
 
-class LoraSBForm(Form):
-    """(α / r) B R A x beside a projection, A and B being `frames` of its frozen weight: `kinds.LoraSB`."""
-
-    reads_input = True
-
-    def __init__(self, inserted: LoraSB) -> None:
-        self._inserted = inserted
-
-    def paths(self, architecture: Architecture) -> list[str]:
-        return _target_paths(self._inserted, architecture)
-
-    def weights(self, numbers: Tensor) -> list[Weights]:
-        """R (r, r)."""
-        rank, modules = self._inserted.rank, numbers.shape[-2] * len(self._inserted.targets)
-        return _by_module([numbers.reshape(*numbers.shape[:-2], modules, rank, rank)])
-
-    def fixed(self, module: nn.Module) -> Weights:
-        """A (r, d_in) and B (d_out, r)."""
-        return frames(module, self._inserted.rank)
-
-    def change(self, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
-        core, a, b = weights
-        narrow = times(flat(x, a), a.mT)
-        if core.dim() > 2:
-            narrow = narrow.reshape(*x.shape[:-1], narrow.shape[-1])
-        turned = times(narrow, core.mT) * self._inserted.scale
-        return times(flat(turned, b), b.mT).reshape(y.shape)
-
-
-class NoForm(Form):
+class NoForm:
     """No module is changed."""
 
     reads_input = False

@@ -26,4 +26,5 @@ async def test_an_answer_names_its_request_and_takes_a_proxys_name_for_it(tmp_pa
 async def test_a_line_of_the_log_is_json_with_the_request_it_is_about(tmp_path: Path) -> None:
     (line,) = await lines_of_a_failure(tmp_path)
     assert line["level"] == "error"
+    assert "process" not in line  # it is alone
     assert f"/v1/admin/blobs/{'0' * 64} failed" in line["message"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import aiohttp
@@ -14,8 +17,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aggregator import processes
+from aggregator import member as members_of_one_command
 from aggregator.app import ServerConfig
+from aggregator.member import Member
 from aggregator.one_process import Settings
 from tests.integration.test_server_process import newest, open_task, serve, start
 from tests.support.served import Peer, frame_of, task_text, until
@@ -81,8 +85,12 @@ async def test_a_process_that_is_killed_is_followed_by_another_and_no_update_is_
         members = servers(server.process.pid)
         server.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(90):
-            assert await server.process.wait() == 0
+            _, said = await server.process.communicate()
+        assert server.process.returncode == 0
         assert all(map(is_gone, members))
+        died = rf"\[process 0\] process [12] \(pid {min(before)}\) ended with status -9: starting another\n"
+        assert re.search(died, said.decode())
+        assert re.search(r"\[process 0\] process [12] is there again \(pid \d+\)\n", said.decode())
 
 
 async def test_both_processes_take_connections_and_tell_where_people_reach_them(tmp_path: Path) -> None:
@@ -128,6 +136,59 @@ async def enrolments(line: bytes, data: Path) -> int:
             if sample.name == "fedtt_http_requests_total" and sample.labels["route"] == "/v1/enroll"
         )
     )
+
+
+IMPATIENT = """
+from aggregator import member
+from fedtt.cli import main
+member._AGAIN_S, member._FAILURES = 0.1, 3
+raise SystemExit(main())
+"""
+
+
+async def test_where_none_stays_up_the_command_ends_with_status_1_and_each_line_says_whose_it_is(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", IMPATIENT, "serve", "--data", str(data), "--port", "0", "--admin-port", "0"),
+        *("--processes", "2", "--log-json", "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(90):
+            listening = json.loads(await process.stdout.readline())
+        (data / "blobs").rename(tmp_path / "away")
+        (data / "blobs").write_text("so that no process can start")
+        for url in (listening["admin_url"], *listening["other_admin_urls"]):
+            assert await status_of_a_blob(url, data) == 503
+        for pid in serving(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(90):
+            _, err = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+    assert process.returncode == 1
+    lines = [json.loads(line) for line in err.decode().splitlines()]
+    assert [line["process"] for line in lines if "/blobs/" in line["message"]] == [1, 2]
+    assert sum("ended with status -9" in line["message"] for line in lines) == 2
+    assert sum("did not start" in line["message"] for line in lines) >= 4  # 2·(3 - 1)
+    assert (lines[-1]["process"], lines[-1]["level"]) == (0, "critical")
+    assert "no process serves" in lines[-1]["message"]
+
+
+async def status_of_a_blob(admin_url: str, data: Path) -> int:
+    token = (data / "admin-token").read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as web,
+        web.put(f"{admin_url}/v1/admin/blobs/{'0' * 64}", data=b"x") as answer,
+    ):
+        return answer.status
 
 
 async def test_processes_that_cannot_start_end_with_status_2_and_one_line(tmp_path: Path) -> None:
@@ -180,9 +241,9 @@ async def test_peoples_ports_do_not_run_over_the_devices(tmp_path: Path) -> None
 
 
 async def test_one_that_hangs_is_killed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_END_S", 1.0)
+    monkeypatch.setattr(members_of_one_command, "_END_S", 1.0)
     config = ServerConfig(data=tmp_path / "data", port=0, admin_port=0, reuse_port=True)
-    member = processes._Member(Settings(config=config))
+    member = Member(Settings(config=config, process=1))
     await member.start()
     assert member._process is not None
     assert member._process.pid is not None
