@@ -1,20 +1,16 @@
-"""What people may ask of the server: bundles, tasks, rounds, devices and their tokens."""
+"""What people may ask of the server: bundles, tasks, rounds and devices."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from aggregator.answers import (
     DeviceRow,
     GroupRow,
-    NewToken,
     RoundRow,
     SentBundle,
     TaskDetail,
@@ -25,7 +21,6 @@ from aggregator.grouping import waiting_updates
 from aggregator.people import audited
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found, unknown_task
 from aggregator.service import Service
-from aggregator.token_files import new_token, token_sha256
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState
@@ -35,15 +30,13 @@ from fedtt.wire import encode_theta
 from storage.blobs import BlobStore
 from storage.blobs import load as load_blob
 from storage.blobs import save as save_blob
-from storage.records import MAIN, Bundle, Round, Task, TaskState, Token
+from storage.records import MAIN, Bundle, Round, Task, TaskState
 from storage.store import Transaction
 
 __all__ = [
-    "TokenTerms",
     "add_bundle",
     "change_task",
     "create_task",
-    "create_token",
     "list_devices",
     "list_rounds",
     "list_tasks",
@@ -205,32 +198,3 @@ def _round_row(tx: Transaction, round_: Round) -> RoundRow:
 
 async def list_devices(service: Service, after: str) -> list[DeviceRow]:
     return [as_row(DeviceRow, device) for device in await service.read(lambda tx: tx.devices(after=after))]
-
-
-class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an enrolment token allows."""
-
-    uses: Annotated[int, Meta(ge=1, le=10**9)] | None = None  #: enrolments; None for any number
-    expires_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None  #: from now on; None for never
-
-
-async def create_token(service: Service, body: bytes) -> NewToken | Problem:
-    """Make an enrolment token; it is in this answer and nowhere else, for the ledger keeps its hash."""
-    try:
-        terms = msgspec.json.decode(body, type=TokenTerms)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return malformed(str(error))
-    text = new_token()
-    expires_at = None if terms.expires_s is None else service.clock.now() + terms.expires_s
-    token = Token(sha256=token_sha256(text), uses_left=terms.uses, expires_at=expires_at)
-    answer = await audited(
-        service,
-        "token.create",
-        token.sha256[:12],
-        lambda tx: tx.put_token(token),
-        uses=terms.uses,
-        expires_at=expires_at,
-    )
-    if isinstance(answer, Problem):
-        return answer
-    return NewToken(token=text, uses=terms.uses, expires_at=expires_at)

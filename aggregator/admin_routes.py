@@ -7,7 +7,7 @@ import re
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from aggregator import admin, admin_versions, people
+from aggregator import admin, admin_versions, enrolment, people
 from aggregator.answers import Refusal, SentBlob
 from aggregator.dashboard import dashboard
 from aggregator.device_routes import serve_bundle_file
@@ -130,7 +130,12 @@ async def create_task(request: web.Request) -> web.Response:
 async def create_token(request: web.Request) -> web.Response:
     """Body: {"uses": N, "expires_s": S}, either of them null or left out."""
     terms = await read_body(request, _TOKEN_TERMS_LIMIT_BYTES)
-    return json_answer(checked(await admin.create_token(request.app[SERVICE], terms)), 201)
+    return json_answer(checked(await enrolment.create_token(request.app[SERVICE], terms)), 201)
+
+
+async def revoke_token(request: web.Request) -> web.Response:
+    sha256 = request.match_info["sha256"]
+    return json_answer(checked(await enrolment.revoke_token(request.app[SERVICE], sha256)))
 
 
 async def list_tasks(request: web.Request) -> web.Response:
@@ -226,6 +231,7 @@ def add_admin_routes(app: web.Application) -> None:
     add("GET", root + "/devices", list_devices)
     add("POST", _REVOKE_DEVICE, revoke_device)
     add("POST", root + "/tokens", create_token)
+    add("POST", root + "/tokens/{sha256:[0-9a-f]{64}}/revoke", revoke_token)
     add("GET", _ADMIN_TOKENS, list_admin_tokens)
     add("POST", _ADMIN_TOKENS, create_admin_token)
     add("POST", _REVOKE_TOKEN, revoke_admin_token)

@@ -33,6 +33,7 @@ __all__ = [
     "Population",
     "Refusal",
     "RevokedDevice",
+    "RevokedToken",
     "RoundRow",
     "Seen",
     "SentBlob",
@@ -117,8 +118,15 @@ class NewToken(Row, frozen=True):
     """An enrolment token, shown this once."""
 
     token: str
+    sha256: str  #: by which it is revoked
     uses: int | None
     expires_at: float | None
+
+
+class RevokedToken(Row, frozen=True):
+    """An enrolment token that enrols nobody any more."""
+
+    sha256: str
 
 
 class RevokedDevice(Row, frozen=True):

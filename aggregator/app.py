@@ -22,6 +22,7 @@ from aggregator.admin_routes import add_admin_routes, admin_problem, require_tok
 from aggregator.connections import ConnectionLimits, Connections
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
+from aggregator.enrolment import standing_token
 from aggregator.handling import BODY_S, KEYS, RENDER, SERVICE, answer, limited, problems
 from aggregator.limits import Buckets, Rates
 from aggregator.logs import tell_request
@@ -37,7 +38,6 @@ from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
 from storage.backend import is_shared
 from storage.blobs import open_blobs
-from storage.records import Token
 from storage.sql import SqlStore
 from storage.store import Store
 
@@ -133,9 +133,7 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
         service.writer.start()
         stack.push_async_callback(service.writer.stop)
         admin_token = secret_file(config.data / "admin-token")
-        enrolment_token = secret_file(config.data / "enrolment-token")
-        token = Token(sha256=token_sha256(enrolment_token), uses_left=None, expires_at=None)
-        await service.writer.run(lambda tx: tx.put_token(token))
+        enrolment_token = await standing_token(service, config.data / "enrolment-token")
         devices = device_app(service, body_s=config.body_s, rates=config.rates, forwarded=config.forwarded)
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)

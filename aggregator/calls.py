@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from aggregator import answers as row
-from aggregator.admin import TokenTerms
+from aggregator.enrolment import TokenTerms
 from aggregator.people import AdminTokenTerms
 from fedtt.manifest import Manifest
 from fedtt.messages import (
@@ -151,6 +151,9 @@ ADMIN_CALLS: dict[str, Call] = {
     ),
     f"POST {_ADMIN}/tokens": Call(
         about="Make an enrolment token", takes=TokenTerms, gives=row.NewToken, status=201, refuses=_LONG
+    ),
+    f"POST {_ADMIN}/tokens/{{sha256}}/revoke": Call(
+        about="Let no device enrol with it any more", gives=row.RevokedToken
     ),
     f"GET {_ADMIN}/admin-tokens": Call(about="People's tokens", gives=list[row.AdminTokenRow]),
     f"POST {_ADMIN}/admin-tokens": Call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 _DEVICE_COLUMNS = ("id", "state", "client", "examples", "enrolled_at", "seen_at")
 
 
@@ -42,7 +44,9 @@ def register(commands: Commands) -> None:
     )
     revoke.add_argument("device", help="its id, as `fedtt device list` shows it")
     examples = "fedtt token create --uses 20 --expires-s 604800"
-    tokens = add_group(commands, "token", about="make tokens that devices enrol with", examples=examples)
+    tokens = add_group(
+        commands, "token", about="make and revoke tokens that devices enrol with", examples=examples
+    )
     create = admin_command(
         tokens,
         "create",
@@ -52,6 +56,14 @@ def register(commands: Commands) -> None:
     )
     create.add_argument("--uses", type=int, help="devices it enrols (default any number)")
     expires_argument(create)
+    revoke_token = admin_command(
+        tokens,
+        "revoke",
+        about="let no device enrol with a token any more; those that have stay",
+        examples="fedtt token revoke 5d08cdc7…",
+        action=_revoke_token,
+    )
+    revoke_token.add_argument("token", help="the token, or its sha256 as `fedtt audit list` shows it")
 
 
 async def _list_devices(client: AdminClient, args: argparse.Namespace) -> None:
@@ -67,3 +79,10 @@ async def _create_token(client: AdminClient, args: argparse.Namespace) -> None:
     if args.uses is not None and args.uses < 1:
         raise ConfigError("--uses", args.uses, "a number from 1 on")
     print_token(await client.create_token(args.uses, expires_s(args)), args)
+
+
+async def _revoke_token(client: AdminClient, args: argparse.Namespace) -> None:
+    from aggregator.token_files import token_sha256
+
+    sha256 = args.token if _SHA256.fullmatch(args.token) else token_sha256(args.token)
+    print_rows([await client.rows(f"/tokens/{sha256}/revoke", "POST")], args, ("sha256",))

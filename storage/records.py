@@ -117,7 +117,7 @@ class Role(StrEnum):
     """What whoever holds an admin token may do; each may do all that those before it may."""
 
     VIEWER = "viewer"  #: look at everything
-    OPERATOR = "operator"  #: bring bundles, make and steer tasks, make enrolment tokens
+    OPERATOR = "operator"  #: bring bundles, make and steer tasks, make and revoke enrolment tokens
     ADMIN = "admin"  #: make and revoke admin tokens, revoke devices
 
 

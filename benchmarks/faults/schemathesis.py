@@ -31,6 +31,7 @@ from schemathesis.core.failures import Failure, FailureGroup, ServerError
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
+from aggregator.admin_client import AdminClient
 from aggregator.openapi import document
 from benchmarks.faults.devices import CHECK_IN, Device, Habits, Notes, frame_of
 from benchmarks.faults.row import Outcome, Setting
@@ -183,6 +184,9 @@ async def _pass(server: ServerProcess, number: int) -> Sequence[Side]:
             await one.enroll(server.token)
         work = await device.transport.check_in(CHECK_IN)
     assert isinstance(work, Work), work
+    owner = (server.data / "admin-token").read_text().strip()
+    async with AdminClient(f"http://127.0.0.1:{server.admin_port}", owner) as admin:
+        token = await admin.create_token(None, None)
     public_key, blob, name = device.identity.public_key, b"blob", f"pass-{number}"
     manifest = (server.data.parent / "bundle" / MANIFEST).read_bytes()
     names = {"task": TASK, "number": "0", "lease": work.lease, "device": victim.identity.device, "name": name}
@@ -205,7 +209,7 @@ async def _pass(server: ServerProcess, number: int) -> Sequence[Side]:
         Side(
             tag="people",
             url=f"http://127.0.0.1:{server.admin_port}",
-            auth=bearer((server.data / "admin-token").read_text().strip()),
+            auth=bearer(owner),
             known={**names, "sha256": work.plan.bundle, "file": MANIFEST},
             honest={
                 f"PUT {ADMIN}/blobs/{{sha256}}": {
@@ -220,6 +224,7 @@ async def _pass(server: ServerProcess, number: int) -> Sequence[Side]:
                 },
                 f"POST {tasks}/{{task}}/stop": {"path": {"task": name}},
                 f"GET {version}": {"path": {"file": FACTORS}},
+                f"POST {ADMIN}/tokens/{{sha256}}/revoke": {"path": {"sha256": token["sha256"]}},
                 f"POST {ADMIN}/admin-tokens": {"body": msgspec.json.encode({"name": name, "role": "viewer"})},
             },
         ),

@@ -44,6 +44,7 @@ CALLS = {
     ("POST", "/tasks/{task}/versions/{number}/{change}"): Role.OPERATOR,
     ("POST", "/tasks/{task}/versions/{number}/verdict"): Role.OPERATOR,
     ("POST", "/tokens"): Role.OPERATOR,
+    ("POST", "/tokens/{sha256}/revoke"): Role.OPERATOR,
     ("POST", "/admin-tokens"): Role.ADMIN,
     ("POST", "/admin-tokens/{name}/revoke"): Role.ADMIN,
     ("POST", "/devices/{device}/revoke"): Role.ADMIN,

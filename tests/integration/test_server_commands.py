@@ -171,6 +171,46 @@ async def test_a_token_enrols_as_many_devices_as_it_was_made_for_and_is_kept_as_
     assert made["token"].encode() not in stored
 
 
+async def test_a_token_that_was_revoked_enrols_nobody_and_leaves_those_that_it_has(
+    terminal: Terminal,
+) -> None:
+    (made,) = await terminal.json("token", "create")
+    (other,) = await terminal.json("token", "create")
+    async with Peer(terminal.server.url, 1) as first, Peer(terminal.server.url, 2) as second:
+        await first.enroll(made["token"])
+        (revoked,) = await terminal.json("token", "revoke", made["token"])
+        assert revoked == {"sha256": hashlib.sha256(made["token"].encode()).hexdigest()}
+        with pytest.raises(Refused, match="bad_token"):
+            await second.enroll(made["token"])
+        await first.enroll(made["token"])  # whom it has enrolled needs none
+        await second.enroll(other["token"])
+    log = await terminal.json("audit", "list")
+    assert [(row["action"], row["subject"]) for row in log] == [
+        ("token.create", made["sha256"]),
+        ("token.create", other["sha256"]),
+        ("token.revoke", made["sha256"]),
+    ]
+    await terminal.json("token", "revoke", log[1]["subject"])
+    assert "there is no enrolment token" in await terminal.refused("token", "revoke", "guessed")
+
+
+async def test_the_token_beside_the_database_makes_room_for_another_once_it_was_revoked(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path, None) as server:
+        old = server.token
+        sha256 = hashlib.sha256(old.encode()).hexdigest()
+        assert (await server.people("POST", f"/tokens/{sha256}/revoke")).status == 200
+    async with served(tmp_path, None) as server, Peer(server.url, 1) as peer:
+        assert server.token not in {"", old}
+        assert (tmp_path / "data" / "enrolment-token").read_text().strip() == server.token
+        with pytest.raises(Refused, match="bad_token"):
+            await peer.enroll(old)
+        await peer.enroll(server.token)
+    async with served(tmp_path, None) as again:
+        assert again.token == server.token
+
+
 async def test_a_token_that_nothing_could_use_is_refused(terminal: Terminal) -> None:
     assert "--uses = 0 is not allowed" in await terminal.refused("token", "create", "--uses", "0")
     for never in ("0", "nan", "inf", "-1"):

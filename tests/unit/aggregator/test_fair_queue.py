@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.admin import create_token
 from aggregator.answers import NewToken
+from aggregator.enrolment import create_token
 from aggregator.fair_queue import FairQueue
 from aggregator.metrics import totals
 from aggregator.service import Service

@@ -15,7 +15,7 @@ from fedtt.cli import main
 COMMANDS = (
     *("export", "serve", "demo", "evaluate", "predict", "client run", "client forget", "device list"),
     *("version list", "version download", "task create", "task list", "task show", "task pause"),
-    *("task resume", "task stop", "token create"),
+    *("task resume", "task stop", "token create", "token revoke"),
 )
 
 _PROGRAM = '''
