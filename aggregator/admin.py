@@ -56,7 +56,7 @@ async def add_bundle(service: Service, manifest_bytes: bytes) -> SentBundle | Pr
         return malformed(
             f"the bundle is not signed by the release key of this server, {key}: run `fedtt bundle sign`"
         )
-    if problem := await service.aside(_missing_file, service.blobs, manifest):
+    if problem := await service.beside_blobs(_missing_file, service.blobs, manifest):
         return problem
     bundle = Bundle(
         sha256=bundle_digest(manifest_bytes), manifest=manifest_bytes, added_at=service.clock.now()
@@ -89,7 +89,7 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Tas
     if bundle is None:
         return not_found(f"bundle {bundle_sha256[:12]}…")
     try:
-        first = await service.aside(_first_versions, service, spec, decode_manifest(bundle.manifest))
+        first = await service.beside_blobs(_first_versions, service, spec, decode_manifest(bundle.manifest))
     except (BundleError, LayoutError, WireError, SafetensorError) as error:
         return malformed(f"the bundle's initial factors cannot be read: {error}")
     except ConfigError as error:

@@ -101,7 +101,7 @@ async def list_audit(request: web.Request) -> web.Response:
 
 async def has_blob(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
-    present = await service.aside(service.blobs.has, request.match_info["sha256"])
+    present = await service.beside_blobs(service.blobs.has, request.match_info["sha256"])
     return web.Response(status=200 if present else 404)
 
 

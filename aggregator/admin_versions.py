@@ -90,7 +90,7 @@ async def version_files(service: Service, name: str, number: int) -> dict[str, b
     task, version, manifest = found
     layout = manifest.adapter.layout
     theta = decode_theta(
-        await service.aside(load_blob, service.blobs, version.sha256), layout, version.sha256
+        await service.beside_blobs(load_blob, service.blobs, version.sha256), layout, version.sha256
     )
     config = version_config(manifest, task.bundle, task.spec.name, number, version.sha256)
     metadata = {"format": "fedtt", "task": name, "version": str(number), "sha256": version.sha256}

@@ -128,6 +128,7 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
             store = TracedStore(store, tracer)
         blobs = open_blobs(config.blobs or config.data / "blobs")
         service = Service(store, blobs, SystemClock(), tracer=tracer)
+        stack.callback(service.close)
         if config.server_key is not None:
             service.server_key = ServerKey.read(config.server_key, service.clock.now())
         service.writer.start()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from aggregator.handling import SERVICE
+from aggregator.inline import Aside
 from fedtt.errors import StorageError
-from storage.blobs import BlobStore, FileBlobs, check, part, sound
+from storage.blobs import FileBlobs, check, part, sound
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -23,25 +24,27 @@ _log = logging.getLogger("fedtt.aggregator")
 
 
 async def blob_answer(
-    request: web.Request, blobs: BlobStore, sha256: str, *, checked: bool = False, **headers: str
+    request: web.Request, sha256: str, *, checked: bool = False, **headers: str
 ) -> web.StreamResponse:
     """All of a blob, or what Range asks of it: a reader may be as slow as it likes.
 
     A whole object is checked while it is sent. checked: a whole file is, too, which costs a second reading.
     Whoever asks for parts checks the whole. Raises StorageError where it is missing or damaged.
     """
+    service = request.app[SERVICE]
+    blobs, beside = service.blobs, service.beside_blobs
     is_part = "Range" in request.headers
     if isinstance(blobs, FileBlobs):
         whole = checked and not is_part and request.method == "GET"
         if whole:
-            await asyncio.to_thread(check, blobs, sha256)
+            await beside(check, blobs, sha256)
         else:
-            await asyncio.to_thread(blobs.size, sha256)
+            await beside(blobs.size, sha256)
         return web.FileResponse(blobs.path(sha256), headers=headers)
     opened: ExitStack[None] = ExitStack()
     with opened:
-        file = opened.enter_context(await asyncio.to_thread(blobs.open, sha256))
-        size = await asyncio.to_thread(file.seek, 0, io.SEEK_END)
+        file = opened.enter_context(await beside(blobs.open, sha256))
+        size = await beside(file.seek, 0, io.SEEK_END)
         try:
             start, stop, _ = request.http_range.indices(size)
         except ValueError:
@@ -50,11 +53,16 @@ async def blob_answer(
             return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
         if is_part:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        pieces = part(file, start, stop) if is_part else sound(file, sha256)
-        first = b"" if request.method == "HEAD" else await asyncio.to_thread(next, pieces, b"")
+        pieces = _brought(beside, part(file, start, stop) if is_part else sound(file, sha256))
+        first = b"" if request.method == "HEAD" else await anext(pieces, b"")
         answer = _Pieces(first, pieces, opened.pop_all(), status=206 if is_part else 200, headers=headers)
         answer.content_length = stop - start
         return answer
+
+
+async def _brought(beside: Aside, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while piece := await beside(next, pieces, b""):
+        yield piece
 
 
 class _Pieces(web.StreamResponse):
@@ -63,7 +71,7 @@ class _Pieces(web.StreamResponse):
     def __init__(
         self,
         first: bytes,
-        pieces: Iterator[bytes],
+        rest: AsyncIterator[bytes],
         opened: ExitStack[None],
         *,
         status: int,
@@ -71,17 +79,17 @@ class _Pieces(web.StreamResponse):
     ) -> None:
         """opened: closed once all is sent."""
         super().__init__(status=status, headers=headers)
-        self._first, self._pieces, self._opened = first, pieces, opened
+        self._first, self._rest, self._opened = first, rest, opened
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Raises ConnectionError where it breaks off: what has begun cannot become a refusal."""
         with self._opened:
             writer = await super().prepare(request)
-            piece = self._first
             try:
-                while piece:
-                    await self.write(piece)
-                    piece = await asyncio.to_thread(next, self._pieces, b"")
+                if self._first:
+                    await self.write(self._first)
+                    async for piece in self._rest:
+                        await self.write(piece)
             except StorageError as error:
                 _log.error("%s %s broke off: %s", request.method, request.path, error)
                 raise ConnectionAbortedError from None

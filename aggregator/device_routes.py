@@ -133,7 +133,7 @@ async def version(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     difference = checked(await service.difference(sha256, held))
     if difference is None:
-        return await blob_answer(request, service.blobs, sha256, checked=True, **_FOR_EVER)
+        return await blob_answer(request, sha256, checked=True, **_FOR_EVER)
     return web.Response(body=difference, content_type=DIFFERENCE_MEDIA_TYPE, headers=_FOR_EVER)
 
 
@@ -154,7 +154,7 @@ async def serve_bundle_file(request: web.Request) -> web.StreamResponse:
     entry = decode_manifest(bundle.manifest).files.get(name)
     if entry is None:
         raise ProblemError(not_found(f"file {name[:100]!r} in bundle {sha256[:12]}…"))
-    return await blob_answer(request, service.blobs, entry.sha256)
+    return await blob_answer(request, entry.sha256)
 
 
 async def healthz(_: web.Request) -> web.Response:

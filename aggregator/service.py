@@ -16,6 +16,7 @@ from aggregator.keeper import Keeper
 from aggregator.metrics import Metrics
 from aggregator.problems import bad_signature, busy, malformed, not_found, unknown_lease
 from aggregator.releases import Releases
+from aggregator.threads import Threads
 from aggregator.together import Answers, Together
 from aggregator.token_files import token_sha256
 from aggregator.tracing import UNTRACED, Tracer
@@ -40,6 +41,7 @@ Admitted = tuple[Admission, int]  #: and the most bytes its frame may have
 Proof = Callable[[Device | None], Problem | None]  #: what is wrong with who claims to send a request
 _log = logging.getLogger("fedtt.aggregator")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_BLOB_THREADS = 8
 
 
 class _Knock(NamedTuple):
@@ -92,6 +94,8 @@ class Service:
         self.draining = False  #: about to stop: no longer ready for new devices
         self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread
+        self._threads = Threads("fedtt-blobs", _BLOB_THREADS)
+        self.beside_blobs: Aside = at_once if inline else self._threads  #: what waits for files or objects
         self.writer: Writer | InlineWriter = (
             InlineWriter(store)
             if inline
@@ -106,7 +110,7 @@ class Service:
         together = InlineTogether if inline else Together
         self._door: Answers[_Knock, _Known] = together(self._look)
         self._inspection: Answers[_Sent, Upload | Problem] = together(_inspect)
-        self._differences = Differences(blobs, aside=self.aside)
+        self._differences = Differences(blobs, aside=self.beside_blobs)
         self.keeper = Keeper(
             store,
             blobs,
@@ -260,7 +264,7 @@ class Service:
             return difference
         if difference is not None:
             return VersionBody(data=difference, difference=True)
-        return VersionBody(data=await self.aside(load, self.blobs, sha256))
+        return VersionBody(data=await self.beside_blobs(load, self.blobs, sha256))
 
     async def difference(self, sha256: str, held: str | None = None) -> bytes | Problem | None:
         """The difference alone; None where the whole version is to be sent."""
@@ -276,11 +280,15 @@ class Service:
         """Whether a device holds what is known here: a version, or zeros as long as the one it wants."""
         if await self.read(lambda tx: tx.has_version(held)):
             return True
-        return held == zeros_digest(await self.aside(self.blobs.size, sha256))
+        return held == zeros_digest(await self.beside_blobs(self.blobs.size, sha256))
 
     async def tick(self) -> None:
         """Move all rounds on that are due."""
         await self.keeper.tick()
+
+    def close(self) -> None:
+        """Once nobody asks any more and its writer has stopped."""
+        self._threads.close()
 
 
 def _inspect(sent: Sequence[_Sent]) -> list[Upload | Problem]:

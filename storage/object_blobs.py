@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -15,10 +16,12 @@ from fedtt.errors import ConfigError, StorageError, UnavailableError
 from storage.incoming import Incoming, checked_name
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, RetryConfig
 
 __all__ = ["ObjectBlobs"]
 
+#: its library's own, three minutes of them, would keep devices waiting that can come back by themselves
+_RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 _IN_MEMORY_BYTES = 1 << 20  #: of a blob on its way; what is longer goes through a temporary file
 
 
@@ -40,7 +43,7 @@ class ObjectBlobs:
         except ImportError:
             raise StorageError("object storage needs a library: pip install 'fedtt[objects]'") from None
         try:
-            return cls(from_url(url), url)
+            return cls(from_url(url, retry_config=_RETRIES), url)
         except Exception as error:
             why = str(error).partition("\n")[0]
             raise ConfigError("--blobs", url, f"a directory or s3://BUCKET/PREFIX ({why})") from None
