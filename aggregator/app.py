@@ -147,6 +147,7 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
             refused=service.metrics.connection_refused,
             handshake_s=None if tls is None else min(config.idle_s, _HANDSHAKE_S),
             idle=service.metrics.connection_idle,
+            failed=service.metrics.handshakes_failed.inc,
         )
         url = await listen(
             devices,

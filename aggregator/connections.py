@@ -36,12 +36,14 @@ class Connections:
         *,
         handshake_s: float | None = None,
         idle: Callable[[str], None] = lambda _: None,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         """refused: told for each connection that is closed which limit it met, `total` or `addresses`.
 
         handshake_s: for TLS, after which asyncio closes a connection. idle: told of each such, `handshake`.
+        failed: told of each other whose handshake did not come to its end.
         """
-        self._limits, self._refused, self._idle = limits, refused, idle
+        self._limits, self._refused, self._idle, self._failed = limits, refused, idle, failed
         self._ranges: Counter[str | None] = Counter()
         self._shaking: dict[int, float] = {}  #: file descriptor -> when it was accepted
         self.handshake_s = handshake_s
@@ -81,6 +83,8 @@ class Connections:
             return
         if time.monotonic() - accepted_at >= self.handshake_s:
             self._idle("handshake")
+        else:
+            self._failed()
 
     def listen(self, bound: Iterable[socket.socket]) -> list[socket.socket]:
         """The same sockets again, whose connections are counted from the moment the kernel gives them.

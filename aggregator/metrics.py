@@ -79,6 +79,11 @@ class Metrics:
             ("awaited",),
             registry=registry,
         )
+        self.handshakes_failed = Counter(
+            "fedtt_failed_handshakes_total",
+            "Connections whose TLS handshake was broken off in time, by either side.",
+            registry=registry,
+        )
         self.check_ins = Counter(
             "fedtt_check_ins_total", "Check-ins, by what they were answered.", ("answer",), registry=registry
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import Counter
 from yarl import URL
 
 from aggregator.admin_client import AdminClient
@@ -52,15 +53,20 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
             identity = peer.identity
             with pytest.raises(Unreachable, match=r"(?i)certificate verify failed"):
                 await peer.enroll(listening.enrolment_token)
+        failed = listening.service.metrics.handshakes_failed
+        await until(lambda: _counted(failed, 1))
         assert await _checked_in(listening.url, identity, str(ours), listening.enrolment_token)
         with pytest.raises(Unreachable, match=r"(?i)certificate verify failed"):
             await _checked_in(listening.url, identity, str(another), listening.enrolment_token)
+        await until(lambda: _counted(failed, 2))
         with pytest.raises(Unreachable):
             async with AdminClient(listening.admin_url, listening.admin_token, ca=another) as admin:
                 await admin.rows("/tasks")
         plain = "http" + listening.url.removeprefix("https")
         with pytest.raises(Unreachable):
             await _checked_in(plain, identity, "", listening.enrolment_token)
+        await until(lambda: _counted(failed, 4))  # people's, and what was no TLS
+        assert totals(listening.service.metrics.connections_idle, "awaited") == {"handshake": 0, "request": 0}
 
 
 async def test_a_connection_that_never_shakes_hands_is_closed_and_counted(tmp_path: Path) -> None:
@@ -138,6 +144,13 @@ async def shake_hands(ours: ssl.SSLSocket) -> None:
                 await asyncio.sleep(0.01)
             else:
                 return
+
+
+async def _counted(counter: Counter, count: int) -> bool:
+    """Whether it has come to this; never beyond."""
+    (value,) = [s.value for metric in counter.collect() for s in metric.samples if s.name.endswith("_total")]
+    assert value <= count
+    return bool(value == count)
 
 
 async def _checked_in(url: str, identity: Identity, ca: str, token: str) -> bool:
