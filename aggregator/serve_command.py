@@ -185,8 +185,8 @@ def _announce(data: Path, said: list[Said], *, as_json: bool) -> None:
         return
     print(f"devices   {first.url}")
     print(f"people    {first.admin_url}  (token in {data / 'admin-token'})")
-    for url in others:
-        print(f"          {url}  (another process, with metrics of its own)")
+    for number, url in enumerate(others, 2):
+        print(f"          {url}  (process {number}, with metrics of its own)")
     print(f"dashboard {dashboard}")
     print(
         f"enrol     fedtt client run --server {reachable(first.url)} "

@@ -101,7 +101,7 @@ async def test_both_processes_take_connections_and_tell_where_people_reach_them(
             devices = await process.stdout.readline()
             people = [await process.stdout.readline() for _ in range(2)]
         assert devices.startswith(b"devices   http://127.0.0.1:")
-        assert b"another process, with metrics of its own" in people[1]
+        assert b"(process 2, with metrics of its own)" in people[1]
         url = devices.split()[1].decode()
         for number in range(20):  # the kernel gives each connection to one of them
             async with Peer(url, number + 1) as peer:
