@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,8 @@ from .base import Base
 from .forms import flat, times, tt_halves
 
 __all__ = ["Head", "name_rows", "pool"]
+
+_LEAST = 1e-24  #: mean square of a text's features that are brought to length √H
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ class Head(nn.Module):
         *factors, bias = parts
         x = pooled
         if self.rows is not None:
-            x = F.normalize(pooled, dim=1) * math.sqrt(pooled.shape[1])
+            x = pooled * (pooled * pooled).mean(1, keepdim=True).clamp_min(_LEAST).rsqrt()
         fixed = 0.0 if self.rows is None else torch.mm(x, self.rows.t())
         product = flat(x, factors[0])
         for factor in factors:

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .quantise import Stored
+from .trace import decomposed_once
 
 with warnings.catch_warnings():  # importing it says much about torch's and its own deprecations
     warnings.simplefilter("ignore")
@@ -70,7 +71,8 @@ def _lower(program: ExportedProgram, stored: Mapping[int, Stored]) -> tuple[byte
     store(program, stored)
     program.graph_module.recompile()
     config = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[_ATEN.linear.default])
-    edge = to_edge(program, compile_config=config).to_backend(_SingleOperators())
+    with decomposed_once(program):
+        edge = to_edge(program, compile_config=config).to_backend(_SingleOperators())
     lowered = edge.to_executorch(ExecutorchBackendConfig(external_constants=lambda node: _TAG))
     with tempfile.TemporaryDirectory() as directory:
         lowered.write_tensor_data_to_file(directory)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .onnx_passes import simplify
-from .trace import AXES
+from .trace import AXES, decomposed_once
 
 __all__ = ["OPSET", "STEP_OUTPUTS", "convert", "part_of", "share_weights", "write_graphs"]
 
@@ -40,7 +40,7 @@ def convert(
     their dynamic sizes; axes: those of the inputs. The optimiser of the exporter is left out: it triples
     the time, and runtimes optimise when they load.
     """
-    with _quiet():
+    with _quiet(), decomposed_once(program):
         converted = torch.onnx.export(
             program,
             dynamo=True,

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from .gradients import layer_norm_backward
 
-__all__ = ["AXES", "MIN_TOKENS", "FlatProducts", "trace"]
+__all__ = ["AXES", "MIN_TOKENS", "FlatProducts", "decomposed_once", "trace"]
 
 MIN_TOKENS = 3  #: a causal step over shorter rows would have a dimension of 1, which tracing specialises
 
 #: Dynamic sizes of a training step's inputs; what is left out of a shape is fixed.
 AXES = {"theta": (), "ids": ("batch", "tokens"), "mask": ("batch", "tokens"), "labels": ("batch",)}
 
+_SIZE = torch.ops.aten.sym_size.int  #: which exporters' tables list and nothing becomes of
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -70,12 +72,13 @@ def _spread(x: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Core ATen, two operators that ONNX has no good form for, and gradients in fewer passes."""
+    """Core ATen, three operators that ONNX has no good form for, and gradients in fewer passes."""
     return {
         **core_aten_decompositions(),
         torch.ops.aten.native_layer_norm_backward.default: layer_norm_backward,
         torch.ops.aten.empty_permuted.default: _empty_permuted,
         torch.ops.aten.split_with_sizes.default: _split_with_sizes,
+        torch.ops.aten.squeeze.dims: _squeeze,
     }
 
 
@@ -88,6 +91,12 @@ def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Ten
     """Slices, where ONNX would make a sequence, which runtimes on phones and in browsers lack."""
     ends = list(itertools.accumulate(sizes))
     return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _squeeze(x: Tensor, dims: Sequence[int]) -> Tensor:
+    for dim in sorted((dim % x.dim() for dim in dims), reverse=True):
+        x = x.select(dim, 0) if x.shape[dim] == 1 else x
+    return x
 
 
 def trace(
@@ -114,3 +123,22 @@ def trace(
         )(*example)
         dynamic = tuple({d: sizes[axis] for d, axis in enumerate(axes[name])} for name in inputs)
         return torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
+
+
+@contextlib.contextmanager
+def decomposed_once(program: ExportedProgram) -> Iterator[None]:
+    """Spare a program that holds nothing to decompose from being traced again, half the time of an export.
+
+    `trace` decomposes, and exporters do once more, by a table of their own.
+    """
+    decompose = program.run_decompositions
+
+    def where_needed(table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+        is_left = any(node.target in table.keys() - {_SIZE} for node in program.graph.nodes)
+        return decompose(table) if is_left else program
+
+    program.run_decompositions = where_needed
+    try:
+        yield
+    finally:
+        del program.run_decompositions

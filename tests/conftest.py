@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from export import ExportRequest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a hub; read when transformers is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # workers share the cores: threads that wait for each other spin; read when torch is imported
 
 # A shell that runs the checks in the background has them ignore Ctrl-C, and so would every client they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

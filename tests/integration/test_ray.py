@@ -98,12 +98,15 @@ def lived(
 
 
 def family(process: subprocess.Popen[str], name: str = "") -> list[psutil.Process]:
-    """What a process has started, by what it calls itself."""
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if name in " ".join(child.cmdline())
-    ]
+    """What a process has started and lives, by what it calls itself."""
+
+    def is_called(child: psutil.Process) -> bool:
+        try:
+            return name in " ".join(child.cmdline())
+        except psutil.Error:  # it has just ended
+            return False
+
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if is_called(child)]
 
 
 def kill(victims: Callable[[list[psutil.Process]], Sequence[psutil.Process]]) -> Act:
