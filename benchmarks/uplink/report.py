@@ -25,7 +25,7 @@ __all__ = [
     "target_of",
 ]
 
-OURS = "FFA-LoRA r3, sign, falling rate"  #: the best within a kilobyte
+OURS = "Fed-SB r32 on value and output, sign, falling rate"  #: within a kilobyte, by the search rows
 FP32 = "FedTT r5, fp32"  #: whatever its rate: the best of these
 LORA_DENSE = "LoRA r8, dense head, fp32"
 LORA_FP32 = "LoRA r8, fp32"
