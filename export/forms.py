@@ -8,12 +8,13 @@ from itertools import chain
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtt.kinds import DenseBottleneck, HeadOnly, Inserted, Lora, LoraSB, TTBottleneck
 from fedtt.tensor_train import TTMatrix
 
+from .frames import frames
 from .registry import Architecture
 
 __all__ = ["Form", "Weights", "flat", "form_of", "times", "tt_halves"]
@@ -41,10 +42,15 @@ class Form(Protocol):
         """
         ...
 
+    def fixed(self, module: nn.Module) -> Weights:
+        """What `change` is given beside the weights: matrices that the frozen module itself fixes."""
+        return ()
+
     def change(self, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
         """What is added to a module's output y (N, S, d_out), x (N, S, d_in) being its input.
 
-        Each weight serves all N rows, or has N in front: then each row has its own.
+        Each weight serves all N rows, or has N in front: then each row has its own. What is fixed follows
+        them, and serves all rows.
         """
         ...
 
@@ -55,10 +61,16 @@ def form_of(inserted: Inserted) -> Form:
             return TTForm(inserted)
         case DenseBottleneck():
             return DenseForm(inserted)
-        case Lora() | LoraSB():
+        case Lora():
             return LoraForm(inserted)
+        case LoraSB():
+            return LoraSBForm(inserted)
         case HeadOnly():
             return NoForm()
+
+
+def _target_paths(inserted: Lora | LoraSB, architecture: Architecture) -> list[str]:
+    return [architecture.projections[target.name] for target in inserted.targets]
 
 
 def _bottleneck_paths(inserted: TTBottleneck | DenseBottleneck, architecture: Architecture) -> list[str]:
@@ -66,7 +78,7 @@ def _bottleneck_paths(inserted: TTBottleneck | DenseBottleneck, architecture: Ar
     return [paths[site] for site in inserted.sites]
 
 
-class TTForm:
+class TTForm(Form):
     """up(gelu(down(y))), each matrix as two thin products: LoRETTA, arXiv 2402.11417, eq. 4."""
 
     reads_input = False
@@ -91,7 +103,7 @@ class TTForm:
         return times(times(narrow, up_left), up_right).reshape(y.shape)
 
 
-class DenseForm:
+class DenseForm(Form):
     """up(gelu(down(y))) with plain matrices: Houlsby et al. 2019, arXiv 1902.00751, §2.1."""
 
     reads_input = False
@@ -114,19 +126,19 @@ class DenseForm:
         return times(F.gelu(times(flat(y, down), down)), up).reshape(y.shape)
 
 
-class LoraForm:
-    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3; with R between, B R A x."""
+class LoraForm(Form):
+    """(α / r) B A x beside a projection: Hu et al. 2022, arXiv 2106.09685, eq. 3."""
 
     reads_input = True
 
-    def __init__(self, inserted: Lora | LoraSB) -> None:
+    def __init__(self, inserted: Lora) -> None:
         self._inserted = inserted
 
     def paths(self, architecture: Architecture) -> list[str]:
-        return [architecture.projections[target.name] for target in self._inserted.targets]
+        return _target_paths(self._inserted, architecture)
 
     def weights(self, numbers: Tensor) -> list[Weights]:
-        """A (r, d_in), R (r, r) where there is one, and B (d_out, r)."""
+        """A (r, d_in) and B (d_out, r)."""
         shapes = [factor.shape for part in self._inserted.parts for factor in part.factors]
         parts = torch.split(numbers, [math.prod(shape) for shape in shapes], dim=-1)
         lead = numbers.shape[:-1]
@@ -142,7 +154,36 @@ class LoraForm:
         return (product * self._inserted.scale).reshape(y.shape)
 
 
-class NoForm:
+class LoraSBForm(Form):
+    """(α / r) B R A x beside a projection, A and B being `frames` of its frozen weight: `kinds.LoraSB`."""
+
+    reads_input = True
+
+    def __init__(self, inserted: LoraSB) -> None:
+        self._inserted = inserted
+
+    def paths(self, architecture: Architecture) -> list[str]:
+        return _target_paths(self._inserted, architecture)
+
+    def weights(self, numbers: Tensor) -> list[Weights]:
+        """R (r, r)."""
+        rank, modules = self._inserted.rank, numbers.shape[-2] * len(self._inserted.targets)
+        return _by_module([numbers.reshape(*numbers.shape[:-2], modules, rank, rank)])
+
+    def fixed(self, module: nn.Module) -> Weights:
+        """A (r, d_in) and B (d_out, r)."""
+        return frames(module, self._inserted.rank)
+
+    def change(self, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+        core, a, b = weights
+        narrow = times(flat(x, a), a.mT)
+        if core.dim() > 2:
+            narrow = narrow.reshape(*x.shape[:-1], narrow.shape[-1])
+        turned = times(narrow, core.mT) * self._inserted.scale
+        return times(flat(turned, b), b.mT).reshape(y.shape)
+
+
+class NoForm(Form):
     """No module is changed."""
 
     reads_input = False

@@ -27,7 +27,9 @@ class Adapters:
         self._weights: list[Weights] | None = None
         self._device: Tensor | None = None
         self.size = spec.adapter_size
-        modules = (base.blocks[block].get_submodule(path) for block in spec.blocks for path in paths)
+        modules = [base.blocks[block].get_submodule(path) for block in spec.blocks for path in paths]
+        for module in modules:
+            self._form.fixed(module)  # computed here: a trace reads what is there
         self._hooks = [module.register_forward_hook(self._hook(i)) for i, module in enumerate(modules)]
 
     def hold(self, numbers: Tensor, device: Tensor | None = None) -> None:
@@ -57,12 +59,12 @@ class Adapters:
             hook.remove()
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def adapt(_module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def adapt(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
             if self._weights is None:
                 return y
             weights = self._weights[index]
             if self._device is not None:
                 weights = tuple(weight.index_select(0, self._device) for weight in weights)
-            return y + self._form.change(inputs[0], y, *weights)
+            return y + self._form.change(inputs[0], y, *weights, *self._form.fixed(module))
 
         return adapt

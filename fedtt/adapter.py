@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from fedtt.errors import ConfigError
-from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, LoraSB, Part, TTBottleneck, Width
+from fedtt.kinds import DenseBottleneck, HeadOnly, HeadSpec, Inserted, Lora, Part, TTBottleneck, Width
 from fedtt.layout import Factor, FactorLayout, LiveSet, Theta
 from fedtt.rng import Purpose, rng_for
 from fedtt.tensor_train import TTMatrix
@@ -119,13 +119,6 @@ class AdapterSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         return tuple(LoraPair(prefix, 2 * i, 2 * i + 1) for i, prefix in enumerate(targets))
 
     @cached_property
-    def square_cores(self) -> tuple[int, ...]:
-        """The index of R (r, r) of every LoRA-SB update, in the order of the layout: A, R, B each."""
-        if not isinstance(self.inserted, LoraSB):
-            return ()
-        return tuple(3 * i + 1 for i in range(self.depth * len(self.inserted.targets)))
-
-    @cached_property
     def _factors_a_block(self) -> int:
         return sum(len(part.factors) for part in self.inserted.parts)
 
@@ -181,7 +174,8 @@ def initial_theta(spec: AdapterSpec, seed: int) -> Theta:
     """First values, (P,): every adapter is the identity, a label-name or dense head's matrix is zero.
 
     What is random has entries of variance 1 / d_in, for a TT matrix those of the dense matrix it stands
-    for. Zero are the last core of each `up` and of a label-name head, a dense `up`, B of LoRA, and biases.
+    for. Zero are the last core of each `up` and of a label-name head, a dense `up`, B of LoRA, R of
+    LoRA-SB, and biases.
     """
     rng = rng_for(seed, Purpose.INITIAL)
     parts: list[Theta] = []

@@ -191,30 +191,22 @@ class Lora(_LowRank, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 
 
 class LoraSB(_LowRank, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lora-sb"):
-    """y + (α / r) B R A x, of which R (r, r) is meant to be trained between two frames that stay.
+    """y + (α / r) B R A x, of which R (r, r) is trained between two frames that belong to the base.
 
-    LoRA-SB (Ponkshe et al., 2024, arXiv 2411.19557, §3) over frames that are drawn: the paper takes them
-    from an SVD of the first gradient on some of the data, and a bundle has none.
+    LoRA-SB (Ponkshe et al., 2024, arXiv 2411.19557, §3) takes the frames from an SVD of the first gradient on
+    some of the data, and a bundle has none; LoRA-XS (Bałazy et al., 2024, arXiv 2405.17604, §3) from one of
+    the frozen weight, as `export.frames` does.
     """
 
     kind: ClassVar[AdapterKind] = "lora-sb"
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of one block: A (r, d_in) and B (d_out, r) with rows and columns of norm 1 in the mean, R zero."""
-        r = self.rank
-        return tuple(
-            part
-            for t in self.targets
-            for part in (
-                _plain(f"{t.name}.lora_a", (r, t.d_in), 1 / t.d_in),
-                _plain(f"{t.name}.lora_r", (r, r)),
-                _plain(f"{t.name}.lora_b", (t.d_out, r), 1 / t.d_out),
-            )
-        )
+        """Of one block: R, zero."""
+        return tuple(_plain(f"{t.name}.lora_r", (self.rank, self.rank)) for t in self.targets)
 
     def at_rank(self, rank: int) -> LoraSB:
-        raise ConfigError("rank", rank, "only for tt and lora adapters: other frames give R another meaning")
+        raise ConfigError("rank", rank, "only for tt and lora adapters; LoRA-SB has the rank of its frames")
 
 
 class HeadOnly(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="none"):

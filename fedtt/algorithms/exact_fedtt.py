@@ -77,8 +77,10 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
     def check(self, adapter: AdapterSpec) -> None:
         check_trains(adapter, "exact-fedtt")
-        if adapter.lora_pairs or adapter.square_cores:
-            raise ConfigError("method.name", "exact-fedtt", "not for LoRA, whose pairs it would train whole")
+        if adapter.inserted.kind in ("lora", "lora-sb"):
+            raise ConfigError(
+                "method.name", "exact-fedtt", "not for LoRA, whose matrices it would train whole"
+            )
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
         """One core of every train, or of every second one; rounds count from 1.

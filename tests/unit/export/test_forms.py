@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 from export.forms import form_of, tt_halves
 from export.registry import ARCHITECTURES
@@ -39,14 +40,20 @@ def test_nothing_inserted_hooks_no_module() -> None:
     assert form.weights(torch.zeros(0)) == []
 
 
-def test_a_square_core_stands_between_the_two_frames() -> None:
-    spec = small_adapter("lora-sb", hidden=8, layers=1, rank=3)
+def test_a_square_core_stands_between_the_two_frames_of_the_frozen_weight() -> None:
+    spec = small_adapter("lora-sb", hidden=8, layers=2, rank=3, narrow=4)
     assert isinstance(spec.inserted, LoraSB)
-    theta = torch.from_numpy(np.random.default_rng(0).normal(size=spec.layout.size))
-    form = form_of(spec.inserted)
-    x = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 5, 8)))
-    named = [torch.from_numpy(part) for part in spec.layout.unflatten(theta.numpy()).values()]
-    for core, weights in zip(spec.square_cores, form.weights(theta.reshape(1, -1)), strict=True):
-        a, r, b = named[core - 1 : core + 2]
-        expected = spec.inserted.scale * torch.einsum("nsi,qi,rq,or->nso", x, a, r, b)
-        np.testing.assert_allclose(form.change(x, torch.zeros(2, 5, 8), *weights), expected, rtol=1e-10)
+    rng, form = np.random.default_rng(0), form_of(spec.inserted)
+    theta, x = rng.normal(size=spec.layout.size), rng.normal(size=(2, 5, 8))
+    module = nn.Linear(8, 4, dtype=torch.float64)
+    module.weight = nn.Parameter(torch.from_numpy(rng.normal(size=(4, 8))))
+    u, _, vt = np.linalg.svd(module.weight.detach().numpy())
+    signs = np.sign(u[np.abs(u).argmax(0), range(4)])[:3]
+    cores = spec.layout.unflatten(theta.astype(np.float32)).values()
+    for core, weights in zip(cores, form.weights(torch.from_numpy(theta).reshape(2, -1)), strict=True):
+        for rows in (1.0, np.array([1.0, 2.0])[:, None, None]):  # one core for all rows, or each row's own
+            matrix = (u[:, :3] * signs) @ (rows * core) @ (vt[:3].T * signs).T
+            expected = spec.inserted.scale * x @ np.swapaxes(matrix, -1, -2)
+            given = (weights[0] * torch.as_tensor(rows),)
+            found = form.change(torch.from_numpy(x), torch.zeros(2, 5, 4), *given, *form.fixed(module))
+            np.testing.assert_allclose(found, expected, atol=5e-3)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.base import Base, load_base
+from export.frames import frames
 from export.insert import Adapters
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.kinds import AdapterKind, Lora, LoraSB, TTBottleneck
@@ -73,11 +74,13 @@ def _insert_slowly(base: Base, spec: AdapterSpec, theta: Theta) -> None:
     block, paths = base.blocks[1], {"attention": base.architecture.attention, "mlp": base.architecture.mlp}
     if isinstance(spec.inserted, Lora | LoraSB):
         for name, path in (("query", base.architecture.query), ("value", base.architecture.value)):
-            a, b = (_matrix(spec, theta, f"{name}.lora_{letter}") for letter in "ab")
-            if isinstance(spec.inserted, LoraSB):
-                b = b @ _matrix(spec, theta, f"{name}.lora_r")
             module = block.get_submodule(path)
             assert isinstance(module, nn.Linear)
+            if isinstance(spec.inserted, LoraSB):
+                a, b = frames(module, spec.inserted.rank)
+                b = b @ _matrix(spec, theta, f"{name}.lora_r")
+            else:
+                a, b = (_matrix(spec, theta, f"{name}.lora_{letter}") for letter in "ab")
             module.weight.add_(spec.inserted.alpha / spec.inserted.rank * b @ a)
         return
     for site, path in paths.items():

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from fedtt.adapter import AdapterSpec, initial_theta
-from fedtt.algorithms import FedAvg, FedSB
+from fedtt.algorithms import FedSB
 from fedtt.folds import Contribution
 from fedtt.kinds import LoraSB
 from fedtt.layout import Theta
@@ -19,38 +18,42 @@ THETA = random_theta(ADAPTER, 0)
 
 
 def products(adapter: AdapterSpec, theta: Theta) -> list[NDArray[np.float64]]:
-    """(α / r) B R A of every update, (d_out, d_in), multiplied out."""
-    inserted, parts = adapter.inserted, list(adapter.layout.unflatten(theta).values())
+    """(α / r) B R A of every update, (d_out, d_in), multiplied out between frames that stay."""
+    inserted, rng = adapter.inserted, np.random.default_rng(2)
     assert isinstance(inserted, LoraSB)
-    return [inserted.scale * parts[i + 1] @ parts[i] @ parts[i - 1] for i in adapter.square_cores]
+    found = []
+    for name, core in adapter.layout.unflatten(theta).items():
+        if name.endswith(".lora_r"):
+            target = next(t for t in inserted.targets if name.endswith(f".{t.name}.lora_r"))
+            a, b = (
+                rng.normal(size=(inserted.rank, target.d_in)),
+                rng.normal(size=(target.d_out, inserted.rank)),
+            )
+            found.append(inserted.scale * b @ core @ a)
+    return found
 
 
-def test_the_square_matrices_and_the_head_are_live() -> None:
+def test_the_square_matrices_and_the_head_are_all_that_is_trained() -> None:
     names = [ADAPTER.layout.factors[i].name for i in FedSB().live(ADAPTER, 3).indices]
     squares = [f"block.{b}.{target}.lora_r" for b in (1, 2) for target in ("query", "value")]
     assert names == [*squares, "head.weight", "head.bias"]
-    assert FedSB().live(ADAPTER, 3).size == 4 * 3**2 + 4 * 16 + 4  # r² whatever the widths, and the head
+    assert ADAPTER.layout.size == 4 * 3**2 + 4 * 16 + 4  # r² whatever the widths, and the head
 
 
-def test_it_starts_as_the_identity_between_frames_of_norm_one() -> None:
-    theta = initial_theta(small_adapter("lora-sb", hidden=384, layers=1, rank=8, head="dense"), 0)
-    adapter = small_adapter("lora-sb", hidden=384, layers=1, rank=8, head="dense")
-    assert not any(product.any() for product in products(adapter, theta))
-    named = adapter.layout.unflatten(theta)
-    np.testing.assert_allclose(np.linalg.norm(named["block.0.query.lora_a"], axis=1), 1, atol=0.2)
-    np.testing.assert_allclose(np.linalg.norm(named["block.0.query.lora_b"], axis=0), 1, atol=0.2)
+def test_it_starts_as_the_identity() -> None:
+    theta = initial_theta(ADAPTER, 0)
+    assert len(products(ADAPTER, theta)) == 4
+    assert not any(product.any() for product in products(ADAPTER, theta))
 
 
-@pytest.mark.parametrize(("method", "exact"), [(FedSB(), True), (FedAvg(), False)], ids=["fed-sb", "all"])
-def test_the_mean_of_the_square_matrices_is_that_of_the_products(method: FedAvg, exact: bool) -> None:
-    live, rng = method.live(ADAPTER, 1), np.random.default_rng(1)
+def test_the_mean_of_the_square_matrices_is_that_of_the_products() -> None:
+    live, rng = FedSB().live(ADAPTER, 1), np.random.default_rng(1)
     given_ = [
         Contribution(delta=rng.standard_normal(live.size).astype(np.float32), examples=n) for n in (3, 5, 1)
     ]
-    spec = TaskSpec(name="t", rounds=RoundSpec(count=1, cohort=1), method=method)
+    spec = TaskSpec(name="t", rounds=RoundSpec(count=1, cohort=1), method=FedSB())
     found = products(ADAPTER, server_step(spec, ADAPTER, {None: THETA}, live, given_, None).theta)
     sent = [products(ADAPTER, THETA + live.scatter(c.delta)) for c in given_]
     for number, product in enumerate(found):
         mean = sum(c.examples / 9 * one[number] for c, one in zip(given_, sent, strict=True))
-        apart = float(np.linalg.norm(product - mean)) / float(np.linalg.norm(mean))
-        assert (apart < 1e-6) if exact else (apart > 0.05)
+        np.testing.assert_allclose(product, mean, rtol=1e-4, atol=1e-5)
