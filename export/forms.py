@@ -17,7 +17,7 @@ from fedtt.tensor_train import TTMatrix
 from .frames import frames
 from .registry import Architecture
 
-__all__ = ["Form", "Weights", "flat", "form_of", "times", "tt_halves"]
+__all__ = ["Form", "LoraSBForm", "Weights", "flat", "form_of", "times", "tt_halves"]
 
 Weights = tuple[Tensor, ...]  #: of one adapted module
 

@@ -10,30 +10,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.forms import LoraSBForm
 from export.quantise import quantise
 from export.trace import trace
+from fedtt.kinds import LoraSB, LoraTarget
 from fedtt.manifest import Precision
 
 pytestmark = pytest.mark.slow
 
-WIDTH, WORDS, LONGEST = 16, 40, 32
+WIDTH, WORDS, LONGEST, RANK = 16, 40, 32, 3
+NUMBERS = 2 * WIDTH + RANK**2
 AXES: dict[str, tuple[str, ...]] = {"theta": (), "ids": ("batch", "tokens")}
 
 
 class Model(nn.Module):
-    """The gradient of what is written otherwise: an embedding, W and its transpose, gelu, a thin matrix."""
+    """The gradient of what is written otherwise: an embedding, W and its transpose, gelu, a thin matrix.
+
+    And of a square core between the frames of W.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words, self.dense = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
         self.requires_grad_(False)
+        target = LoraTarget(name="query", d_in=WIDTH, d_out=2 * WIDTH)
+        self.form = LoraSBForm(LoraSB(rank=RANK, alpha=RANK, targets=(target,)))
+        self.form.fixed(self.dense)
 
     def forward(self, theta: Tensor, ids: Tensor) -> Tensor:
         def loss(theta: Tensor) -> Tensor:
             words = self.words(ids)
-            moved = (words.reshape(-1, WIDTH) @ theta.reshape(WIDTH, 2)) @ theta.reshape(2, WIDTH)
-            hidden = F.gelu(self.dense(words + moved.reshape(words.shape)))
+            thin, core = torch.split(theta, [2 * WIDTH, RANK**2])
+            moved = (words.reshape(-1, WIDTH) @ thin.reshape(WIDTH, 2)) @ thin.reshape(2, WIDTH)
+            x = words + moved.reshape(words.shape)
+            y = self.dense(x)
+            ((weight,),) = self.form.weights(core.reshape(1, -1))
+            hidden = F.gelu(y + self.form.change(x, y, weight, *self.form.fixed(self.dense)))
             return torch.softmax(hidden.transpose(1, 2), -1).square().sum() + hidden.square().mean()
 
         gradient: Tensor = torch.func.grad(loss)(theta)
@@ -48,7 +61,7 @@ def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     precision: Precision = request.param
     model, directory = Model(), tmp_path_factory.mktemp(precision)
     stored = {model.get_parameter(name).data_ptr(): s for name, s in quantise(model, precision).items()}
-    inputs = {"theta": torch.zeros(2 * WIDTH), "ids": torch.zeros((3, 10), dtype=torch.int64)}
+    inputs = {"theta": torch.zeros(NUMBERS), "ids": torch.zeros((3, 10), dtype=torch.int64)}
     program = trace(model, inputs, AXES, {"batch": 8, "tokens": LONGEST})
     write_programs([("step.pte", program)], "base.ptd", directory, stored)
     return model, directory
@@ -64,7 +77,7 @@ def test_a_program_gives_the_gradient_of_torch_over_the_rounded_base(
 
     model, directory = lowered
     generator = torch.Generator().manual_seed(rows)
-    theta = torch.randn(2 * WIDTH, generator=generator)
+    theta = torch.randn(NUMBERS, generator=generator)
     ids = torch.randint(WORDS, (rows, tokens), generator=generator)
     expected = model(theta, ids)
     program = _load_for_executorch(str(directory / "step.pte"), str(directory / "base.ptd"))
@@ -78,4 +91,5 @@ def test_a_matrix_lies_in_the_file_as_it_is_stored_alone(lowered: tuple[Model, P
     for weight in (model.words.weight, model.dense.weight):
         stored = directory.name.startswith("fp32")
         assert (weight.numpy().tobytes() in data) == stored
-    assert model.dense.bias.numpy().tobytes() in data
+    for whole in (model.dense.bias, *model.form.fixed(model.dense)):
+        assert whole.numpy().tobytes() in data
