@@ -12,6 +12,7 @@ from aggregator.people import AdminTokenTerms
 from fedtt.manifest import Manifest
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Code,
@@ -53,7 +54,9 @@ DEVICE_CALLS: dict[str, Call] = {
     "POST /v1/enroll": Call(
         about="Make a key known", takes=Enroll, gives=Enrolled, refuses=(Code.BAD_TOKEN, *_LONG)
     ),
-    "POST /v1/check-in": Call(about="Ask for work", takes=CheckIn, gives=CheckInAnswer, refuses=_LONG),
+    "POST /v1/check-in": Call(
+        about="Ask for work", takes=CheckIn | AsTold, gives=CheckInAnswer, refuses=_LONG
+    ),
     "GET /v1/bundles/{sha256}/{file}": Call(
         about="One file of a bundle", gives=(BINARY, JSON), ranged=True, refuses=_LONG
     ),

@@ -16,16 +16,18 @@ from aggregator import rules
 from aggregator.evaluating import Evaluations, is_judged
 from aggregator.grouping import group_on, hierarchical
 from aggregator.lifecycle import Lifecycle
-from aggregator.population import Population, is_new, known_device, newer
+from aggregator.population import Population, is_new, known_device, newer, told
 from aggregator.problems import replayed, unknown_device, unknown_lease
 from aggregator.promised import promised
 from aggregator.uploads import Uploads
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Plan,
     Problem,
     Retired,
+    Tell,
     Wait,
     Work,
 )
@@ -63,10 +65,15 @@ class Coordinator(Population, Uploads):
         self.evaluations = Evaluations(new_lease_id)
 
     def check_in(
-        self, tx: Transaction, now: float, device_name: str, message: CheckIn, nonce: int | None = None
+        self,
+        tx: Transaction,
+        now: float,
+        device_name: str,
+        message: CheckIn | AsTold,
+        nonce: int | None = None,
     ) -> CheckInAnswer | Problem:
         """Offer work of the first task that has a seat, or whose newest version this device is to judge; the
-        same lease again where one is still held.
+        same lease again where one is still held. `Tell` has changed nothing, as a refusal.
         """
         device = known_device(tx, device_name)
         if device is None:
@@ -75,12 +82,15 @@ class Coordinator(Population, Uploads):
             return Retired(reason="this device has left; enrol again to take part")
         if not is_new(device, nonce):
             return replayed()
+        facts = told(device, message)
+        if facts is None:
+            return Tell()
         seen = replace(
             device,
-            client=message.client,
-            runtimes=message.runtimes,
-            examples=message.examples,
-            memory_mb=message.memory_mb,
+            client=facts.client,
+            runtimes=facts.runtimes,
+            examples=facts.examples,
+            memory_mb=facts.memory_mb,
             seen_at=now,
             last_nonce=newer(device, nonce),
         )
@@ -88,7 +98,7 @@ class Coordinator(Population, Uploads):
         waits: list[Wait] = []
         for task in sorted(tx.tasks(), key=lambda task: -task.spec.priority):
             if task.state is TaskState.ACTIVE:
-                if question := self.evaluations.offer(tx, now, seen, message, task):
+                if question := self.evaluations.offer(tx, now, seen, task, judges=facts.judges):
                     return question
                 answer = self._offer(tx, now, seen, task)
                 if isinstance(answer, Work):

@@ -7,17 +7,20 @@ from aiohttp import web
 from aggregator.auth import claim_of, verify, verify_key
 from aggregator.blob_answers import blob_answer
 from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
-from aggregator.problems import bad_signature, busy, not_found, too_many
+from aggregator.problems import bad_signature, busy, malformed, not_found, too_many
 from aggregator.service import Proof, Service
+from fedtt.errors import WireError
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
     MESSAGE_LIMIT_BYTES,
+    AsTold,
     CheckIn,
     Enroll,
     Failure,
     Problem,
     Verdict,
+    decode_check_in,
 )
 from fedtt.signature import Signed, content_digest, hex_digest
 
@@ -77,9 +80,16 @@ async def enroll(request: web.Request) -> web.Response:
     return answer(checked(await service.enroll(message, claim.nonce)))
 
 
+def _read_check_in(body: bytes) -> CheckIn | AsTold:
+    try:
+        return decode_check_in(body)
+    except WireError as error:
+        raise ProblemError(malformed(str(error))) from None
+
+
 async def check_in(request: web.Request) -> web.Response:
     claim = await _sender(request)
-    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), CheckIn)
+    message = _read_check_in(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES))
     service = request.app[SERVICE]
     response = answer(checked(await service.check_in(claim.device, message, claim.nonce)))
     if service.server_key is not None and isinstance(response.body, bytes):

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from aggregator.problems import conflict, stale, unknown_lease
 from aggregator.promised import promised
 from fedtt.evaluation import EvaluationSpec
-from fedtt.messages import CheckIn, Judge, Problem, Verdict
+from fedtt.messages import Judge, Problem, Verdict
 from storage.records import (
     MAIN,
     Device,
@@ -48,12 +48,10 @@ class Evaluations:
     def __init__(self, new_lease_id: Callable[[], str] | None = None) -> None:
         self._new_lease_id = new_lease_id or (lambda: secrets.token_hex(16))
 
-    def offer(
-        self, tx: Transaction, now: float, device: Device, message: CheckIn, task: Task
-    ) -> Judge | None:
+    def offer(self, tx: Transaction, now: float, device: Device, task: Task, *, judges: bool) -> Judge | None:
         """The question about a task's candidate, if this device is one to ask; the same again if it was."""
         spec = task.spec.evaluation
-        if spec is None or spec.by != "devices" or not message.judges or not message.examples:
+        if spec is None or spec.by != "devices" or not judges or not device.examples:
             return None
         version = tx.latest_version(task.id, MAIN)
         if version is None or version.state is not VersionState.CANDIDATE:

@@ -18,7 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from fedtt.messages import CheckInAnswer, Code, FailureCode, Judge, Retired, UpdateState, Wait, Work
+from fedtt.messages import CheckInAnswer, Code, FailureCode, Judge, Retired, Tell, UpdateState, Wait, Work
 
 __all__ = ["PEOPLE", "Metrics", "totals"]
 
@@ -133,7 +133,7 @@ class Metrics:
         for code in Code:
             self.refusals.labels(code.value)
         self._answers = {
-            kind: self.check_ins.labels(kind.__name__.lower()) for kind in (Work, Judge, Wait, Retired)
+            kind: self.check_ins.labels(kind.__name__.lower()) for kind in (Work, Judge, Wait, Retired, Tell)
         }
         for state in UpdateState:
             self.updates.labels(state.value)

@@ -17,7 +17,7 @@ from aggregator.answers import Refusal
 from aggregator.calls import ADMIN_CALLS, DEVICE_CALLS, FILE_PARTS, JSON, Call
 from aggregator.device_routes import add_device_routes
 from aggregator.handling import json_answer
-from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem
+from fedtt.messages import MEDIA_TYPE, STATUS, AsTold, Code, Message, Problem
 
 __all__ = ["document", "openapi"]
 
@@ -102,8 +102,8 @@ class _Types:
                 return schemas[part["$slot"]] if "$slot" in part else {k: filled(v) for k, v in part.items()}
             return [filled(item) for item in part] if isinstance(part, list) else part
 
-        for schema in components.values():  # a tag is not asked for where only one type can be
-            if schema.get("required", [])[:1] == ["type"]:
+        for name, schema in components.items():  # a tag is asked for where it alone tells two types apart
+            if name != AsTold.__name__ and schema.get("required", [])[:1] == ["type"]:
                 del schema["required"][0]
         return filled(value), components
 

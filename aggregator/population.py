@@ -6,11 +6,11 @@ from msgspec.structs import replace
 
 from aggregator.problems import bad_token, not_found, replayed, revoked, unknown_device
 from aggregator.promised import promised
-from fedtt.messages import Enroll, Enrolled, Problem, device_id
+from fedtt.messages import AsTold, CheckIn, Enroll, Enrolled, Problem, device_id
 from storage.records import Device, DeviceState, LeaseState, RoundState, Update, UpdateState
 from storage.store import Transaction
 
-__all__ = ["Population", "is_new", "known_device", "newer"]
+__all__ = ["Population", "is_new", "known_device", "newer", "told"]
 
 
 class Population:
@@ -111,6 +111,23 @@ def is_new(device: Device, nonce: int | None) -> bool:
 
 def newer(device: Device | None, nonce: int | None) -> int:
     return max(device.last_nonce if device else 0, nonce or 0)
+
+
+def told(device: Device, message: CheckIn | AsTold) -> CheckIn | None:
+    """All that a device says of itself; None where it says to have told it and its row has it otherwise."""
+    if isinstance(message, CheckIn):
+        return message
+    for judges in (False, True):  # of which no row says anything
+        kept = CheckIn(
+            client=device.client,
+            runtimes=device.runtimes,
+            examples=device.examples,
+            memory_mb=device.memory_mb,
+            judges=judges,
+        )
+        if kept.as_told() == message:
+            return kept
+    return None
 
 
 def known_device(tx: Transaction, device_name: str) -> Device | None:

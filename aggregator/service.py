@@ -24,7 +24,17 @@ from aggregator.update_check import check_update, check_updates
 from aggregator.uploads import Admission, Upload
 from aggregator.writer import QUEUE_LIMIT, QueueFullError, Writer
 from fedtt.codec import payload_bytes
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
+from fedtt.messages import (
+    AsTold,
+    CheckIn,
+    CheckInAnswer,
+    Enroll,
+    Enrolled,
+    Failure,
+    Problem,
+    Receipt,
+    Verdict,
+)
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_digest, update_limit_bytes, zeros_digest
 from storage.blobs import BlobStore, load
@@ -159,7 +169,7 @@ class Service:
         return (await self._door.ask(_Knock(device_name, proof))).problem
 
     async def check_in(
-        self, device_name: str, message: CheckIn, nonce: int | None = None
+        self, device_name: str, message: CheckIn | AsTold, nonce: int | None = None
     ) -> CheckInAnswer | Problem:
         answer = await self.write(
             lambda tx: self.coordinator.check_in(tx, self.clock.now(), device_name, message, nonce)

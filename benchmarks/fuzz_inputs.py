@@ -14,6 +14,7 @@ from fedtt.codec import CodecSpec
 from fedtt.label_counts import encode_label_counts
 from fedtt.manifest import MANIFEST
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     Code,
     Enroll,
@@ -75,6 +76,7 @@ def sound_messages() -> tuple[bytes, ...]:
         Enroll(public_key=bytes(32), token="t" * 8, client="c"),
         Enrolled(device="0" * 32, release_key=bytes(32)),
         CheckIn(client="c", runtimes=("onnxruntime",), examples=3),
+        AsTold(digest=bytes(4)),
         Verdict(examples=3, before=judged, after=judged),
         Failure(code=FailureCode.MEMORY),
         Receipt(lease="0" * 32, digest="0" * 64, state=UpdateState.FOLDED, version_number=1),

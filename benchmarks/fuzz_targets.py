@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -43,18 +44,22 @@ from fedtt.graph_file import graph_needs
 from fedtt.layout import Factor, FactorLayout
 from fedtt.manifest import decode_manifest, encode_manifest
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     Enroll,
     Enrolled,
     Failure,
     Judge,
+    Message,
     Problem,
     Receipt,
     Retired,
+    Tell,
     Verdict,
     Wait,
     Work,
     decode,
+    decode_check_in,
     encode,
 )
 from fedtt.signature import parse_signature
@@ -75,8 +80,8 @@ _CODECS = {
     "rms-coded": CodecSpec(quantise="rms", coding="range", block=32),
 }
 _READ: tuple[Any, ...] = (
-    *(Enroll, Enrolled, CheckIn, Verdict, Failure, Receipt, Problem),
-    Work | Judge | Wait | Retired,
+    *(Enroll, Enrolled, CheckIn, AsTold, Verdict, Failure, Receipt, Problem),
+    Work | Judge | Wait | Retired | Tell,
 )
 
 
@@ -157,9 +162,10 @@ def _framed(data: bytes) -> bytes:
 
 def _messages(data: bytes) -> None:
     """As a device and as a server would read them; what was read can be written, and is read alike."""
-    for kind in _READ:
+    reads: list[Callable[[bytes], Message]] = [partial(decode, kind=kind) for kind in _READ]
+    for read in (*reads, decode_check_in):
         try:
-            found = decode(data, kind)
+            found = read(data)
         except WireError:
             continue
         with _law():

@@ -41,12 +41,14 @@ from fedtt.errors import (
 )
 from fedtt.messages import (
     CheckIn,
+    CheckInAnswer,
     Code,
     Enroll,
     Failure,
     FailureCode,
     Judge,
     Retired,
+    Tell,
     Wait,
     Work,
     device_id,
@@ -107,6 +109,7 @@ class Device:
         self._public_key, self._name = public_key, device_id(public_key)
         self._transport, self._examples = transport, examples
         self._runtime_names = (trainer.runtime,)
+        self._is_new = False  #: to the server, as far as this run of the client knows
         self._clock, self._observe, self._aside = clock or SystemClock(), observe, aside
         self._watch = Watch(conditions, config.limits, config.watch_s, aside)
         self._training = LocalTraining(
@@ -209,6 +212,7 @@ class Device:
             raise WireError("the server enrolled this device under a name that is not its key's")
         await self._trust(enrolled.release_key)
         await self._aside(self.journal.update, enrolled=True)
+        self._is_new = True
         return events.Enrolled(device=enrolled.device)
 
     async def _trust(self, release_key: bytes | None) -> None:
@@ -223,15 +227,14 @@ class Device:
             )
 
     async def _check_in(self) -> Step:
-        answer = await self._transport.check_in(
-            CheckIn(
-                client=self.config.client,
-                runtimes=self._runtime_names,
-                examples=await self._aside(self._examples.count),
-                memory_mb=self.config.memory_mb,
-                judges=self.config.judges,
-            )
+        facts = CheckIn(
+            client=self.config.client,
+            runtimes=self._runtime_names,
+            examples=await self._aside(self._examples.count),
+            memory_mb=self.config.memory_mb,
+            judges=self.config.judges,
         )
+        answer = await self._ask(facts)
         match answer:
             case Work():
                 return await self._take(answer)
@@ -244,8 +247,26 @@ class Device:
                 return events.Retired(reason=answer.reason)
             case Judge():
                 return await self._judge(answer)
+            case Tell():
+                raise WireError("the server asks for what this device has just told it")
             case _ as unreachable:
                 assert_never(unreachable)
+
+    async def _ask(self, facts: CheckIn) -> CheckInAnswer:
+        """Ask for work, with all the facts only where the server keeps others; one of before finds the short
+        form malformed.
+        """
+        if not self._is_new:
+            try:
+                answer = await self._transport.check_in(facts.as_told())
+                if type(answer) is not Tell:
+                    return answer
+            except Refused as error:
+                if error.problem.code is not Code.MALFORMED:
+                    raise
+        answer = await self._transport.check_in(facts)
+        self._is_new = False
+        return answer
 
     async def _take(self, work: Work) -> Step:
         if work.lease == self.journal.state.finished_lease:

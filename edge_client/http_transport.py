@@ -27,6 +27,7 @@ from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
     MEDIA_TYPE,
     MESSAGE_LIMIT_BYTES,
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Code,
@@ -105,7 +106,7 @@ class HttpTransport:
     async def enroll(self, message: Enroll) -> Enrolled:
         return await self._message("POST", "v1/enroll", encode(message), Enrolled)
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
         kind = cast("type[CheckInAnswer]", CheckInAnswer)
         return await self._message("POST", "v1/check-in", encode(message), kind, vouched=True)
 

@@ -27,6 +27,7 @@ __all__ = [
     "MEDIA_TYPE",
     "MESSAGE_LIMIT_BYTES",
     "STATUS",
+    "AsTold",
     "CheckIn",
     "CheckInAnswer",
     "Code",
@@ -41,11 +42,13 @@ __all__ = [
     "Problem",
     "Receipt",
     "Retired",
+    "Tell",
     "UpdateState",
     "Verdict",
     "Wait",
     "Work",
     "decode",
+    "decode_check_in",
     "device_id",
     "encode",
 ]
@@ -60,6 +63,7 @@ LeaseId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Name = Annotated[str, Meta(max_length=100, pattern="^[^\0]*$")]  #: PostgreSQL holds no text with a NUL
 Text = Annotated[str, Meta(max_length=500)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
+Told = Annotated[bytes, Meta(min_length=4, max_length=4)]
 Seconds = Annotated[float, Meta(ge=0, le=10**9)]
 UnixSeconds = Annotated[float, Meta(ge=0, le=LATEST_S)]  #: no NaN either
 
@@ -93,6 +97,17 @@ class CheckIn(Message, frozen=True):
     examples: Count  #: usable examples on the device
     memory_mb: Count = 0  #: training may use; 0 where the device does not say
     judges: bool = False  #: whether it may be asked to judge versions, too
+
+    def as_told(self) -> AsTold:
+        """The short form of the same."""
+        facts = (self.client, self.runtimes, self.examples, self.memory_mb, self.judges)
+        return AsTold(digest=hashlib.sha256(msgspec.msgpack.encode(facts)).digest()[:4])
+
+
+class AsTold(Message, frozen=True):
+    """What I have and can do is what I told you last: a check-in of 26 bytes."""
+
+    digest: Told  #: the first of sha256 over the fields of `CheckIn` in their order, as a msgpack array
 
 
 class Plan(Message, frozen=True):
@@ -173,7 +188,11 @@ class Retired(Message, frozen=True):
     reason: Text = ""
 
 
-CheckInAnswer = Work | Judge | Wait | Retired
+class Tell(Message, frozen=True):
+    """What you have and can do is not what I keep of you: check in in full. Nothing was changed."""
+
+
+CheckInAnswer = Work | Judge | Wait | Retired | Tell
 
 
 class FailureCode(Enum):
@@ -272,8 +291,13 @@ class Problem(Message, frozen=True):
 
 M = TypeVar("M")
 
+
+class _Tag(Struct, frozen=True):
+    type: str = ""
+
+
 #: msgspec (0.22) crashes where two threads make it learn a type at once, so it learns them all here.
-_LEARNT = [msgspec.msgpack.Decoder(kind) for kind in Message.__subclasses__()]
+_LEARNT = [msgspec.msgpack.Decoder(kind) for kind in (*Message.__subclasses__(), _Tag)]
 
 
 def encode(message: Message) -> bytes:
@@ -288,6 +312,13 @@ def decode(data: bytes, kind: type[M]) -> M:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
         raise WireError(f"not a valid message: {error}") from None
+
+
+def decode_check_in(data: bytes) -> CheckIn | AsTold:
+    """Either form of a check-in; one without its type is the full one. Raises WireError as `decode` does."""
+    if decode(data, _Tag).type == "astold":
+        return decode(data, AsTold)
+    return decode(data, CheckIn)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
+from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
 
 __all__ = ["Clock", "SystemClock", "Transport", "VersionBody"]
 
@@ -56,7 +56,9 @@ class Transport(Protocol):
 
     async def enroll(self, message: Enroll) -> Enrolled: ...
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer: ...
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
+        """Ask for work; `Tell` is an answer to `AsTold` alone."""
+        ...
 
     def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of one file from `offset` on, in pieces; a caller that stops early closes it."""

@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from fedtt.errors import ConfigError, Unreachable
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
+from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
 from fedtt.rng import Purpose, rng_for
 from fedtt.seams import Clock, Transport, VersionBody
 
@@ -73,7 +73,7 @@ class Faulty:
     async def enroll(self, message: Enroll) -> Enrolled:
         return await self._exchange(self._fate(), lambda: self._inner.enroll(message))
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
         return await self._exchange(self._fate(), lambda: self._inner.check_in(message))
 
     async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 
 from fedtt.errors import Refused
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Enroll,
@@ -15,6 +16,7 @@ from fedtt.messages import (
     Receipt,
     Verdict,
     decode,
+    decode_check_in,
     encode,
 )
 from fedtt.seams import Transport, VersionBody
@@ -35,9 +37,9 @@ class Framed:
             raise _framed(error) from None
         return decode(encode(answer), Enrolled)
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
         try:
-            answer = await self._inner.check_in(decode(encode(message), CheckIn))
+            answer = await self._inner.check_in(decode_check_in(encode(message)))
         except Refused as error:
             raise _framed(error) from None
         found: CheckInAnswer = decode(encode(answer), CheckInAnswer)  # type: ignore[arg-type]  # a union

@@ -9,7 +9,17 @@ from aggregator.problems import not_found, unknown_device
 from aggregator.service import Service
 from fedtt.errors import Refused, WireError
 from fedtt.manifest import MANIFEST, decode_manifest
-from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
+from fedtt.messages import (
+    AsTold,
+    CheckIn,
+    CheckInAnswer,
+    Enroll,
+    Enrolled,
+    Failure,
+    Problem,
+    Receipt,
+    Verdict,
+)
 from fedtt.seams import VersionBody
 from storage.blobs import load
 from storage.records import DeviceState
@@ -42,7 +52,7 @@ class InProcess:
     async def enroll(self, message: Enroll) -> Enrolled:
         return _checked(await self._service.enroll(message))
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
         answer = await self._service.check_in(self._device, message)
         if isinstance(answer, Problem):
             raise Refused(answer)

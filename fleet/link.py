@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Enroll,
@@ -64,7 +65,7 @@ class Link:
         await self._up(len(encode(message)))
         return self._answered(await self._inner.enroll(message))
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
         await self._up(len(encode(message)))
         return self._answered(await self._inner.check_in(message))
 

@@ -29,6 +29,7 @@ from fedtt.wire import UpdateHeader, encode_update, layout_tag
 
 __all__ = ["CHECK_IN", "Device", "Habits", "Notes", "devices", "frame_of"]
 
+#: told in full each time: no request less to lose, and the server's work at its most
 CHECK_IN = CheckIn(client="faults", runtimes=("onnxruntime",), examples=1)
 _FINAL = {Code.STALE, Code.UNKNOWN_LEASE}
 

@@ -20,7 +20,7 @@ from fedtt.codec import CodecSpec
 from fedtt.codec.difference import decode_difference
 from fedtt.errors import Refused, WireError
 from fedtt.manifest import MANIFEST
-from fedtt.messages import Code, Enroll, Failure, FailureCode, Retired, UpdateState, Wait, Work
+from fedtt.messages import Code, Enroll, Failure, FailureCode, Retired, Tell, UpdateState, Wait, Work
 from fedtt.seams import Transport
 from fedtt.task import RoundSpec
 from fedtt.wire import version_digest
@@ -129,6 +129,14 @@ class TransportContract:
         first = await work_for(transport)
         assert (first.plan.task, first.plan.version_number, first.plan.round) == ("lights", 0, 1)
         assert await work_for(transport) == first
+
+    async def test_what_was_told_need_not_be_told_again_and_what_changed_must(self, server: Server) -> None:
+        transport = await server.device(1)
+        assert await transport.check_in(CHECK_IN.as_told()) == Tell()
+        first = await work_for(transport)
+        assert await transport.check_in(CHECK_IN.as_told()) == first
+        assert await transport.check_in(replace(CHECK_IN, examples=6).as_told()) == Tell()
+        assert await transport.check_in(CHECK_IN.as_told()) == first
 
     async def test_a_device_without_a_seat_waits_and_without_a_graph_too(self, server: Server) -> None:
         for number in (1, 2):

@@ -259,7 +259,7 @@ async def test_activity_sums_what_the_metrics_count(tmp_path: Path) -> None:
         assert 0 < found["now"] - found["since"] < 60
         assert found["requests"]["devices"] == 4  # enrol, check in, upload, and nonsense
         assert found["updates"] == {"accepted": 1, "folded": 0, "discarded": 0}
-        assert found["check_ins"] == {"work": 1, "judge": 0, "wait": 0, "retired": 0}
+        assert found["check_ins"] == {"work": 1, "judge": 0, "wait": 0, "retired": 0, "tell": 0}
         assert found["refusals"]["malformed"] == sum(found["refusals"].values()) == 1
         by_route = {
             k: v

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
+from msgspec.structs import replace
 
 from aggregator.uploads import Admission, Upload
 from fedtt.messages import (
+    AsTold,
     CheckIn,
     Code,
     Enroll,
@@ -14,9 +16,11 @@ from fedtt.messages import (
     Problem,
     Receipt,
     Retired,
+    Tell,
     Wait,
     Work,
 )
+from storage.records import DeviceState
 from tests.property.machine_server import ServerMachine
 from tests.property.machine_state import (
     DEVICES,
@@ -29,6 +33,7 @@ from tests.property.machine_state import (
 __all__ = ["DeviceMachine"]
 
 CHECK_IN = CheckIn(client="machine", runtimes=("onnxruntime",), examples=3)
+SHORT = (CHECK_IN.as_told(), replace(CHECK_IN, examples=4).as_told())
 
 
 class DeviceMachine(ServerMachine):
@@ -52,13 +57,37 @@ class DeviceMachine(ServerMachine):
 
     @rule(i=st.integers(0, DEVICES - 1), crash=st.booleans(), lost=st.booleans())
     def check_in(self, i: int, crash: bool, lost: bool) -> None:
+        self._check_in(self.devices[i], CHECK_IN, crash=crash, lost=lost)
+
+    @rule(i=st.integers(0, DEVICES - 1), told=st.sampled_from(SHORT), crash=st.booleans(), lost=st.booleans())
+    def check_in_as_told(self, i: int, told: AsTold, crash: bool, lost: bool) -> None:
+        """Of other facts than the row's nothing comes, not even a nonce that is used up."""
         device = self.devices[i]
+        with self.store.reading() as tx:
+            before = tx.device(device.id)
+        kept = CHECK_IN if before is None else replace(CHECK_IN, examples=before.examples)
+        if before is None or before.state is not DeviceState.ACTIVE or kept.as_told() == told:
+            self._check_in(device, told, crash=crash, lost=lost)
+            return
+        self.nonce += 1
+        nonce = self.nonce
+        answer = self._transact(
+            lambda tx: self.coordinator.check_in(tx, self.now, device.id, told, nonce), crash=crash
+        )
+        assert answer == (None if crash else Tell())
+        with self.store.reading() as tx:
+            assert tx.device(device.id) == before
+        self._check_in(
+            device, replace(CHECK_IN, examples=4 if told is SHORT[1] else 3), crash=False, lost=lost
+        )
+
+    def _check_in(self, device: ModelDevice, message: CheckIn | AsTold, *, crash: bool, lost: bool) -> None:
         if not device.id or device.lease is not None:
             return
         self.nonce += 1
         nonce = self.nonce
         answer = self._transact(
-            lambda tx: self.coordinator.check_in(tx, self.now, device.id, CHECK_IN, nonce), crash=crash
+            lambda tx: self.coordinator.check_in(tx, self.now, device.id, message, nonce), crash=crash
         )
         if isinstance(answer, Work | Wait):
             device.nonce = nonce
@@ -73,10 +102,10 @@ class DeviceMachine(ServerMachine):
 
     @rule(i=st.integers(0, DEVICES - 1))
     def replay_the_last_check_in(self, i: int) -> None:
-        device = self.devices[i]
+        device, message = self.devices[i], (CHECK_IN, *SHORT)[i % 3]
         if device.nonce:
             answer = self._transact(
-                lambda tx: self.coordinator.check_in(tx, self.now, device.id, CHECK_IN, device.nonce)
+                lambda tx: self.coordinator.check_in(tx, self.now, device.id, message, device.nonce)
             )
             gone = device.erased and is_refused(answer, Code.UNKNOWN_DEVICE)
             assert gone or is_refused(answer, Code.REPLAYED) or isinstance(answer, Retired)

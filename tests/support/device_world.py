@@ -28,7 +28,18 @@ from edge_client.runtime import Runtime, Runtimes
 from edge_client.version_cache import FileVersions
 from fedtt.codec import CodecSpec
 from fedtt.errors import Refused
-from fedtt.messages import CheckIn, CheckInAnswer, Code, Enroll, Enrolled, Failure, Problem, Receipt, Verdict
+from fedtt.messages import (
+    AsTold,
+    CheckIn,
+    CheckInAnswer,
+    Code,
+    Enroll,
+    Enrolled,
+    Failure,
+    Problem,
+    Receipt,
+    Verdict,
+)
 from fedtt.optimiser import TrainingSpec
 from fedtt.seams import Transport, VersionBody
 from fedtt.task import RoundSpec, TaskSpec
@@ -81,6 +92,7 @@ class Hooked:
     def __init__(self, inner: Transport, before: Hook = no_hook, after: Hook = no_hook) -> None:
         self._inner, self._before, self._after = inner, before, after
         self.calls: list[str] = []
+        self.check_ins: list[CheckIn | AsTold] = []
         self.frames: list[tuple[str, bytes]] = []
         self.failures: list[Failure] = []
 
@@ -88,7 +100,8 @@ class Hooked:
         found: Enrolled = await self._call("enroll", self._inner.enroll(message))
         return found
 
-    async def check_in(self, message: CheckIn) -> CheckInAnswer:
+    async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
+        self.check_ins.append(message)
         found: CheckInAnswer = await self._call("check_in", self._inner.check_in(message))
         return found
 

@@ -79,7 +79,7 @@ def test_connections_that_are_closed_are_counted_by_why() -> None:
 def test_check_ins_are_counted_by_their_answer() -> None:
     metrics = Metrics()
     metrics.checked_in(Wait(retry_after_s=1.0))
-    assert totals(metrics.check_ins, "answer") == {"work": 0, "judge": 0, "wait": 1, "retired": 0}
+    assert totals(metrics.check_ins, "answer") == {"work": 0, "judge": 0, "wait": 1, "retired": 0, "tell": 0}
 
 
 def test_a_commit_adds_its_time_its_size_and_the_updates_it_moved() -> None:

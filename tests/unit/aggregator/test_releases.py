@@ -389,6 +389,17 @@ def test_devices_that_did_not_train_a_version_judge_it_beside_the_one_before() -
     assert any(isinstance(server.check_in(device, 4.0), Work) for device in range(4))
 
 
+def test_a_device_that_tells_nothing_new_is_asked_to_judge_only_if_it_says_that_it_would() -> None:
+    server = Server(DEVICES)
+    server.train()
+    device = server.devices[1]
+    assert isinstance(server.check_in(1, 1.0), Wait)
+    for judges, kind in ((False, Wait), (True, Judge)):
+        message = CheckIn(client="test", runtimes=("onnxruntime",), examples=1, judges=judges).as_told()
+        with server.store.transaction() as tx:
+            assert type(server.coordinator.check_in(tx, 1.0, device, message)) is kind
+
+
 def test_what_devices_find_worse_is_held() -> None:
     server = Server(DEVICES)
     server.train()

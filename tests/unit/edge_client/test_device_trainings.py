@@ -15,7 +15,7 @@ from edge_client.journal import Idle, Leased, Trained
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure, Unreachable, WireError
 from fedtt.layout import Theta
-from fedtt.messages import CheckIn, CheckInAnswer, Code, FailureCode, Work
+from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Code, FailureCode, Work
 from fedtt.optimiser import TrainingSpec
 from fedtt.seams import VersionBody
 from storage.records import LeaseState
@@ -142,7 +142,7 @@ def test_a_plan_for_another_layout_than_its_bundles_is_given_back_untrained(
         device, transport = world.device()
         honest = transport.check_in
 
-        async def lying(message: CheckIn) -> CheckInAnswer:
+        async def lying(message: CheckIn | AsTold) -> CheckInAnswer:
             answer = await honest(message)
             assert isinstance(answer, Work)
             return replace(answer, plan=replace(answer.plan, **changes))

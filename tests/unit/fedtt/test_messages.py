@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from fedtt.errors import WireError
 from fedtt.messages import (
     MESSAGE_LIMIT_BYTES,
     STATUS,
+    AsTold,
     CheckIn,
     CheckInAnswer,
     Code,
@@ -29,11 +31,13 @@ from fedtt.messages import (
     Problem,
     Receipt,
     Retired,
+    Tell,
     UpdateState,
     Verdict,
     Wait,
     Work,
     decode,
+    decode_check_in,
     device_id,
     encode,
 )
@@ -96,6 +100,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         examples=counts,
         memory_mb=counts,
     ),
+    AsTold: st.builds(AsTold, digest=st.binary(min_size=4, max_size=4)),
     Plan: plans,
     Work: st.builds(Work, lease=hexes, expires_in_s=seconds, plan=plans, round_ends_in_s=st.none() | seconds),
     Judge: st.builds(
@@ -113,6 +118,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     Verdict: st.builds(Verdict, examples=st.integers(1000, 2**53), before=judged, after=judged),
     Wait: st.builds(Wait, retry_after_s=seconds, reason=texts),
     Retired: st.builds(Retired, reason=texts),
+    Tell: st.builds(Tell),
     Failure: st.builds(Failure, code=st.sampled_from(FailureCode), detail=texts),
     Receipt: st.builds(
         Receipt,
@@ -179,7 +185,7 @@ def test_unknown_missing_and_foreign_fields_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "message", [WORK, Wait(retry_after_s=1.0), Retired()], ids=lambda m: type(m).__name__
+    "message", [WORK, Wait(retry_after_s=1.0), Retired(), Tell()], ids=lambda m: type(m).__name__
 )
 def test_an_answer_to_a_check_in_is_told_apart_by_its_type(message: CheckInAnswer) -> None:
     assert decode(encode(message), ANSWER) == message
@@ -283,6 +289,57 @@ def test_the_golden_work_is_written_and_read_byte_for_byte() -> None:
 def test_what_the_first_release_sends_is_understood(name: str, message: Message) -> None:
     golden = bytes.fromhex((GOLDEN / f"first-{name}.hex").read_text())
     assert decode(golden, type(message)) == message
+
+
+check_ins = MESSAGES[CheckIn]
+
+
+@given(check_ins, check_ins)
+@quick
+def test_short_check_ins_are_equal_where_the_full_ones_are(one: CheckIn, other: CheckIn) -> None:
+    assert decode(encode(one), CheckIn).as_told() == one.as_told()
+    assert (one.as_told() == other.as_told()) == (one == other)
+
+
+TOLD = CheckIn(client="a", runtimes=("onnxruntime", "b"), examples=5, memory_mb=7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"client": "aonnxruntime", "runtimes": ("b",)},
+        {"runtimes": ("b", "onnxruntime")},
+        {"runtimes": ("onnxruntimeb",)},
+        {"runtimes": ()},
+        {"examples": 7, "memory_mb": 5},
+        {"examples": 6},
+        {"memory_mb": 0},
+        {"judges": True},
+    ],
+)
+def test_each_fact_counts_in_its_place(change: dict[str, Any]) -> None:
+    assert msgspec.structs.replace(TOLD, **change).as_told().digest != TOLD.as_told().digest
+
+
+def test_a_short_check_in_takes_26_bytes() -> None:
+    assert len(encode(TOLD.as_told())) == 26  # 1 + 5 + 7 + 7 + 6
+
+
+def test_either_form_of_a_check_in_is_read_and_without_its_type_the_full_one() -> None:
+    full, short = fields(TOLD), fields(TOLD.as_told())
+    untyped = {name: value for name, value in full.items() if name != "type"}
+    assert decode_check_in(encode(TOLD)) == decode_check_in(msgspec.msgpack.encode(untyped)) == TOLD
+    assert decode_check_in(encode(TOLD.as_told())) == TOLD.as_told()
+    for wrong, place in (
+        (short | {"client": "a"}, "unknown field `client`"),
+        (short | {"digest": b"abc"}, "`$.digest`"),
+        (short | {"type": "checkin"}, "unknown field `digest`"),
+        (full | {"type": "enroll"}, "Invalid value 'enroll' - at `$.type`"),
+        (full | {"type": 1}, "`$.type`"),
+        ([], "Expected `object`"),
+    ):
+        with pytest.raises(WireError, match=re.escape(place)):
+            decode_check_in(msgspec.msgpack.encode(wrong))
 
 
 def test_a_devices_name_is_the_beginning_of_its_keys_hash() -> None:

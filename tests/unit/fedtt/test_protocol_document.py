@@ -118,6 +118,10 @@ def test_the_example_of_a_message_is_what_the_client_writes() -> None:
     message = CheckIn(client="mine 1", runtimes=("onnxruntime",), examples=42)
     assert encode(message) == hex_block("checkin")
     assert decode(hex_block("checkin"), CheckIn) == message
+    assert encode(message.as_told()) == hex_block("astold")
+    facts = hex_block("facts")
+    assert msgspec.msgpack.decode(facts) == ["mine 1", ["onnxruntime"], 42, 0, False]
+    assert message.as_told().digest == hashlib.sha256(facts).digest()[:4]
 
 
 def test_the_example_of_a_frame_is_byte_for_byte_the_golden_one_and_says_what_it_claims() -> None:
