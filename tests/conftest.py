@@ -53,9 +53,21 @@ def tiny_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def tiny_emulation(tiny_bundle: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle's graphs of many devices, beside it."""
+    from export.emulation import compile_emulation
+
+    def compile_beside(_: Path) -> Path:
+        directory, _files = compile_emulation(tiny_bundle, str(tiny_model))
+        return directory
+
+    return _once("tiny-emulation", tmp_path_factory, compile_beside)
+
+
+@pytest.fixture(scope="session")
 def private_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the step that clips each example's gradient, and without the steps by depth."""
-    return _export("private", replace(tiny_request, private=True, depths=()), tmp_path_factory)
+    """The same in its upper block alone, with the step that clips each example's gradient."""
+    return _export("private", replace(tiny_request, private=True, depth=1, depths=()), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +83,7 @@ def private_executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pyt
     """`private_bundle` for both runtimes."""
     _takes_minutes("lowering the step that clips")
     pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
-    both = replace(tiny_request, private=True, depths=(), runtimes=("onnxruntime", "executorch"))
+    both = replace(tiny_request, private=True, depth=1, depths=(), runtimes=("onnxruntime", "executorch"))
     return _export("private-executorch", both, tmp_path_factory)
 
 

@@ -38,15 +38,22 @@ COUNTS = (3, 9, 1, 5, 14, 2)  #: examples of each device; batches of 4, so most 
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle: Path, tiny_emulation: Path, tiny_model: Path) -> tuple[Bundle, str]:
+    return open_bundle(tiny_bundle), str(tiny_model)
+
+
 @pytest.fixture(scope="module", params=["classifier", "upper-half", "decoder"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
     """A bundle and its model: BERT at full depth, BERT with its lower block cached, Llama likewise."""
+    if request.param == "classifier":
+        tiny: tuple[Bundle, str] = request.getfixturevalue("tiny")
+        return tiny
     directory = tmp_path_factory.mktemp(request.param)
-    depth = None if request.param == "classifier" else 1
     if request.param == "decoder":
         model = save_tiny_model(directory / "model", "llama")
         wanted = ExportRequest(
-            model=str(model), task="causal-lm", bottleneck=8, rank=2, depth=depth, depths=(), max_tokens=32
+            model=str(model), task="causal-lm", bottleneck=8, rank=2, depth=1, depths=(), max_tokens=32
         )
     else:
         model = save_tiny_model(directory / "model")
@@ -55,7 +62,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             labels=("a", "b", "c"),
             bottleneck=8,
             rank=2,
-            depth=depth,
+            depth=1,
             depths=(),
             max_tokens=32,
         )
@@ -155,11 +162,6 @@ def test_what_lies_below_the_adapters_is_computed_once_an_example(case: tuple[Bu
         texts = {e.text for request in requests for e in request.examples.read()}
         assert counts.activations_computed == len(texts)
         assert counts.activations_reused > 3 * len(texts)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_bundle: Path, tiny_model: Path) -> tuple[Bundle, str]:
-    return open_bundle(tiny_bundle), str(tiny_model)
 
 
 def test_error_feedback_and_coarse_codes_are_those_of_the_device(tiny: tuple[Bundle, str]) -> None:

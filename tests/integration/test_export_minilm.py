@@ -65,6 +65,6 @@ def test_verify_prints_each_shape_and_the_differences(
 ) -> None:
     assert main(["verify", str(tiny_bundle), "--model", str(tiny_model)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r" 3 x 10 +traced +loss \d\.\de-\d\d", lines[0])
+    assert re.match(r" 3 x 10 +traced +loss \d\.\de[-+]\d\d", lines[0])
     assert sum("unseen" in line for line in lines) == 4
     assert "largest" in lines[-1]

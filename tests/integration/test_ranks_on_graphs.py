@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> AdapterKind:
 def bundles(kind: AdapterKind, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle, Path]:
     """Of one tiny BERT with adapters of rank 3, and of rank 1; α / r is 2 in both."""
     directory = tmp_path_factory.mktemp(kind)
-    model, opened = save_tiny_model(directory / "model"), []
+    model, opened = save_tiny_model(directory / "model", blocks=1), []
     for rank in (3, 1):
         request = ExportRequest(
             model=str(model),

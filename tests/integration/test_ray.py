@@ -51,10 +51,13 @@ batch_size = 4
 
 
 @pytest.fixture(scope="module")
-def place(tiny_bundle: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet file and a bundle whose graphs the first run compiles."""
+def place(
+    tiny_bundle: Path, tiny_emulation: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A fleet file and a bundle with its graphs of many devices."""
     place = tmp_path_factory.mktemp("ray")
     shutil.copytree(tiny_bundle, place / "bundle")
+    shutil.copytree(tiny_emulation, place / "bundle.emulation")
     rows = [{"text": " ".join(WORDS[n % 20 : n % 20 + 1 + n % 5]), "label": n % 4} for n in range(96)]
     (place / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "fleet.toml").write_text(FILE.format(model=json.dumps(str(tiny_model))))
@@ -121,7 +124,7 @@ def kill(victims: Callable[[list[psutil.Process]], Sequence[psutil.Process]]) ->
 
 @pytest.fixture(scope="module")
 def over_ray(place: Path) -> dict[str, Any]:
-    """The summary of a run over two workers; its graphs were compiled by it."""
+    """The summary of a run over two workers."""
     status, lines, _ = lived(place, "ray", "--ray")
     assert status == 0
     return lines[-1]

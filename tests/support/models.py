@@ -31,9 +31,9 @@ def minilm_directory() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def save_tiny_model(directory: Path, model_type: str = "bert", *, seed: int = 0) -> Path:
-    """Two blocks of width 32 over the words of WORDS; the same seed gives the same weights."""
-    config = _config(model_type)
+def save_tiny_model(directory: Path, model_type: str = "bert", *, seed: int = 0, blocks: int = 2) -> Path:
+    """Blocks of width 32 over the words of WORDS; the same seed gives the same weights."""
+    config = _config(model_type, blocks)
     auto = AutoModelForCausalLM if model_type in ("llama", "mistral", "qwen2") else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -48,12 +48,13 @@ def save_tiny_model(directory: Path, model_type: str = "bert", *, seed: int = 0)
     return directory
 
 
-def _config(model_type: str) -> PretrainedConfig:
+def _config(model_type: str, blocks: int) -> PretrainedConfig:
     size = {"vocab_size": len(_SPECIAL) + len(WORDS), "max_position_embeddings": 40, "pad_token_id": 0}
     if model_type == "distilbert":
-        size |= {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+        size |= {"dim": 32, "hidden_dim": 48, "n_layers": blocks, "n_heads": 4}
     else:
-        size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        size |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        size["num_hidden_layers"] = blocks
     if model_type in ("llama", "mistral", "qwen2"):
         size |= {"num_key_value_heads": 2}
     return AutoConfig.for_model(model_type, **size)
