@@ -1,7 +1,8 @@
 """python -m benchmarks.uplink: the arms of uplink.toml that are not in the results yet, then what they say.
 
 One arm takes two or three minutes of one core. Results are kept line by line, so a run may be cut short. With
-`--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored.
+`--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored. With `--recount`
+what devices send beside frames is counted anew for all that is stored, by runs without training of some seconds each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.harness import ROOT, arguments, machine
 from benchmarks.uplink.arms import ArmResult, run_arm
 from benchmarks.uplink.http_bytes import HttpBytes, measured
 from benchmarks.uplink.page import write_table
+from benchmarks.uplink.recount import recounted
 from benchmarks.uplink.report import AGAINST, figures_of, plot, target_of
 
 PLAN = Path(__file__).with_name("uplink.toml")
@@ -47,6 +49,13 @@ class Stored:
         key = (result.arm, result.seed)
         self.arms = [*(arm for arm in self.arms if (arm.arm, arm.seed) != key), result]
         self.write()
+
+    def recount(self, plan: Plan) -> None:
+        """What HTTP adds, and of each arm what its devices send beside frames."""
+        self.http = measured()
+        cases = {(case.arm.name, case.seed): case for case in plan.cases()}
+        for arm in self.arms:
+            self.add(recounted(arm, cases[arm.arm, arm.seed]))
 
     def write(self, *, summary: bool = False) -> None:
         """Print the last line, and put all of them into the file."""
@@ -78,10 +87,13 @@ def main() -> None:
     parser.add_argument(
         "--page", action="store_true", help="run nothing: summary, plot and table of the stored"
     )
+    parser.add_argument("--recount", action="store_true", help="train nothing: check-ins of the stored, anew")
     args = parser.parse_args()
     plan, until = read_plan(PLAN), time.time() + 60 * args.minutes
     kept = Stored(args.out or (None if args.quick else RESULTS))
-    for case in () if args.page else (shortened(plan) if args.quick else plan).cases():
+    if args.recount:
+        kept.recount(plan)
+    for case in () if args.page or args.recount else (shortened(plan) if args.quick else plan).cases():
         wanted = args.until or case.settings("task")["rounds"]["count"]
         if kept.rounds(case) >= wanted or args.only not in case.arm.name or time.time() > until:
             continue
