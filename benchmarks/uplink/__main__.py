@@ -1,8 +1,9 @@
 """python -m benchmarks.uplink: the arms of uplink.toml that are not in the results yet, then what they say.
 
 One arm takes two or three minutes of one core. Results are kept line by line, so a run may be cut short. With
-`--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored. With `--recount`
-what devices send beside frames is counted anew for all that is stored, by runs without training of some seconds each.
+`--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored.
+With `--recount` what devices send beside frames is counted anew for all that is stored, by runs without
+training of some seconds each.
 """
 
 from __future__ import annotations
