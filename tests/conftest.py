@@ -111,13 +111,16 @@ def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stories_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real Llama of 260,000 weights for next-token prediction, where the checkout has it beside it."""
+    """A real Llama of 260,000 weights for next-token prediction, where the checkout has it beside it.
+
+    Adapters sit in the last 3 of its 5 blocks.
+    """
     from export import ExportRequest
     from tests.support.models import STORIES
 
     if not STORIES.is_dir():
         pytest.skip(f"the stories260k decoder is not at {STORIES}")
-    request = ExportRequest(model=str(STORIES), task="causal-lm", bottleneck=16, depths=(1,))
+    request = ExportRequest(model=str(STORIES), task="causal-lm", depth=3, bottleneck=16, depths=(1,))
     return _export("stories", request, tmp_path_factory)
 
 

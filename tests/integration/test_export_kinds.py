@@ -44,7 +44,7 @@ def kind(request: pytest.FixtureRequest) -> AdapterKind:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama whose values are narrower than its queries."""
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", blocks=1)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_step_evaluation_and_depths_agree_with_torch_on_int8(int8_bundle: Path, 
 
 
 def test_a_tied_embedding_of_a_decoder_agrees_with_torch_on_fp16(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model", "llama")
+    model = save_tiny_model(tmp_path / "model", "llama", blocks=1)
     request = ExportRequest(
         model=str(model), task="causal-lm", bottleneck=8, rank=2, max_tokens=24, depths=(), base="fp16"
     )
