@@ -41,7 +41,7 @@ __all__ = ["Fleet", "Settings", "Timeline"]
 _log = logging.getLogger("fedtt.fleet")
 _REBOOT_S = 60.0  #: after which a device that vanished is there again
 _AWAITED = 4096  #: arrivals that wait in the clock's own queue; the others wait in an array
-_FAILURES = 3  #: in a row, after which a device counts as one that cannot train
+_FAILURES = 3  #: with no training between them, after which a device counts as one that cannot train
 
 
 class Running(Protocol):
@@ -291,10 +291,11 @@ class Fleet:
 
     def _observe(self, index: int, participation: Participation, link: Link, event: events.Event) -> None:
         participation.observe(event)
-        if type(event) is events.Acknowledged:
+        if type(event) is events.Trained:
+            self.population.failures[index] = 0
+        elif type(event) is events.Acknowledged:
             self._count(index, link)
             self.population.participations[index] += 1
-            self.population.failures[index] = 0
         elif type(event) is events.Waiting:
             self.last_waited_for = event.reason
         elif type(event) is events.GaveUp:

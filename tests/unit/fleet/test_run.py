@@ -204,6 +204,14 @@ def test_two_runs_do_not_share_a_directory_whichever_server_they_are_of(file: Pa
     assert len(refused) == len(others)
 
 
+def test_devices_that_train_and_lose_leases_on_the_way_are_not_left_out(file: Path) -> None:
+    """Lost answers and damaged updates have a device give leases back, now and then several in a row."""
+    file.write_text(FILE.replace("count = 6", "count = 30"))
+    outcome = lived(file, "run")
+    assert (outcome.state, outcome.versions) == ("finished", 30)
+    assert outcome.left_out == {}
+
+
 def test_a_fleet_whose_devices_all_fail_ends_and_says_why(file: Path) -> None:
     text = FILE.replace('name = "phone"', 'name = "phone"\nmemory_mb = 5').replace(
         'name = "board"', 'name = "board"\nmemory_mb = 5'
