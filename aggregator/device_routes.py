@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from aiohttp import web
 
 from aggregator.auth import claim_of, verify, verify_key
 from aggregator.blob_answers import blob_answer
 from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
-from aggregator.problems import bad_signature, busy, malformed, not_found, too_many
+from aggregator.problems import bad_signature, busy, not_found, too_many
 from aggregator.service import Proof, Service
-from fedtt.errors import WireError
 from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
     MESSAGE_LIMIT_BYTES,
-    AsTold,
-    CheckIn,
     Enroll,
     Failure,
     Problem,
     Verdict,
+    decode,
     decode_check_in,
 )
 from fedtt.signature import Signed, content_digest, hex_digest
@@ -74,22 +74,17 @@ async def enroll(request: web.Request) -> web.Response:
     """Signed by the very key that it brings, so that nobody enrols a key of someone else."""
     service = request.app[SERVICE]
     claim, signature = _claim(request)
-    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Enroll)
+    message = read_message(
+        await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), partial(decode, kind=Enroll)
+    )
     if problem := verify_key(claim, signature, message.public_key, service.clock.now()):
         raise ProblemError(problem)
     return answer(checked(await service.enroll(message, claim.nonce)))
 
 
-def _read_check_in(body: bytes) -> CheckIn | AsTold:
-    try:
-        return decode_check_in(body)
-    except WireError as error:
-        raise ProblemError(malformed(str(error))) from None
-
-
 async def check_in(request: web.Request) -> web.Response:
     claim = await _sender(request)
-    message = _read_check_in(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES))
+    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), decode_check_in)
     service = request.app[SERVICE]
     response = answer(checked(await service.check_in(claim.device, message, claim.nonce)))
     if service.server_key is not None and isinstance(response.body, bytes):
@@ -118,14 +113,18 @@ async def receipt(request: web.Request) -> web.Response:
 
 async def verdict(request: web.Request) -> web.Response:
     claim = await _sender(request)
-    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Verdict)
+    message = read_message(
+        await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), partial(decode, kind=Verdict)
+    )
     checked(await request.app[SERVICE].judge(claim.device, request.match_info["lease"], message))
     return web.Response(status=204)
 
 
 async def failure(request: web.Request) -> web.Response:
     claim = await _sender(request)
-    message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), Failure)
+    message = read_message(
+        await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), partial(decode, kind=Failure)
+    )
     checked(await request.app[SERVICE].fail(claim.device, request.match_info["lease"], message))
     return web.Response(status=204)
 

@@ -28,7 +28,7 @@ from aggregator.problems import (
 )
 from aggregator.service import Service
 from fedtt.errors import FedttError, StorageError, WireError
-from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, decode, encode
+from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, encode
 
 __all__ = [
     "BODY_S",
@@ -127,9 +127,10 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
         raise ProblemError(malformed(f"the body did not arrive within {allowed_s:g} s")) from None
 
 
-def read_message(body: bytes, kind: type[M]) -> M:
+def read_message(body: bytes, read: Callable[[bytes], M]) -> M:
+    """read: raises WireError for what is no such message."""
     try:
-        return decode(body, kind)
+        return read(body)
     except WireError as error:
         raise ProblemError(malformed(str(error))) from None
 

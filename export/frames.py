@@ -4,8 +4,9 @@ As LoRA-XS takes them: K. Bałazy, M. Banaei, K. Aberer, J. Tabor. "LoRA-XS: Low
 small number of parameters". 2024, arXiv 2405.17604, §3. Here without the singular values, which would let a
 few directions alone be learnt at a rate that suits all.
 
-They are a function of the base, whose hash therefore stands for them. So that other machines, whose linear
-algebra ends in other bits, find the same to the bit, they are computed in float64 and rounded to a grid.
+They are a function of the base, whose hash therefore stands for them. Computed in float64 and rounded to a
+grid, they come out the same where another machine's linear algebra ends in other bits, but for a number that
+lies between two of its points.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def trace(
 
 @contextlib.contextmanager
 def decomposed_once(program: ExportedProgram) -> Iterator[None]:
-    """Spare a program that holds nothing to decompose from being traced again, half the time of an export.
+    """Spare a program that holds nothing to decompose from being traced again.
 
     `trace` decomposes, and exporters do once more, by a table of their own.
     """

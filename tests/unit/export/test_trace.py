@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
 from torch.nn import functional as F
 
-from export.trace import FlatProducts
+from export.trace import FlatProducts, decomposed_once, trace
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,22 @@ def test_flat_products_apply_linear_layers_as_they_are(lead: tuple[int, ...], wi
     expected = F.linear(x, weight, bias)
     with FlatProducts():
         torch.testing.assert_close(F.linear(x, weight, bias=bias), expected)
+
+
+class _Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's, of itself
+def test_what_was_traced_is_not_decomposed_again_and_what_holds_more_is() -> None:
+    """By a table that lists only what our own tracing takes apart."""
+    table = {torch.ops.aten.silu.default: lambda x: x * torch.sigmoid(x)}
+    traced = trace(_Gate(), {"x": torch.randn(4, 3)}, {"x": ("batch",)})
+    with decomposed_once(traced):
+        assert traced.run_decompositions(dict(table)) is traced
+    plain = export(_Gate(), (torch.randn(4, 3),), dynamic_shapes=({0: Dim("batch")},))
+    with decomposed_once(plain):
+        taken_apart = plain.run_decompositions(dict(table))
+    assert torch.ops.aten.silu.default not in {node.target for node in taken_apart.graph.nodes}
+    assert torch.ops.aten.silu.default in {node.target for node in plain.graph.nodes}
