@@ -22,7 +22,7 @@ from aggregator.admin_routes import add_admin_routes, admin_problem, require_tok
 from aggregator.connections import ConnectionLimits, Connections
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
-from aggregator.enrolment import standing_token
+from aggregator.enrolment import no_standing_token, standing_token
 from aggregator.handling import BODY_S, KEYS, RENDER, SERVICE, answer, limited, problems
 from aggregator.limits import Buckets, Rates
 from aggregator.logs import tell_request
@@ -69,6 +69,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     forwarded: bool = False  #: whether a proxy in front says in X-Forwarded-For whom it stands for
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
     tls_key: Path | None = None  #: its key in PEM
+    standing_token: bool = (
+        True  #: whether a file of the data directory holds a token for any number of devices
+    )
     server_key: Path | None = None  #: signs answers to check-ins, for devices that trust its release key
 
 
@@ -78,7 +81,7 @@ class Listening(Struct, frozen=True, kw_only=True):
     url: str
     admin_url: str  #: the dashboard is its root
     admin_token: str
-    enrolment_token: str
+    enrolment_token: str  #: the standing one; empty where there is none
     service: Service
 
 
@@ -134,7 +137,11 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
         service.writer.start()
         stack.push_async_callback(service.writer.stop)
         admin_token = secret_file(config.data / "admin-token")
-        enrolment_token = await standing_token(service, config.data / "enrolment-token")
+        token_file, enrolment_token = config.data / "enrolment-token", ""
+        if config.standing_token:
+            enrolment_token = await standing_token(service, token_file)
+        else:
+            await no_standing_token(service, token_file)
         devices = device_app(service, body_s=config.body_s, rates=config.rates, forwarded=config.forwarded)
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)

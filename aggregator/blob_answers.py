@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aggregator.handling import SERVICE
+from aggregator.calls import FILE_PARTS
+from aggregator.handling import SERVICE, refuse
 from aggregator.inline import Aside
+from aggregator.problems import past_end
 from fedtt.errors import StorageError
 from storage.blobs import FileBlobs, check, part, sound
 
@@ -35,22 +37,20 @@ async def blob_answer(
     blobs, beside = service.blobs, service.beside_blobs
     is_part = "Range" in request.headers
     if isinstance(blobs, FileBlobs):
-        whole = checked and not is_part and request.method == "GET"
-        if whole:
+        size = await beside(blobs.size, sha256)
+        if is_part and not _part_of(request, size):
+            return _past_end(request, size)
+        if checked and not is_part and request.method == "GET":
             await beside(check, blobs, sha256)
-        else:
-            await beside(blobs.size, sha256)
         return web.FileResponse(blobs.path(sha256), headers=headers)
     opened: ExitStack[None] = ExitStack()
     with opened:
         file = opened.enter_context(await beside(blobs.open, sha256))
         size = await beside(file.seek, 0, io.SEEK_END)
-        try:
-            start, stop, _ = request.http_range.indices(size)
-        except ValueError:
-            start = stop = size
-        if is_part and start >= stop:
-            return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
+        wanted = _part_of(request, size) if is_part else range(size)
+        if is_part and not wanted:
+            return _past_end(request, size)
+        start, stop = wanted.start, wanted.stop
         if is_part:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         pieces = _brought(beside, part(file, start, stop) if is_part else sound(file, sha256))
@@ -58,6 +58,21 @@ async def blob_answer(
         answer = _Pieces(first, pieces, opened.pop_all(), status=206 if is_part else 200, headers=headers)
         answer.content_length = stop - start
         return answer
+
+
+def _part_of(request: web.Request, size: int) -> range:
+    """The bytes that Range asks for; none where the file has no such part, or it asks for no single one."""
+    try:
+        start, stop, _ = request.http_range.indices(size)
+    except ValueError:
+        return range(0)
+    return range(start, stop)
+
+
+def _past_end(request: web.Request, size: int) -> web.Response:
+    response = refuse(request.app, past_end(request.headers["Range"], size), FILE_PARTS[1])
+    response.headers["Content-Range"] = f"bytes */{size}"
+    return response
 
 
 async def _brought(beside: Aside, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

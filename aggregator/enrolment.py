@@ -10,16 +10,17 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from aggregator.answers import NewToken, RevokedToken
-from aggregator.people import audited
+from aggregator.people import ACTOR, audited
 from aggregator.problems import malformed, not_found
 from aggregator.service import Service
 from aggregator.token_files import new_token, secret_file, token_sha256
 from fedtt.errors import StorageError
 from fedtt.messages import Problem
+from storage import audit
 from storage.records import Token
 from storage.store import Transaction
 
-__all__ = ["TokenTerms", "create_token", "revoke_token", "standing_token"]
+__all__ = ["TokenTerms", "create_token", "no_standing_token", "revoke_token", "standing_token"]
 
 
 class TokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,12 +74,33 @@ async def standing_token(service: Service, path: Path) -> str:
         known = tx.token(token.sha256)
         if known is None:
             tx.put_token(token)
+            audit.append(tx, service.clock.now(), ACTOR.get(), "token.create", token.sha256, {"uses": None})
         return known is None or known.uses_left != 0
 
     if await service.writer.run(stands):
         return text
+    _remove(path)
+    return await standing_token(service, path)
+
+
+async def no_standing_token(service: Service, path: Path) -> None:
+    """Take the token in a file back, if a server before this one has made one."""
+    if not path.exists():
+        return
+    sha256 = token_sha256(secret_file(path))
+
+    def revoke(tx: Transaction) -> None:
+        token = tx.token(sha256)
+        if token is not None and token.uses_left != 0:
+            tx.put_token(replace(token, uses_left=0))
+            audit.append(tx, service.clock.now(), ACTOR.get(), "token.revoke", sha256, {})
+
+    await service.writer.run(revoke)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{path} holds a revoked token and cannot be removed: {error.strerror}") from None
-    return await standing_token(service, path)

@@ -208,7 +208,8 @@ def _responses(types: _Types, listener: _Listener, call: Call) -> Json:
     if call.ranged:
         part, past = FILE_PARTS
         responses[str(part)] = {**good, "description": "the part asked for"}
-        responses[str(past)] = {"description": "the file has no such part"}
+        refusal = _content(types, listener.refusal, listener.media_type)
+        responses[str(past)] = {"description": "the file has no such part", "content": refusal}
     codes = (*listener.refuses, *(listener.guarded if call.signed else ()), *call.refuses)
     for status in sorted({STATUS[code] for code in codes}):
         names = ", ".join(sorted({code.value for code in codes if STATUS[code] == status}))

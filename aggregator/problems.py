@@ -19,6 +19,7 @@ __all__ = [
     "not_allowed",
     "not_found",
     "not_your_role",
+    "past_end",
     "replayed",
     "revoked",
     "stale",
@@ -112,6 +113,14 @@ def not_found(what: str) -> Problem:
         code=Code.NOT_FOUND,
         detail=f"there is no {what} here"[:500],
         remedy="see that the name is whole, and the server the right one",
+    )
+
+
+def past_end(range_: str, size_bytes: int) -> Problem:
+    return Problem(
+        code=Code.MALFORMED,
+        detail=f"Range {range_[:100]!r} is no part of a file of {size_bytes} bytes",
+        remedy="ask for one part, such as bytes=0-, that begins within the file",
     )
 
 

@@ -37,6 +37,7 @@ def register(commands: Commands) -> None:
     )
     place_arguments(serve)
     _listener_arguments(serve)
+    _enrolment_arguments(serve)
     limit_arguments(serve)
     serve.add_argument("--log-json", action="store_true", help="write the log as JSON, an object a line")
     serve.add_argument(
@@ -115,6 +116,16 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
     )
 
 
+def _enrolment_arguments(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--no-standing-token",
+        dest="standing_token",
+        action="store_false",
+        help="let devices enrol with tokens of `fedtt token create` alone, and take back the one for any "
+        "number of devices that enrolment-token in the data directory holds otherwise",
+    )
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST_PROCESSES):
         raise argparse.ArgumentTypeError(f"{text!r} is no count: give a number from 1 to {_MOST_PROCESSES}")
@@ -145,6 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
         database=args.database,
         blobs=args.blobs,
         server_key=args.server_key,
+        standing_token=args.standing_token,
         forwarded=args.behind_proxy,
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,
@@ -188,11 +200,13 @@ def _announce(data: Path, said: list[Said], *, as_json: bool) -> None:
     for number, url in enumerate(others, 2):
         print(f"          {url}  (process {number}, with metrics of its own)")
     print(f"dashboard {dashboard}")
+    token = first.enrolment_token or "TOKEN"
     print(
-        f"enrol     fedtt client run --server {reachable(first.url)} "
-        f"--token {first.enrolment_token} --data examples.jsonl",
+        f"enrol     fedtt client run --server {reachable(first.url)} --token {token} --data examples.jsonl",
         flush=True,
     )
+    if not first.enrolment_token:
+        print("          (`fedtt token create` makes a TOKEN: none stands)", flush=True)
 
 
 def reachable(url: str) -> str:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ssl
+from asyncio.sslproto import SSLProtocol
 from pathlib import Path
 
 from fedtt.errors import ConfigError
 
-__all__ = ["server_tls", "trusting"]
+__all__ = ["HELD_BYTES", "server_tls", "trusting"]
+
+HELD_BYTES = 1 << 15  #: two records of TLS: what a connection holds of what arrives
 
 
 def server_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """A context of TLS 1.2 or newer; None where neither file is given. Raises ConfigError for others."""
+    """A context of TLS 1.2 or newer; None where neither file is given. Raises ConfigError for others.
+
+    With it connections of this process hold less than the 256 KiB that asyncio gives each at its beginning,
+    shaken hands or not: thousands of them would take gigabytes.
+    """
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
@@ -30,6 +37,7 @@ def server_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | N
             f"{certificate}, {key}",
             f"a certificate chain in PEM and its key, without a password ({error})",
         ) from None
+    SSLProtocol.max_size = HELD_BYTES
     return context
 
 

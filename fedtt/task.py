@@ -73,6 +73,11 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.cohort if self.buffer is None else self.buffer
 
     @property
+    def most_updates(self) -> int:
+        """That one round may hold: each lease of the versions that it still takes updates of."""
+        return self.cohort * (1 + self.max_staleness)
+
+    @property
     def lease_lasts_s(self) -> float:
         return self.deadline_s if self.lease_s is None else self.lease_s
 
@@ -165,6 +170,7 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def check(self, adapter: AdapterSpec) -> None:
         """Raise ConfigError where the task cannot train these adapters."""
         self.method.check(adapter)
+        self.fold.check(self.rounds.most_updates, adapter.layout.size)
         depth = self.training.depth
         if depth is not None and depth > adapter.depth:
             raise ConfigError(

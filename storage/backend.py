@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine, Table
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtt.errors import StorageError
 from storage.engine import SqliteBackend
 from storage.postgresql import PostgresqlBackend, is_postgresql
+from storage.rows import Rows
 
 __all__ = ["Backend", "errors_in_words", "is_shared", "open_backend"]
 
@@ -31,10 +32,16 @@ class Backend(Protocol):
         """What the database raised, as what, where and what to do."""
         ...
 
-    def append(
-        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
-    ) -> bool:
-        """Add rows whose keys are new by what is faster than INSERT; False where nothing is."""
+    def begin(self) -> AbstractContextManager[Connection]:
+        """A writing transaction, which has its turn."""
+        ...
+
+    def append(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
+        """Add records whose keys are new by what is faster than INSERT; False where nothing is."""
+        ...
+
+    def put_all(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
+        """Write records of different keys, new or not, at once; False where one by one is as fast."""
         ...
 
     def open_readers(self) -> None:

@@ -26,7 +26,7 @@ class Written(NamedTuple):
 
     rows: Rows[Any]
     statement: Insert
-    records: list[Any]
+    records: dict[tuple[object, ...], Any]  #: by their keys: what is written twice is as it was last
 
 
 class Batch:
@@ -69,7 +69,8 @@ class Batch:
     def write(self, rows: Rows[R], statement: Insert, record: R) -> None:
         self._known[id(rows.get), rows.key_of(record)] = record
         written = self._written.setdefault(_KEPT_BACK.index(rows), {})
-        written.setdefault(id(statement), Written(rows, statement, [])).records.append(record)
+        waiting = written.setdefault(id(statement), Written(rows, statement, {}))
+        waiting.records[rows.key_of(record)] = record
 
     def move(self, lease: Lease) -> None:
         """Write a lease that is there: its state."""

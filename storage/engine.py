@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from fedtt.errors import StorageError
+from storage.rows import Rows
 
 __all__ = ["SqliteBackend", "database_path", "prepare_file", "sqlite_engine"]
 
@@ -60,9 +61,13 @@ class SqliteBackend:
     def in_words(self, error: Exception) -> StorageError:
         return _in_words(error, self.path)
 
-    def append(
-        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
-    ) -> bool:
+    def begin(self) -> AbstractContextManager[Connection]:
+        return self.writer.begin()
+
+    def append(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
+        return False
+
+    def put_all(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
         return False
 
     def open_readers(self) -> None:

@@ -8,9 +8,11 @@ and no lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from msgspec.structs import astuple
 from sqlalchemy import (
     URL,
     Column,
@@ -20,7 +22,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     String,
-    Table,
     create_engine,
     event,
     make_url,
@@ -29,6 +30,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from fedtt.errors import StorageError, UnavailableError
+from storage.rows import Rows
 
 __all__ = ["CONNECTIONS", "PostgresqlBackend", "is_postgresql"]
 
@@ -99,21 +101,39 @@ class PostgresqlBackend:
             return UnavailableError(f"{self.where}: {why}: {said}")
         return StorageError(f"{self.where}: the database failed: {said}")
 
-    def append(
-        self, connection: Connection, table: Table, fields: Sequence[str], rows: Iterable[Sequence[object]]
-    ) -> bool:
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """On another connection where that of before was lost, which taking the lock is the first to meet."""
+        with ExitStack() as stack:
+            try:
+                connection = stack.enter_context(self.writer.begin())
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                connection = stack.enter_context(self.writer.begin())
+            yield connection
+
+    def append(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
         """By COPY in its binary form, which costs both sides less than an INSERT for each row."""
         from psycopg import Error
 
         driver: Any = connection.connection.driver_connection
-        text = f"COPY {table.name} ({', '.join(fields)}) FROM STDIN (FORMAT BINARY)"
+        fields, columns = rows.record.__struct_fields__, rows.table.c
+        text = f"COPY {rows.table.name} ({', '.join(fields)}) FROM STDIN (FORMAT BINARY)"
         try:
             with driver.cursor() as cursor, cursor.copy(text) as copy:
-                copy.set_types([_type_of(table.c[field]) for field in fields])
-                for row in rows:
-                    copy.write_row(row)
+                copy.set_types([_type_of(columns[field]) for field in fields])
+                for record in records:
+                    copy.write_row(astuple(record))
         except Error as error:
             raise DBAPIError(text, None, error) from error
+        return True
+
+    def put_all(self, connection: Connection, rows: Rows[Any], records: Collection[Any]) -> bool:
+        """By one statement for all: each costs both sides more than its row."""
+        by_column = zip(*map(astuple, records), strict=True)
+        values = dict(zip(rows.record.__struct_fields__, map(list, by_column), strict=True))
+        connection.execute(rows.put_all, values)
         return True
 
     def open_readers(self) -> None:
@@ -165,7 +185,7 @@ def _engine(url: URL, *, readonly: bool, busy_timeout_s: float) -> Engine:
             pool_size=_READERS if readonly else 1,
             max_overflow=0,
             pool_timeout=busy_timeout_s,
-            pool_pre_ping=True,  # after a restart of the server, no request meets its lost connections
+            pool_pre_ping=readonly,  # after a restart of the server no reader meets its lost connection
         )
     except (ImportError, NoSuchModuleError):
         raise StorageError("PostgreSQL needs a driver: pip install 'fedtt[postgresql]'") from None

@@ -7,7 +7,23 @@ from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
-from sqlalchemy import ARRAY, CursorResult, Dialect, Select, String, Table, TypeDecorator, bindparam, select
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CursorResult,
+    Dialect,
+    Double,
+    Integer,
+    LargeBinary,
+    Select,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    bindparam,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import Insert, insert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -73,6 +89,14 @@ def _as_array_elements(element: json_texts, compiler: SQLCompiler, **kw: Any) ->
     return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS json))"
 
 
+def _plain(kind: TypeEngine[Any]) -> TypeEngine[Any]:
+    """How values lie in a column, whatever they stand for."""
+    for plain in (Integer, Double, LargeBinary):
+        if isinstance(kind, plain):
+            return BigInteger() if plain is Integer else plain()
+    return Text()
+
+
 class Rows(Generic[R]):
     """How records of one kind lie in their table: columns are fields, `key` names the unique ones."""
 
@@ -90,8 +114,19 @@ class Rows(Generic[R]):
         self.put = new.on_conflict_do_update(
             index_elements=list(key), set_={name: new.excluded[name] for name in others}
         )
+        self.put_all = self._put_all(list(key), others)
         self._texts: dict[tuple[int, str], tuple[str, Values]] = {}
         self._readers: dict[str, list[tuple[int, Read]]] = {}
+
+    def _put_all(self, key: Sequence[str], others: Sequence[str]) -> Insert:
+        """`put` for many rows of different keys (PostgreSQL): a parameter is all of a column's values."""
+        columns = [self.table.c[field] for field in self.record.__struct_fields__]
+        lists = (bindparam(column.name, type_=ARRAY(_plain(column.type))) for column in columns)
+        given = func.unnest(*lists).table_valued(*(column.name for column in columns)).render_derived()
+        new = insert(self.table).from_select([column.name for column in columns], select(*given.c))
+        return new.on_conflict_do_update(
+            index_elements=list(key), set_={name: new.excluded[name] for name in others}
+        )
 
     def where(self, *names: str) -> Select[Any]:
         """All rows whose columns of these names equal the parameters of these names."""

@@ -78,7 +78,7 @@ class SqlStore:
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
-        with errors_in_words(self._backend), self._backend.writer.begin() as connection:
+        with errors_in_words(self._backend), self._backend.begin() as connection:
             tx = SqlTransaction(connection, self._backend, readonly=False)
             yield tx
             tx.refuse_if_broken()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec.structs import asdict, astuple
+from msgspec.structs import asdict
 from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -50,14 +50,13 @@ class SqlAccess:
         with self._refusals_in_words():
             return self._connection.execute(statement, parameters)
 
-    def _insert(self, rows: Rows[Any], statement: Insert, records: list[Any]) -> None:
+    def _insert(self, rows: Rows[Any], statement: Insert, records: Collection[Any]) -> None:
         with self._refusals_in_words():
-            if (
-                statement is rows.add
-            ):  # none of these keys is there: that was looked at, and nobody else writes
-                fields = rows.record.__struct_fields__
-                if self._backend.append(self._connection, rows.table, fields, map(astuple, records)):
+            if statement is rows.put:
+                if self._backend.put_all(self._connection, rows, records):
                     return
+            elif self._backend.append(self._connection, rows, records):
+                return  # none of these keys is there: that was looked at, and nobody else writes
             text, values = rows.text_of(statement, self._connection.dialect)
             self._connection.exec_driver_sql(text, [values(record) for record in records])
 
@@ -111,8 +110,8 @@ class SqlAccess:
         """Write what the batch has kept back, one statement for all rows of a table."""
         if self._batch is not None:
             try:
-                for written in self._batch.take_written():
-                    self._insert(*written)
+                for rows, statement, records in self._batch.take_written():
+                    self._insert(rows, statement, records.values())
             except StorageError as refusal:
                 self._broken = refusal  # of what belongs together a part may be written
                 raise

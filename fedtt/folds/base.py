@@ -7,13 +7,15 @@ learning?" 2019, arXiv 1911.07963, §4.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-__all__ = ["Contribution", "Delta", "FoldBase", "stacked"]
+from fedtt.errors import ConfigError
+
+__all__ = ["Contribution", "Delta", "FoldBase", "RobustFold"]
 
 Delta = NDArray[np.float64]
 
@@ -40,13 +42,34 @@ class FoldBase(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
         norm = float(np.linalg.norm(delta))
         return delta if norm <= self.norm_bound else delta * (self.norm_bound / norm)
 
+    def check(self, updates: int, numbers: int) -> None:
+        """Raise ConfigError where a round of so many updates needs more memory than the fold may take."""
 
-def stacked(fold: FoldBase, least: int, contributions: Iterable[Contribution]) -> Delta:
-    """All deltas at once, (n, size): robust folds compare updates, so their memory grows with n.
 
-    Raises ValueError below `least`, which no quorum allows: such a fold would not be robust.
-    """
-    rows = [fold.bounded(contribution) for contribution in contributions]
-    if len(rows) < least:
-        raise ValueError(f"this fold needs {least} updates, got {len(rows)}")
-    return np.stack(rows)
+class RobustFold(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A fold that compares updates, and so holds all of a round at once; every device counts the same."""
+
+    linear: ClassVar[bool] = False
+
+    memory_mb: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: most that the fold of a round may take
+
+    def needed_bytes(self, updates: int, numbers: int) -> int:
+        """At the most: each delta as it came in float64, all of them stacked, and a copy that is sorted."""
+        return 3 * 8 * updates * numbers
+
+    def check(self, updates: int, numbers: int) -> None:
+        needed_mb = -(-self.needed_bytes(updates, numbers) // 10**6)
+        if needed_mb > self.memory_mb:
+            raise ConfigError(
+                "fold.memory_mb",
+                self.memory_mb,
+                f"at least {needed_mb}, for {updates} updates of {numbers} numbers at a time; "
+                "or a smaller rounds.cohort, or the fold 'mean', which holds a few of them",
+            )
+
+    def stacked(self, least: int, contributions: Iterable[Contribution]) -> Delta:
+        """All deltas, (n, size); raises ValueError below `least`, which no quorum allows."""
+        rows = [self.bounded(contribution) for contribution in contributions]
+        if len(rows) < least:
+            raise ValueError(f"this fold needs {least} updates, got {len(rows)}")
+        return np.stack(rows)

@@ -9,24 +9,22 @@ gradient aggregation". SysML 2019, Theorem 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 
-from fedtt.folds.base import Contribution, Delta, FoldBase, stacked
+from fedtt.folds.base import Contribution, Delta, RobustFold
 
 __all__ = ["Krum"]
 
 
-class Krum(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="krum"):
+class Krum(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="krum"):
     """The mean of the `selected` updates with the lowest scores; every device counts the same, however stale.
 
     A score is the sum of squared distances to the n - f - 2 nearest others (§4); `selected` = 1 is Krum, more
     is multi-Krum.
     """
-
-    linear: ClassVar[bool] = False
 
     hostile: Annotated[int, Meta(ge=1, le=10_000)] = 1  #: f, how many hostile updates a round may hold
     selected: Annotated[int, Meta(ge=1, le=10_000)] = 1  #: m
@@ -36,14 +34,21 @@ class Krum(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
         """n ≥ 2f + 3 (Proposition 1) and m ≤ n - f - 2 (AggregaThor, Theorem 1)."""
         return max(2 * self.hostile + 3, self.selected + self.hostile + 2)
 
+    def needed_bytes(self, updates: int, numbers: int) -> int:
+        """And the distance of each to each, with the product that it is made from."""
+        return super().needed_bytes(updates, numbers) + 2 * 8 * updates**2
+
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        rows = stacked(self, self.least, contributions)
+        rows = self.stacked(self.least, contributions)
         # Σ over nearest ‖Δ_i - Δ_j‖², by one product; what rounding leaves below zero is zero
         squares = (rows**2).sum(axis=1)
-        distances = np.maximum(squares[:, None] + squares[None, :] - 2 * rows @ rows.T, 0.0)
+        distances = squares[:, None] + squares[None, :]
+        distances -= 2 * rows @ rows.T
+        np.maximum(distances, 0.0, out=distances)
         np.fill_diagonal(distances, np.inf)
+        distances.sort(axis=1)
         neighbours = len(rows) - self.hostile - 2
-        scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
+        scores = distances[:, :neighbours].sum(axis=1)
         best = np.argsort(scores, kind="stable")[: self.selected]
         return np.asarray(rows[np.sort(best)].mean(axis=0))

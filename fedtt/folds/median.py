@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 
-from fedtt.folds.base import Contribution, Delta, FoldBase, stacked
+from fedtt.folds.base import Contribution, Delta, RobustFold
 
 __all__ = ["Median", "TrimmedMean"]
 
 _ROUNDING = 1e-9  #: 0.29 · 100 is 28.999999999999996 in float64
 
 
-class Median(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="median"):
+class Median(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="median"):
     """The median of each number (Definition 1); every device counts the same, however stale."""
-
-    linear: ClassVar[bool] = False
 
     @property
     def least(self) -> int:
@@ -32,16 +30,14 @@ class Median(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        return np.asarray(np.median(stacked(self, self.least, contributions), axis=0))
+        return np.asarray(np.median(self.stacked(self.least, contributions), axis=0))
 
 
-class TrimmedMean(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="trimmed-mean"):
+class TrimmedMean(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="trimmed-mean"):
     """The mean of each number without the largest and the smallest ⌊βn⌋ of n (Definition 2).
 
     Every device counts the same, however stale.
     """
-
-    linear: ClassVar[bool] = False
 
     trim: Annotated[float, Meta(ge=0.001, lt=0.5)] = 0.2  #: β: at least the share of hostile devices
 
@@ -56,6 +52,6 @@ class TrimmedMean(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        rows = stacked(self, self.least, contributions)
+        rows = self.stacked(self.least, contributions)
         cut = self.cut(len(rows))
         return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))

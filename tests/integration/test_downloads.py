@@ -17,7 +17,7 @@ from yarl import URL
 
 from aggregator.metrics import totals
 from fedtt.manifest import MANIFEST, bundle_digest
-from fedtt.messages import Code
+from fedtt.messages import Code, Problem, decode
 from storage.object_blobs import ObjectBlobs
 from tests.support.edge import write_small_bundle
 from tests.support.served import Peer, Served, refused, served, task_text, until
@@ -63,7 +63,11 @@ async def test_what_a_range_asks_is_what_comes(server: Served) -> None:
             for said, (status, part) in RANGES.items():
                 headers = device.signed("GET", path) | ({} if said is None else {"Range": said})
                 answer = await server.raw("GET", path, None, headers)
-                assert (answer.status, answer.body) == (status, whole.body[part]), said
+                assert answer.status == status, said
+                if status == 416:
+                    assert f"of a file of {size} bytes" in decode(answer.body, Problem).detail
+                else:
+                    assert answer.body == whole.body[part], said
                 if status != 200:
                     start, stop, _ = part.indices(size)
                     wanted = f"bytes {start}-{stop - 1}/{size}" if status == 206 else f"bytes */{size}"

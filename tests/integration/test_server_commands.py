@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -184,7 +185,8 @@ async def test_a_token_that_was_revoked_enrols_nobody_and_leaves_those_that_it_h
             await second.enroll(made["token"])
         await first.enroll(made["token"])  # whom it has enrolled needs none
         await second.enroll(other["token"])
-    log = await terminal.json("audit", "list")
+    standing, *log = await terminal.json("audit", "list")
+    assert (standing["action"], standing["actor"]) == ("token.create", "program")
     assert [(row["action"], row["subject"]) for row in log] == [
         ("token.create", made["sha256"]),
         ("token.create", other["sha256"]),
@@ -209,6 +211,23 @@ async def test_the_token_beside_the_database_makes_room_for_another_once_it_was_
         await peer.enroll(server.token)
     async with served(tmp_path, None) as again:
         assert again.token == server.token
+
+
+async def test_no_token_stands_where_people_want_none(tmp_path: Path) -> None:
+    kept = tmp_path / "data" / "enrolment-token"
+    async with served(tmp_path, None) as server, Peer(server.url, 1) as peer:
+        await peer.enroll(server.token)
+        standing = server.token
+    async with served(tmp_path, None, standing_token=False) as server, Peer(server.url, 2) as peer:
+        assert server.token == ""
+        assert not kept.exists()
+        with pytest.raises(Refused, match="bad_token"):
+            await peer.enroll(standing)
+        made = msgspec.json.decode((await server.people("POST", "/tokens", b"{}")).body)["token"]
+        await peer.enroll(made)
+        log = msgspec.json.decode((await server.people("GET", "/audit")).body)
+        assert [row["action"] for row in log] == ["token.create", "token.revoke", "token.create"]
+        assert {row["actor"] for row in log[:2]} == {"program"}
 
 
 async def test_a_token_that_nothing_could_use_is_refused(terminal: Terminal) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
+from asyncio.sslproto import SSLProtocol
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from aggregator.admin_client import AdminClient
 from aggregator.app import ServerConfig, serving
 from aggregator.connections import ConnectionLimits
 from aggregator.metrics import totals
-from aggregator.tls import server_tls
+from aggregator.tls import HELD_BYTES, server_tls
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
 from fedtt.errors import ConfigError, Unreachable
@@ -67,6 +69,31 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
             await _checked_in(plain, identity, "", listening.enrolment_token)
         await until(lambda: _counted(failed, 4))  # people's, and what was no TLS
         assert totals(listening.service.metrics.connections_idle, "awaited") == {"handshake": 0, "request": 0}
+
+
+async def test_a_connection_holds_little_before_and_after_its_handshake(tmp_path: Path) -> None:
+    authority(tmp_path, "ours")
+    async with serving(with_tls(tmp_path)) as listening:
+        url, trusted = URL(listening.url), ssl.create_default_context(cafile=tmp_path / "ours.pem")
+        before = set(map(id, _over_tls()))
+        _, silent = await asyncio.open_connection(url.host, url.port)
+        _, spoken = await asyncio.open_connection(url.host, url.port, ssl=trusted)
+        try:
+            made = await until(lambda: _made_since(before, 3))  # the client's own with them
+            assert [len(connection._ssl_buffer) for connection in made] == [HELD_BYTES] * 3
+        finally:
+            for writer in (silent, spoken):
+                writer.close()
+
+
+def _over_tls() -> list[Any]:
+    """What there is of them in this process."""
+    return [each for each in gc.get_objects() if isinstance(each, SSLProtocol)]
+
+
+async def _made_since(before: set[int], count: int) -> list[Any] | None:
+    made = [each for each in _over_tls() if id(each) not in before]
+    return made if len(made) == count else None
 
 
 async def test_a_connection_that_never_shakes_hands_is_closed_and_counted(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from fedtt.sampling import Candidate
@@ -99,6 +101,30 @@ class DeviceContract(OpenedStore):
         assert found == sorted(ledger.device(name).id for name in ("silent", "just", "large"))
 
     # participation
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_what_many_devices_did_is_as_each_was_last(self, together: bool, store: Store) -> None:
+        names = [str(number) for number in range(20)]
+        known = [ledger.participation(name, count=1) for name in names[:10]]
+        last = [
+            ledger.participation(
+                name,
+                last_loss=None if number % 3 else 0.5,
+                duration_s=None if number % 3 else 1.5,
+                label_counts=bytes([0, 255, number]) if number % 2 else None,
+            )
+            for number, name in enumerate(names)
+        ]
+        with store.transaction() as tx:
+            for name in names:
+                tx.put_device(ledger.device(name))
+            for participation in known:
+                tx.put_participation(participation)
+        with store.transaction() as tx, tx.together([]) if together else nullcontext():
+            for participation in [*known, *reversed(last[:5]), *last]:
+                tx.put_participation(participation)
+        with store.reading() as tx:
+            assert [tx.participation(1, ledger.device(name).id) for name in names] == last
 
     def test_what_a_device_did_for_a_task_is_kept_apart_from_others(self, store: Store) -> None:
         alice, bob = ledger.device("alice").id, ledger.device("bob").id
