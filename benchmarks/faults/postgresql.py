@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,34 +29,40 @@ __all__ = ["run", "shared"]
 
 _NUMBERS = 1000
 _BACK_S = 30.0  #: in which acknowledgements must come again
-_STOPPED_S = (
-    8.0  #: more than a session may hold its transaction open, and than another server waits for a sum
-)
+_GAP_S = 10.0  #: the longest without an acknowledgement that a fault may cause
+_STOPPED_S, _QUICK_STOPPED_S = 30.0, 15.0  #: well past the bound: that the server resumes cannot end the gap
 
 Fault = Callable[[LocalPostgresql, list[ServerProcess]], Coroutine[Any, Any, None]]
 
 
 async def run(setting: Setting) -> Outcome:
-    count, times = (20, 2) if setting.quick else (100, 15)
-    return await shared(setting, count=count, times=times)
+    count, times, stopped_s = (20, 1, _QUICK_STOPPED_S) if setting.quick else (100, 15, _STOPPED_S)
+    return await shared(setting, count=count, times=times, stopped_s=stopped_s)
 
 
-async def shared(setting: Setting, *, count: int, times: int) -> Outcome:
-    """times: that each fault strikes."""
+async def shared(setting: Setting, *, count: int, times: int, stopped_s: float) -> Outcome:
+    """times: that each fault strikes; stopped_s: for how long a server is stopped."""
     binaries = postgresql_binaries()
     if binaries is None:
         return Outcome(figures={}, skipped="no initdb on this machine (Debian: apt install postgresql)")
     database = await asyncio.to_thread(LocalPostgresql, binaries, durable=True)
     try:
-        return await _run(setting, database, count, times)
+        return await _run(setting, database, count, times, stopped_s)
     finally:
         await asyncio.to_thread(database.close)
 
 
-async def _run(setting: Setting, database: LocalPostgresql, count: int, times: int) -> Outcome:
+async def _run(
+    setting: Setting, database: LocalPostgresql, count: int, times: int, stopped_s: float
+) -> Outcome:
+    faults: dict[str, Fault] = {
+        "backends_killed": _kill_backends,
+        "database_crashed": _crash,
+        "server_stopped": partial(_stop_a_server, stopped_s),
+    }
     url = await asyncio.to_thread(database.new_database)
     servers = on_one_port(setting.directory / "data", 2, "--database", url)
-    gaps: dict[str, list[float]] = {name: [] for name in _FAULTS}
+    gaps: dict[str, list[float]] = {name: [] for name in faults}
     over = asyncio.Event()
     async with AsyncExitStack() as stack:
         for server in servers:
@@ -67,7 +74,7 @@ async def _run(setting: Setting, database: LocalPostgresql, count: int, times: i
         living = [asyncio.create_task(peer.live(over)) for peer in peers]
         try:
             for number in range(times):
-                for name, fault in _FAULTS.items():
+                for name, fault in faults.items():
                     await _acknowledge_more(notes)
                     gaps[name].append(await _gap(notes, fault(database, servers)))
                 setting.report.line(row="postgresql", times=number + 1, acknowledged=len(notes.acknowledged))
@@ -85,10 +92,11 @@ async def _run(setting: Setting, database: LocalPostgresql, count: int, times: i
             **found.figures(),
             "devices": count,
             "servers": len(servers),
+            "stopped_s": stopped_s,
             **{f"{name}_gap_max_s": round(max(gap), 2) for name, gap in gaps.items()},
             **{name.replace(" ", "_"): value for name, value in sorted(notes.counts.items())},
         },
-        at_most={**NOTHING_WRONG, **{f"{name}_gap_max_s": 10.0 for name in _FAULTS}},
+        at_most={**NOTHING_WRONG, **{f"{name}_gap_max_s": _GAP_S for name in faults}},
         at_least={"acknowledged": times, "versions": times},
     )
 
@@ -104,19 +112,12 @@ async def _crash(database: LocalPostgresql, servers: list[ServerProcess]) -> Non
     await asyncio.to_thread(database.start)
 
 
-async def _stop_a_server(database: LocalPostgresql, servers: list[ServerProcess]) -> None:
+async def _stop_a_server(stopped_s: float, database: LocalPostgresql, servers: list[ServerProcess]) -> None:
     """Whatever it holds just then, the other goes on; once back, it must not do what has been done."""
     servers[0], servers[1] = servers[1], servers[0]
     os.kill(servers[0].pid, signal.SIGSTOP)
-    await asyncio.sleep(_STOPPED_S)
+    await asyncio.sleep(stopped_s)
     os.kill(servers[0].pid, signal.SIGCONT)
-
-
-_FAULTS: dict[str, Fault] = {
-    "backends_killed": _kill_backends,
-    "database_crashed": _crash,
-    "server_stopped": _stop_a_server,
-}
 
 
 async def _acknowledge_more(notes: Notes) -> None:

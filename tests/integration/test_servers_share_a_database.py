@@ -12,13 +12,17 @@ from benchmarks.harness import Report
 from tests.support.postgresql import needs_postgresql
 
 
+STOPPED_S = 15.0
+
+
 @needs_postgresql
 @pytest.mark.slow
 async def test_nothing_acknowledged_is_lost_or_folded_twice_when_database_or_server_fails(
     tmp_path: Path,
 ) -> None:
     setting = Setting(report=Report("faults", None), directory=tmp_path)
-    outcome = await shared(setting, count=10, times=1)
-    # how long it took says little while other tests run
+    outcome = await shared(setting, count=10, times=1, stopped_s=STOPPED_S)
+    # how long it took says little while other tests run, but that one goes on while the other is stopped
     assert [failure for failure in outcome.failures if "gap_max_s" not in failure] == []
+    assert float(outcome.figures["server_stopped_gap_max_s"]) < STOPPED_S
     assert outcome.skipped == ""
