@@ -3,7 +3,8 @@
 The colluders' task is real: MiniLM's embeddings of what 60 people said to an assistant, one device a person,
 trained by the server's own fold. A fifth of the devices work together: by sending the opposite of what the
 honest would, ten times as long, or as far from the honest mean as still looks ordinary ("a little is enough",
-Baruch et al., NeurIPS 2019, arXiv 1902.06156).
+Baruch et al., NeurIPS 2019, arXiv 1902.06156). The bound is on the best of the robust folds, in the worse of
+the two attacks: not every robust fold keeps it, and what each of them loses is among the figures.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ async def run(setting: Setting) -> Outcome:
             "moved_over_bound": 1.0,
             "points_lost_best_fold": 2.0,  # in its worst attack
         },
-        at_least={"hostile_sent": 1, "moved_over_bound": 0.0},
+        at_least={"hostile_sent": 1, "moved_over_bound": 0.99},
     )
 
 
