@@ -21,17 +21,17 @@ from benchmarks.harness import ROOT, Report, arguments, reporting
 ROWS = {
     "kill": "kill -9 of the server at random instants, devices in flight",
     "kill-one-of-two": "the same of one of two servers on one SQLite file",
-    "flips": "every prefix and single-bit flip of a valid upload",
+    "flips": "every prefix and single-bit flip of a valid upload in each of four codecs",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
     "client": "kill -9 of a client at random points of its rounds",
     "fold": "the sum of 10,000 updates of 20,000 numbers, bounded where they have 8 bits",
     "herd": "10,000 check-ins at the same moment, and the times at which they are told to return",
     "full-disk": "the disk full under load, then with room again",
     "power": "power cuts that lose what was not synced",
-    "attacks": "signed bombs and endless bodies, long heads and 2,000 slow connections beside honest devices",
+    "attacks": "signed bombs, endless bodies, long heads and 2,000 slow connections beside honest devices",
     "soak": "an hour under steady load",
     "schemathesis": "10,000 requests made up from the OpenAPI document, over files and object storage",
-    "hostile": "NaN, infinities, wrong layouts, huge norms, colluding devices",
+    "hostile": "NaN, infinities, wrong layouts, huge norms; a fifth colluding against the best robust fold",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }
 

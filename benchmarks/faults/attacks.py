@@ -2,8 +2,10 @@
 
 Attackers repeat themselves as fast as they are answered, up to 20 times a second each. Their bodies are those
 of enrolments signed by a key of their own, so they are read as far as any body is. Each attack has one answer
-that it must get, and what it costs is bounded: the time that honest devices wait for a receipt, and the
-memory of the server. Slow connections that the server closed are opened again.
+that it must get: none is `cut_off`, for whoever is refused is read on for a moment and so sees it. What an
+attack costs is bounded: the time that it and honest devices wait for their answers, and the memory of the
+server. Half of the slow connections bring heads that never end, and are closed without a word, there being
+no request to answer; the other half bring slow bodies, and are refused. Both are opened again.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import contextlib
 import gzip
 import resource
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 
 from benchmarks.faults.devices import Habits, devices
 from benchmarks.faults.kill import places
@@ -32,8 +35,10 @@ __all__ = ["attacked", "run"]
 _NUMBERS = 1000
 _POST = b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\n"
 _ANSWER_S = 40.0  #: longer than a body may take that the server does not wait for
+_CLOSED_S = 10.0  #: in which a slow connection must be gone once its time is over
 _ATTACKER = Identity(Ed25519PrivateKey.generate())
 _BOMB = gzip.compress(bytes(100 << 20))[:16_000]
+_SLOW_BYTES = 16_000
 _NESTED = b"\x91" * 16_000
 
 
@@ -51,18 +56,27 @@ async def run(setting: Setting) -> Outcome:
 async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    idle_s = f"{seconds / 3:g}"  # so that each slow connection is closed, and closed again
-    server = ServerProcess(setting.directory / "data", options=("--idle-s", idle_s))
-    over, counts = asyncio.Event(), Counter[str]()
+    idle_s = seconds / 3  # so that each slow connection is closed, and closed again
+    options = ("--idle-s", f"{idle_s:g}", "--body-s", f"{idle_s:g}")
+    server = ServerProcess(setting.directory / "data", options=options)
+    over, counts = asyncio.Event(), Counter({"slow_body_otherwise": 0})
+    times_s: defaultdict[str, list[float]] = defaultdict(list)
     habits = Habits(pause_s=0.05, retry_s=0.1)
     async with server.running(), devices(20, server.url, _NUMBERS, habits) as (peers, notes):
         await server.open_task(task_text(cohort=20, buffer=10, retry_s=0.1), _NUMBERS)
         await asyncio.gather(*(peer.enroll(server.token) for peer in peers))
         living = [asyncio.create_task(peer.live(over)) for peer in peers]
         before_bytes = server.resident_bytes()
-        attackers = [asyncio.create_task(_slow(server, over, counts)) for _ in range(slow)]
+        attackers = [
+            asyncio.create_task(_slow(kind, server, over, counts, times_s["slow"]))
+            for kind in _SLOW
+            for _ in range(slow // 2)
+        ]
         for name, attack in _ATTACKS.items():
-            attackers += [asyncio.create_task(_again(name, attack, server, over, counts)) for _ in range(5)]
+            attackers += [
+                asyncio.create_task(_again(name, attack, server, over, counts, times_s[name]))
+                for _ in range(5)
+            ]
         await asyncio.sleep(seconds)
         over.set()
         peak_bytes = server.peak_bytes()
@@ -74,7 +88,8 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
         await server.end_task()
         await server.stop()
         found = audit(server.data, notes, places(peers))
-    waits = np.array(notes.latencies_s or [np.inf])
+    waits = np.array((notes.latencies_s + notes.check_in_latencies_s) or [np.inf])
+    refusal_p99_s = {name: _p99(times_s[name]) for name in _ATTACKS}
     return Outcome(
         figures={
             **found.figures(),
@@ -83,7 +98,12 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             "died": int(not lived),
             "server_errors": counts["5xx"],
             "honest_p50_s": round(float(np.quantile(waits, 0.5)), 4),
-            "honest_p99_s": round(float(np.quantile(waits, 0.99)), 4),
+            "honest_p99_s": _p99(waits),
+            "honest_update_p99_s": _p99(notes.latencies_s),
+            "honest_check_in_p99_s": _p99(notes.check_in_latencies_s),
+            **{f"{name}_refused_p99_s": value for name, value in refusal_p99_s.items()},
+            "slowest_refused_p99_s": max(refusal_p99_s.values()),
+            "slow_held_max_s": round(max(times_s["slow"], default=np.inf), 2),
             "peak_mb_grown": round((peak_bytes - before_bytes) / 2**20, 1),
             **{name: value for name, value in sorted(counts.items()) if name != "5xx"},
         },
@@ -92,36 +112,67 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             "died": 0,
             "server_errors": 0,
             "honest_p99_s": 1.0,
+            "slowest_refused_p99_s": 1.0,
+            "slow_held_max_s": idle_s + _CLOSED_S,
+            "slow_body_otherwise": 0,
             "peak_mb_grown": 256.0,
-            **{f"{name}_otherwise": 0 for name in _ATTACKS},
+            **{f"{name}_{how}": 0 for how in ("cut_off", "otherwise") for name in _ATTACKS},
         },
-        at_least={"acknowledged": 10, "slow_closed": slow, **{f"{name}_refused": 1.0 for name in _ATTACKS}},
+        at_least={
+            "acknowledged": 10,
+            "slow_head_closed": slow // 2,
+            "slow_body_refused": slow // 2,
+            **{f"{name}_refused": seconds for name in _ATTACKS},
+        },
     )
 
 
-async def _slow(server: ServerProcess, over: asyncio.Event, counts: Counter[str]) -> None:
-    """A request whose headers never end, a few bytes at a time."""
+def _p99(times_s: Sequence[float] | NDArray[np.float64]) -> float:
+    return round(float(np.quantile(times_s, 0.99)), 4) if len(times_s) else float("inf")
+
+
+async def _slow(
+    kind: str, server: ServerProcess, over: asyncio.Event, counts: Counter[str], held_s: list[float]
+) -> None:
+    """A request whose head or body never ends, a few bytes at a time."""
     while not over.is_set():
         with contextlib.suppress(OSError):
+            began = time.perf_counter()
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            counts["slow_opened"] += 1
+            counts[f"slow_{kind}_opened"] += 1
             try:
-                writer.write(_POST + b"X-Slow: ")
-                while not reader.at_eof():
-                    writer.write(b"x")
-                    await writer.drain()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(reader.read(100), 2.0)
-                counts["slow_closed"] += 1
+                writer.write(_SLOW[kind]())
+                said = await _trickle(reader, writer)
+                counts[f"slow_{kind}_closed"] += 1
+                if kind == "body":
+                    counts["slow_body_refused" if said[9:12] == b"400" else "slow_body_otherwise"] += 1
             finally:
+                held_s.append(time.perf_counter() - began)
                 writer.close()
         await asyncio.sleep(0.1)
 
 
+async def _trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """A byte every two seconds until the server closes; what it said."""
+    said = b""
+    with contextlib.suppress(OSError):
+        while not reader.at_eof():
+            writer.write(b"x")
+            await writer.drain()
+            with contextlib.suppress(TimeoutError):
+                said += await asyncio.wait_for(reader.read(100), 2.0)
+    return said
+
+
 async def _again(
-    name: str, attack: _Attack, server: ServerProcess, over: asyncio.Event, counts: Counter[str]
+    name: str,
+    attack: _Attack,
+    server: ServerProcess,
+    over: asyncio.Event,
+    counts: Counter[str],
+    refused_s: list[float],
 ) -> None:
-    """One kind of attack after another, each on a connection of its own."""
+    """One kind of attack after another, each on a connection of its own, which is part of its time."""
     while not over.is_set():
         began = time.perf_counter()
         status = b""
@@ -132,6 +183,7 @@ async def _again(
                     status = await attack.send(reader, writer)
             finally:
                 writer.close()
+        refused_s.append(time.perf_counter() - began)
         code = status[9:12]  # HTTP/1.0 where the request could not be read as HTTP
         counts["5xx"] += code.startswith(b"5") and code != b"503"
         counts[f"{name}_refused"] += code == attack.status
@@ -184,4 +236,8 @@ _ATTACKS = {
     ),
     "many_headers": _Attack(lambda r, w: _whole(r, w, _POST + b"X-Y: z\r\n" * 100_000 + b"\r\n"), b"400"),
     "endless": _Attack(_endless, b"413"),
+}
+_SLOW: dict[str, Callable[[], bytes]] = {
+    "head": lambda: _POST + b"X-Slow: ",
+    "body": lambda: _signed(bytes(_SLOW_BYTES), f"Content-Length: {_SLOW_BYTES}"),
 }

@@ -55,6 +55,7 @@ class Notes:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []  #: answers that no server may give
         self.latencies_s: list[float] = []  #: of uploads that were acknowledged, from their first sending
+        self.check_in_latencies_s: list[float] = []  #: of check-ins that were answered, in the same way
 
     def receipt(self, lease: str, frame: bytes, receipt: Receipt) -> None:
         digest = hashlib.sha256(frame).hexdigest()
@@ -89,6 +90,7 @@ class Device:
         self.identity = Identity(key)
         self.transport = self._connect(url)
         self._in_hand: tuple[str, bytes] | None = None  #: lease and frame without a final answer yet
+        self._asked_at: float | None = None  #: when it first checked in without an answer yet
         self._rng = np.random.default_rng((1, number))
 
     async def __aenter__(self) -> Self:
@@ -133,7 +135,10 @@ class Device:
                 self.notes.wrong.append(str(error))
 
     async def _check_in(self) -> None:
+        self._asked_at = self._asked_at or time.perf_counter()
         answer = await self.transport.check_in(CHECK_IN)
+        self.notes.check_in_latencies_s.append(time.perf_counter() - self._asked_at)
+        self._asked_at = None
         if isinstance(answer, Work):
             frame = frame_of(answer.plan, self._numbers, self.number % self._numbers)
             self._in_hand = answer.lease, frame
