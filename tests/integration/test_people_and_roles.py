@@ -107,6 +107,8 @@ async def test_each_change_is_logged_with_who_made_it_and_refusals_are_not(serve
     await server.people("POST", "/tasks/lights/pause", None, alice)
     await server.people("POST", "/tasks/none/pause", None, alice)
     await server.people("POST", "/admin-tokens", b"{}", alice)
+    await server.people("POST", "/admin-tokens/alice/revoke")
+    await server.people("POST", "/admin-tokens/nobody/revoke")
     async with server.device() as peer:
         await server.people("POST", f"/devices/{peer.identity.device}/revoke")
         with pytest.raises(Refused, match="revoked: an operator has revoked this device's key"):
@@ -119,12 +121,14 @@ async def test_each_change_is_logged_with_who_made_it_and_refusals_are_not(serve
         ("owner", "task.create"),
         ("owner", "admin-token.create"),
         ("alice", "task.change"),
+        ("owner", "admin-token.revoke"),
         ("owner", "device.revoke"),
     ]
+    assert rows[4]["subject"] == "alice"
     assert rows[3]["subject"] == "lights"
     assert msgspec.json.decode(rows[3]["detail"]) == {"state": "paused"}
     later: Answer = await server.people("GET", "/audit?after=4")
-    assert [row["sequence"] for row in msgspec.json.decode(later.body)] == [5]
+    assert [row["sequence"] for row in msgspec.json.decode(later.body)] == [5, 6]
 
 
 async def test_the_log_verifies_from_outside_until_someone_tampers_with_it(

@@ -61,6 +61,16 @@ async def command(server: Served, tmp_path: Path, *arguments: str) -> int:
     return await asyncio.to_thread(main, [*arguments, *where])
 
 
+async def changes(server: Served) -> list[tuple[str, int]]:
+    """What the log says was done to versions of the task, and which."""
+    entries = json.loads((await server.people("GET", "/audit")).body)
+    found = [entry for entry in entries if entry["action"].startswith("version.")]
+    assert {(entry["actor"], entry["subject"]) for entry in found} <= {("owner", "lights")}
+    return [
+        (entry["action"].removeprefix("version."), json.loads(entry["detail"])["number"]) for entry in found
+    ]
+
+
 async def test_a_version_that_ruins_the_model_is_held_and_a_harmless_one_is_released(
     server: Served, tiny_bundle: Path, tmp_path: Path, test_rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +88,7 @@ async def test_a_version_that_ruins_the_model_is_held_and_a_harmless_one_is_rele
         ruined = json.loads(capsys.readouterr().out)
         assert (ruined["number"], ruined["state"]) == (2, "held")
         assert ruined["reason"].startswith("its loss rose from")
+        assert await changes(server) == [("judge", 1), ("judge", 2)]
         work = await peer.work()
     assert work.plan.version_number == 3
     assert work.plan.version == harmless["sha256"]
@@ -96,6 +107,7 @@ async def test_operators_settle_a_candidate_and_bring_a_version_back(
         assert await command(server, tmp_path, "version", "rollback", "lights", "0", "--json") == 0
         again = json.loads(capsys.readouterr().out)
         assert (again["number"], again["reason"]) == (4, "an operator brought version 0 back")
+        assert await changes(server) == [("release", 1), ("hold", 2), ("rollback", 0)]
         assert (await peer.work()).plan.version == again["sha256"]
         assert (
             await command(server, tmp_path, "version", "download", "lights", "--out", str(tmp_path / "v"))
@@ -126,6 +138,7 @@ async def test_verdicts_of_nonsense_are_refused_and_settle_nothing(
     )
     states = [version["state"] for version in await server.admin.task("lights", "/versions")]
     assert states == ["released", "candidate"]
+    assert await changes(server) == []
     assert await command(server, tmp_path, "judge", "lights", "--data", "no-such-file") == 2
     assert capsys.readouterr().err.startswith("fedtt: error: no-such-file")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sqlite3
 import stat
 import time
@@ -97,6 +98,24 @@ def test_too_few_files_and_too_little_disk_are_found(data: Path, monkeypatch: py
     seen = found(data)
     assert "LimitNOFILE=" in seen["files"].fix or "any number" in seen["files"].said
     assert "free at least" in seen["disk"].fix
+
+
+def test_a_clock_that_the_kernel_calls_unsynchronised_is_found(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "adjtimex"):
+        pytest.skip("this system does not say whether its clock is synchronised")
+    state = libc.adjtimex(ctypes.create_string_buffer(256))  # whatever it is here, call it the error
+    monkeypatch.setattr(doctor, "_TIME_ERROR", state)
+    seen = found(data)["clock"]
+    assert (seen.ok, seen.said, seen.fix) == (
+        False,
+        "the clock is not synchronised",
+        "run chrony or timesyncd",
+    )
+    monkeypatch.setattr(doctor, "_TIME_ERROR", state + 1)
+    assert found(data)["clock"].ok
 
 
 def test_each_disk_is_looked_at_once(
