@@ -30,7 +30,7 @@ from fedtt.folds import Contribution, Fold, Krum, Mean, Median, TrimmedMean
 from fedtt.messages import Code, Work
 from fedtt.wire import UpdateHeader, encode_update, layout_tag
 
-__all__ = ["bounded", "refusals", "run"]
+__all__ = ["bounded", "colluding", "refusals", "run"]
 
 NUMBERS = 100
 _HONEST, _BOUND, _MOST_EXAMPLES = 9, 1.0, 10
@@ -39,9 +39,8 @@ Rows = NDArray[np.float64]
 
 async def run(setting: Setting) -> Outcome:
     figures = await refusals(setting) | await bounded(setting)
-    colluding = _colluders(setting)
     return Outcome(
-        figures=figures | colluding,
+        figures=figures | colluding(setting, rounds=10 if setting.quick else 30),
         at_most={
             "hostile_taken": 0,
             "server_errors": 0,
@@ -225,7 +224,7 @@ _ATTACKS: dict[str, Attack] = {
 }
 
 
-def _colluders(setting: Setting) -> Figures:
+def colluding(setting: Setting, *, rounds: int) -> Figures:
     """Points of accuracy that a fifth of the devices cost each fold, against the plain mean without them."""
     task = Task(setting.seed)
     size = int(np.prod(task.shape))
@@ -235,7 +234,6 @@ def _colluders(setting: Setting) -> Figures:
         "trimmed": TrimmedMean(trim=0.25),
         "krum": Krum(hostile=hostile, selected=len(task.devices) - 2 * hostile - 2),
     }
-    rounds = 10 if setting.quick else 30
 
     def train(fold: Fold, attack: Attack | None) -> float:
         theta = np.zeros(size)

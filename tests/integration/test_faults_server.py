@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.attacks import attacked
+from benchmarks.faults.flips import damaged
 from benchmarks.faults.fold import folded
 from benchmarks.faults.full_disk import filled
 from benchmarks.faults.herd import herd
-from benchmarks.faults.hostile import bounded
+from benchmarks.faults.hostile import bounded, colluding, refusals
 from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
 from benchmarks.faults.power import cut
@@ -79,6 +80,27 @@ async def test_one_device_moves_the_model_by_its_bounded_norm_and_weight_and_no_
     setting: Setting,
 ) -> None:
     assert await bounded(setting) == {"moved_over_bound": 1.0}
+
+
+async def test_hostile_values_are_all_refused_and_an_honest_update_is_taken_after_them(
+    setting: Setting,
+) -> None:
+    figures = await refusals(setting)
+    assert (figures["hostile_sent"], figures["hostile_taken"], figures["server_errors"]) == (14, 0, 0)
+    assert sum(int(count) for name, count in figures.items() if name.startswith("refused_")) == 14
+
+
+def test_a_fifth_of_colluding_devices_costs_a_robust_fold_little_and_the_plain_mean_much(
+    setting: Setting,
+) -> None:
+    figures = colluding(setting, rounds=3)
+    assert float(figures["points_lost_best_fold"]) <= 2.0
+    assert float(figures["lost_by_plain_mean_opposite"]) > 20.0
+
+
+async def test_damaged_updates_are_refused_in_each_codec_and_the_sound_one_is_taken(setting: Setting) -> None:
+    outcome = await damaged(setting, stride=101)
+    assert outcome.failures == []
 
 
 async def test_a_server_whose_disk_runs_full_goes_on_by_itself_once_there_is_room(setting: Setting) -> None:
