@@ -44,7 +44,7 @@ from storage.records import (
 )
 from storage.store import Transaction
 
-__all__ = ["NO_TASK", "Coordinator"]
+__all__ = ["IDLE_RETRY_S", "NO_TASK", "Coordinator"]
 
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active

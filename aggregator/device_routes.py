@@ -15,6 +15,7 @@ from fedtt.manifest import MANIFEST, decode_manifest
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
     MESSAGE_LIMIT_BYTES,
+    Code,
     Enroll,
     Failure,
     Problem,
@@ -86,7 +87,10 @@ async def check_in(request: web.Request) -> web.Response:
     claim = await _sender(request)
     message = read_message(await _signed_body(request, claim, MESSAGE_LIMIT_BYTES), decode_check_in)
     service = request.app[SERVICE]
-    response = answer(checked(await service.check_in(claim.device, message, claim.nonce)))
+    found = await service.check_in(claim.device, message, claim.nonce)
+    if isinstance(found, Problem) and found.code is Code.BUSY:
+        raise ProblemError(found, service.pace.again_s(service.clock.now(), claim.device))
+    response = answer(checked(found))
     if service.server_key is not None and isinstance(response.body, bytes):
         sender, now = request.headers["Signature"], service.clock.now()
         response.headers.update(service.server_key.sign(response.status, response.body, sender, now))

@@ -14,6 +14,7 @@ from aggregator.folding import server_state
 from aggregator.inline import Aside, InlineTogether, InlineWriter, at_once
 from aggregator.keeper import Keeper
 from aggregator.metrics import Metrics
+from aggregator.pace import Pace
 from aggregator.problems import bad_signature, busy, malformed, not_found, unknown_lease
 from aggregator.releases import Releases
 from aggregator.threads import Threads
@@ -34,6 +35,7 @@ from fedtt.messages import (
     Problem,
     Receipt,
     Verdict,
+    Wait,
 )
 from fedtt.seams import Clock, VersionBody
 from fedtt.wire import update_digest, update_limit_bytes, zeros_digest
@@ -101,6 +103,7 @@ class Service:
         self.coordinator = Coordinator(self.lifecycle)
         self.metrics = Metrics()
         self.started_at = clock.now()
+        self.pace = Pace()
         self.draining = False  #: about to stop: no longer ready for new devices
         self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread
@@ -176,6 +179,8 @@ class Service:
         )
         if not isinstance(answer, Problem):
             self.metrics.checked_in(answer)
+        if isinstance(answer, Wait):
+            self.pace.told(answer.retry_after_s)
         return answer
 
     async def admit(
