@@ -59,7 +59,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
     idle_s = seconds / 3  # so that each slow connection is closed, and closed again
     options = ("--idle-s", f"{idle_s:g}", "--body-s", f"{idle_s:g}")
     server = ServerProcess(setting.directory / "data", options=options)
-    over, counts = asyncio.Event(), Counter({"slow_body_otherwise": 0})
+    over, counts = asyncio.Event(), Counter({f"slow_{kind}_otherwise": 0 for kind in _SLOW})
     times_s: defaultdict[str, list[float]] = defaultdict(list)
     habits = Habits(pause_s=0.05, retry_s=0.1)
     async with server.running(), devices(20, server.url, _NUMBERS, habits) as (peers, notes):
@@ -114,7 +114,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             "honest_p99_s": 1.0,
             "slowest_refused_p99_s": 1.0,
             "slow_held_max_s": idle_s + _CLOSED_S,
-            "slow_body_otherwise": 0,
+            **{f"slow_{kind}_otherwise": 0 for kind in _SLOW},
             "peak_mb_grown": 256.0,
             **{f"{name}_{how}": 0 for how in ("cut_off", "otherwise") for name in _ATTACKS},
         },
@@ -143,9 +143,7 @@ async def _slow(
             try:
                 writer.write(_SLOW[kind]())
                 said = await _trickle(reader, writer)
-                counts[f"slow_{kind}_closed"] += 1
-                if kind == "body":
-                    counts["slow_body_refused" if said[9:12] == b"400" else "slow_body_otherwise"] += 1
+                counts[_SLOW_ENDS[kind].get(said[9:12], f"slow_{kind}_otherwise")] += 1
             finally:
                 held_s.append(time.perf_counter() - began)
                 writer.close()
@@ -153,14 +151,14 @@ async def _slow(
 
 
 async def _trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """A byte every two seconds until the server closes; what it said."""
+    """A byte every two seconds until the server answers or closes; what it said."""
     said = b""
     with contextlib.suppress(OSError):
-        while not reader.at_eof():
+        while not (said or reader.at_eof()):
             writer.write(b"x")
             await writer.drain()
             with contextlib.suppress(TimeoutError):
-                said += await asyncio.wait_for(reader.read(100), 2.0)
+                said = await asyncio.wait_for(reader.read(100), 2.0)
     return said
 
 
@@ -237,6 +235,8 @@ _ATTACKS = {
     "many_headers": _Attack(lambda r, w: _whole(r, w, _POST + b"X-Y: z\r\n" * 100_000 + b"\r\n"), b"400"),
     "endless": _Attack(_endless, b"413"),
 }
+#: kind of slow connection -> status of the answer, if any -> what it counts as
+_SLOW_ENDS = {"head": {b"": "slow_head_closed"}, "body": {b"400": "slow_body_refused"}}
 _SLOW: dict[str, Callable[[], bytes]] = {
     "head": lambda: _POST + b"X-Slow: ",
     "body": lambda: _signed(bytes(_SLOW_BYTES), f"Content-Length: {_SLOW_BYTES}"),
