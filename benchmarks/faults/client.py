@@ -63,7 +63,7 @@ async def clients_killed(setting: Setting, *, bundle: Path, rows: list[str], kil
     async with server.running():
         training = "[training]\nlocal_steps = 3\nbatch_size = 4\n"
         rounds = {"cohort": 1, "retry_s": 0.05, "deadline_s": _DEADLINE_S, "give_up_after": 10**6}
-        await server.open_task(task_text("int8", fold=training, **rounds), bundle)
+        await server.open_task(task_text("int8", more=training, **rounds), bundle)
         life = _Lives(setting.directory / "home", server, data)
         round_s = await life.undisturbed()
         setting.report.line(row="client", round_s=round(round_s, 3))

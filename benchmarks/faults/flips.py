@@ -51,7 +51,7 @@ async def damaged(setting: Setting, *, stride: int) -> Outcome:
     for codec, (quantise, more) in _CODECS.items():
         server = ServerProcess(setting.directory / codec / "data", options=("--device-rate", "none"))
         async with server.running():
-            await server.open_task(task_text(quantise, codec=more, cohort=100_000), NUMBERS)
+            await server.open_task(task_text(quantise, more=more, cohort=100_000), NUMBERS)
             async with aclosing(_working(server)) as working:
                 await _try_all(counts, codec, working, stride)
         setting.report.line(row="flips", codec=codec, **counts)

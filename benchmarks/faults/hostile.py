@@ -128,7 +128,7 @@ async def bounded(setting: Setting) -> Figures:
     server = ServerProcess(setting.directory / "bounded" / "data")
     fold = f'[fold]\nkind = "mean"\nnorm_bound = {_BOUND}\nmax_examples = {_MOST_EXAMPLES}\n'
     async with server.running():
-        await server.open_task(task_text(cohort=_HONEST + 1, fold=fold), NUMBERS)
+        await server.open_task(task_text(cohort=_HONEST + 1, more=fold), NUMBERS)
         for number in range(_HONEST + 1):
             device = await _enrolled(server, number)
             async with device:

@@ -29,16 +29,16 @@ _SUMMED_S = 30.0
 _ASK_AGAIN_S = 30.0  #: after which a server that still runs is told once more to end
 
 
-def task_text(quantise: str = "fp32", *, codec: str = "", fold: str = "", **rounds: float) -> str:
+def task_text(quantise: str = "fp32", *, more: str = "", **rounds: float) -> str:
     """A task file; its rounds fold once all of their cohort have answered unless `rounds` says otherwise.
 
-    codec: more lines of its table; fold: a table of its own.
+    more: lines at its end, of the codec's table first.
     """
     settings = {"count": 1_000_000, "cohort": 10, "deadline_s": 600, "retry_s": 0.1} | rounds
     lines = "\n".join(f"{key} = {value}" for key, value in settings.items())
     return (
         f'name = "{TASK}"\n[rounds]\n{lines}\n[method]\nname = "fedavg"\n'
-        f'[codec]\nquantise = "{quantise}"\n{codec}{fold}'
+        f'[codec]\nquantise = "{quantise}"\n{more}'
     )
 
 
