@@ -117,6 +117,7 @@ async def test_each_change_is_logged_with_who_made_it_and_refusals_are_not(serve
             await peer.enroll(server.token)
     rows = msgspec.json.decode((await server.people("GET", "/audit")).body)
     assert [(row["actor"], row["action"]) for row in rows] == [
+        ("program", "token.create"),  # the one beside the database
         ("owner", "bundle.add"),
         ("owner", "task.create"),
         ("owner", "admin-token.create"),
@@ -124,11 +125,11 @@ async def test_each_change_is_logged_with_who_made_it_and_refusals_are_not(serve
         ("owner", "admin-token.revoke"),
         ("owner", "device.revoke"),
     ]
-    assert rows[4]["subject"] == "alice"
-    assert rows[3]["subject"] == "lights"
-    assert msgspec.json.decode(rows[3]["detail"]) == {"state": "paused"}
-    later: Answer = await server.people("GET", "/audit?after=4")
-    assert [row["sequence"] for row in msgspec.json.decode(later.body)] == [5, 6]
+    assert rows[5]["subject"] == "alice"
+    assert rows[4]["subject"] == "lights"
+    assert msgspec.json.decode(rows[4]["detail"]) == {"state": "paused"}
+    later: Answer = await server.people("GET", "/audit?after=5")
+    assert [row["sequence"] for row in msgspec.json.decode(later.body)] == [6, 7]
 
 
 async def test_the_log_verifies_from_outside_until_someone_tampers_with_it(
@@ -139,7 +140,7 @@ async def test_the_log_verifies_from_outside_until_someone_tampers_with_it(
         head = msgspec.json.decode(capsys.readouterr().out)["head"]
         await token(server, "alice", Role.VIEWER)
         await verify_audit(client, argparse.Namespace(head=head, json=False))
-        assert "3 entries hold; keep the head for the next time: --head " in capsys.readouterr().out
+        assert "4 entries hold; keep the head for the next time: --head " in capsys.readouterr().out
         with closing(sqlite3.connect(tmp_path / "data" / "fedtt.db", isolation_level=None)) as connection:
             connection.execute("DROP TRIGGER audit_no_update")
             connection.execute("UPDATE audit SET actor = 'mallory' WHERE sequence = 2")
