@@ -16,7 +16,7 @@ from benchmarks.harness import machine
 
 __all__ = ["BASES", "PRODUCTS", "SHAPES", "Kept", "Kind", "Row", "bases_of", "has_limit", "rows"]
 
-PRODUCTS = "int8-products"  #: a base in int8, multiplied in int8: by ONNX Runtime alone
+PRODUCTS = "int8-products"  #: a base in int8, multiplied in int8
 BASES = ("fp32", "fp16", "int8", PRODUCTS)
 SHAPES = ((8, 64), (16, 128))
 DEPTHS = (None, 3, 2, 1)
@@ -57,10 +57,8 @@ def rows(kinds: Sequence[Kind]) -> Iterator[Row]:
 
 def bases_of(kind: Kind) -> tuple[str, ...]:
     match kind:
-        case "onnxruntime":
+        case "onnxruntime" | "executorch":
             return BASES
-        case "executorch":
-            return BASES[:3]
         case _:
             return BASES[:1]
 

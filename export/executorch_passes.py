@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
+from .executorch_products import write_products
 from .quantise import Stored
 
 __all__ = ["FROZEN", "digest", "frozen_names", "is_frozen", "shape_of", "simplify", "store"]
@@ -43,13 +45,18 @@ def _values(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def store(program: ExportedProgram, stored: Mapping[int, Stored]) -> None:
-    """Put what is stored in the place of each matrix, known by its address; each use computes it again."""
+    """Put what is stored in the place of each matrix, known by its address; each use computes it again.
+
+    Where integers are multiplied there is no such use.
+    """
     graph = program.graph
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for name, value in _values(program).items():
         if (kept := stored.get(value.data_ptr())) is None:
             continue
         weight = nodes[name]
+        if kept.multiplied:
+            write_products(graph, weight, kept, partial(_constant, program))
         codes = _constant(program, kept.codes)
         scale = None if kept.scale is None else _constant(program, kept.scale[:, None])
         for node in list(weight.users):
@@ -66,11 +73,15 @@ def store(program: ExportedProgram, stored: Mapping[int, Stored]) -> None:
 
 
 def _constant(program: ExportedProgram, value: Tensor) -> Node:
-    graph = program.graph
-    with graph.inserting_before(next(iter(graph.nodes))):
-        node: Node = create_constant_placeholder(
-            program, graph, digest(value), InputKind.BUFFER, value, persistent_buffer=True
-        )
+    """The constant of this value, made where there is none."""
+    graph, name = program.graph, digest(value)
+    known = {spec.target: spec.arg.name for spec in program.graph_signature.input_specs}
+    node: Node | None = next((node for node in graph.nodes if node.name == known.get(name)), None)
+    if node is None:
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = create_constant_placeholder(
+                program, graph, name, InputKind.BUFFER, value, persistent_buffer=True
+            )
     return node
 
 
@@ -126,6 +137,8 @@ def _rewrite(graph: Graph, node: Node, frozen: set[str]) -> None:
         _replace(graph, node, _ATEN.full.default, (node.args[0], 0), dtype=node.meta["val"].dtype)
     elif node.target is _ATEN.erf.default:
         _reuse_gelu(graph, node)
+    elif node.target is _ATEN.mean.dim:
+        _average_by_product(graph, node)
 
 
 def shape_of(node: Any) -> list[Any]:
@@ -200,6 +213,18 @@ def _reuse_gelu(graph: Graph, erf: Node) -> None:
         if node.target is _ATEN.mul.Tensor and node.args == (x, x) and square < node:
             node.replace_all_uses_with(square)
     _replace(graph, cdf, _ATEN.div.Tensor, (above, below))
+
+
+def _average_by_product(graph: Graph, node: Node) -> None:
+    """A mean over the last dimension, of N numbers, is a product with N times 1/N, whose kernel is fast."""
+    x: Any = node.args[0]
+    size = shape_of(x)[-1]
+    if list(node.args[1:]) != [[-1], True] or not isinstance(size, int):
+        return
+    with graph.inserting_before(node):
+        parts = graph.call_function(_ATEN.full.default, ([1, size], 1 / size), {"dtype": x.meta["val"].dtype})
+    parts.meta = {"val": x.meta["val"].new_empty((1, size))}
+    _replace(graph, node, _ATEN.linear.default, (x, parts))
 
 
 def _only_user(node: Node | None, target: Any, number: float) -> Node | None:

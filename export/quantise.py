@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from fedtt.errors import ConfigError
 from fedtt.manifest import Precision
 
-__all__ = ["Stored", "quantise"]
+__all__ = ["MULTIPLIED_LEVELS", "Stored", "quantise"]
 
 _LEVELS = 127  #: of each sign
 #: Of a matrix whose integers are multiplied. Processors without VNNI add pairs of products of a row's number,
 #: at most 255, in 16 bits that saturate: 2 · 255 · 64 = 32,640 < 2^15, so all compute the same.
-_MULTIPLIED_LEVELS = 64
+MULTIPLIED_LEVELS = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _stored(name: str, weight: Tensor, precision: Precision, *, multiplied: bool
         )
     if precision == "fp16":
         return Stored(weight.to(torch.float16))
-    levels = _MULTIPLIED_LEVELS if multiplied else _LEVELS
+    levels = MULTIPLIED_LEVELS if multiplied else _LEVELS
     scale = torch.where(largest > 0, largest / levels, torch.ones_like(largest))
     codes = torch.round(weight / scale[:, None]).clamp(-levels, levels).to(torch.int8)
     return Stored(codes, scale, multiplied)

@@ -145,10 +145,6 @@ class ExportRequest:
             raise ConfigError(
                 "products", self.products, "only with base = 'int8', whose integers are multiplied"
             )
-        if "executorch" in self.runtimes:
-            raise ConfigError(
-                "products", self.products, "only in onnxruntime; leave executorch out of runtimes"
-            )
 
     def _check_options(self) -> None:
         own = _OPTIONS[self.adapter]

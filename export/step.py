@@ -14,9 +14,10 @@ from fedtt.adapter import AdapterSpec
 from .base import Base
 from .head import Head, name_rows, pool
 from .insert import Adapters
-from .integer_products import IntegerProducts
+from .integer_products import IntegerProducts, by_largest, by_range
 from .prefix import run_noting
 from .quantise import Stored
+from .request import RuntimeKind
 
 __all__ = ["AdaptedModel", "TrainingStep", "next_token_nll", "nll"]
 
@@ -61,9 +62,10 @@ class AdaptedModel(nn.Module):
         """What is stored of the base's matrices, by the names of this module's parameters."""
         return {f"transformer.{name}": stored for name, stored in self.base.stored.items()}
 
-    def products(self) -> IntegerProducts:
-        """What torch computes under as the graphs do, where products by the base are in integers."""
-        return IntegerProducts(dict(self.named_parameters()), self.stored)
+    def products(self, runtime: RuntimeKind = "onnxruntime") -> IntegerProducts:
+        """What torch computes under as a runtime's graphs do, where products by the base are in integers."""
+        rounding = by_largest if runtime == "onnxruntime" else by_range
+        return IntegerProducts(dict(self.named_parameters()), self.stored, rounding)
 
     def loss(
         self, theta: Tensor, ids: Tensor, mask: Tensor, *labels: Tensor, run: Run | None = None

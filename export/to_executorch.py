@@ -1,8 +1,8 @@
 """From an exported step to ExecuTorch programs that share one file of weights.
 
-XNNPACK takes the products with frozen weights, and what ExecuTorch's own kernels are slow at. It gets each
-weight as an input and not as a constant of its own: then forward and backward read one copy, in place, from
-the mapped file, where a constant would be packed twice for each. All else runs in ExecuTorch's own kernels.
+XNNPACK takes all that grows with the batch (`xnnpack_calls`). It gets each float32 weight as an input and not
+as a constant of its own: then forward and backward read one copy, in place, from the mapped file, where a
+constant would be packed twice for each. All else runs in ExecuTorch's own kernels.
 """
 
 from __future__ import annotations
@@ -17,30 +17,27 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .quantise import Stored
 from .trace import decomposed_once
 
 with warnings.catch_warnings():  # importing it says much about torch's and its own deprecations
     warnings.simplefilter("ignore")
-    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
     from executorch.exir._serialize._cord import Cord
     from executorch.exir._serialize._named_data_store import NamedDataStore
     from executorch.exir._serialize.data_serializer import DataPayload
-    from executorch.exir.backend.compile_spec_schema import CompileSpec
-    from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
-    from executorch.exir.dialects._ops import ops
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
-    from .executorch_passes import FROZEN, digest, frozen_names, is_frozen, shape_of, simplify, store
+    from .executorch_passes import FROZEN, digest, frozen_names, simplify, store
+    from .xnnpack_calls import XnnpackCalls
 
 __all__ = ["write_programs"]
 
 _ATEN = torch.ops.aten
 _TAG = "weights"
-#: Makes the back end take one pass, that to `linear`, over each operator, and not all its 17.
-_FEW_PASSES = CompileSpec("dqlinear_partitioner", b"")
+_SMALL = 8  #: rows, or tokens
 
 
 def write_programs(
@@ -72,12 +69,31 @@ def _lower(program: ExportedProgram, stored: Mapping[int, Stored]) -> tuple[byte
     program.graph_module.recompile()
     config = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[_ATEN.linear.default])
     with decomposed_once(program):
-        edge = to_edge(program, compile_config=config).to_backend(_SingleOperators())
+        edge = to_edge(program, compile_config=config)
+    with _small(program):
+        edge = edge.to_backend(XnnpackCalls(_TAG))
     lowered = edge.to_executorch(ExecutorchBackendConfig(external_constants=lambda node: _TAG))
     with tempfile.TemporaryDirectory() as directory:
         lowered.write_tensor_data_to_file(directory)
         data = (Path(directory) / f"{_TAG}.ptd").read_bytes()
     return lowered.buffer, Cord(data)
+
+
+@contextlib.contextmanager
+def _small(program: ExportedProgram) -> Iterator[None]:
+    """Let all dynamic sizes be small.
+
+    XNNPACK makes resident what it plans when a program is loaded, and adds where a batch needs more.
+    """
+    values = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
+    symbolic = (size for value in values for size in value.shape if isinstance(size, torch.SymInt))
+    ranges = next(symbolic).node.shape_env.var_to_range
+    before = dict(ranges)
+    ranges |= {symbol: ValueRanges(known.lower, max(known.lower, _SMALL)) for symbol, known in before.items()}
+    try:
+        yield
+    finally:
+        ranges |= before
 
 
 def _name_by_content(program: ExportedProgram) -> None:
@@ -97,46 +113,6 @@ def _name_by_content(program: ExportedProgram) -> None:
             first[name] = node
         held[name] = value
         spec.target = name
-
-
-# lowering
-
-
-class _SingleOperators(Partitioner):  # type: ignore[misc, unused-ignore]
-    """Marks for XNNPACK, one by one, products with a frozen weight and what else it is much faster at.
-
-    ExecuTorch's kernels for those take each number by itself. XNNPACK's own partitioner looks through the
-    whole graph at each node, which takes minutes here.
-    """
-
-    _PRODUCTS = (ops.edge.aten.mm.default, ops.edge.aten.linear.default)
-    _FASTER = (
-        ops.edge.aten.exp.default,
-        ops.edge.aten.gelu.default,
-        ops.edge.aten.permute_copy.default,
-        ops.edge.aten._softmax.default,
-    )
-
-    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-        frozen = frozen_names(exported_program)
-        tags: dict[str, DelegationSpec] = {}
-        for index, node in enumerate(exported_program.graph.nodes):
-            if self._taken(node, frozen):
-                tag = node.meta["delegation_tag"] = f"operator{index}"
-                tags[tag] = DelegationSpec(XnnpackBackend.__name__, [_FEW_PASSES])
-        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
-
-    def _taken(self, node: Node, frozen: set[str]) -> bool:
-        if node.target in self._PRODUCTS:
-            return is_frozen(node.args[1], frozen)
-        if node.target not in self._FASTER or node.kwargs or not _grows(node):
-            return False
-        return node.target is not self._FASTER[-1] or node.args[1] in (-1, len(shape_of(node)) - 1)
-
-
-def _grows(node: Node) -> bool:
-    """Whether its size is the batch's; others are too small to be worth a call."""
-    return not all(isinstance(size, int) for size in shape_of(node))
 
 
 @contextlib.contextmanager

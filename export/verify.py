@@ -25,6 +25,7 @@ from .bundle import read_bundle
 from .depths import PrefixStep, StepAbove, cut_inputs
 from .inputs import TRACED, random_inputs
 from .private import PrivateStep, private_inputs
+from .request import RuntimeKind
 from .step import AdaptedModel, TrainingStep
 from .trace import MIN_TOKENS
 
@@ -141,7 +142,7 @@ def _parts(graphs: Graphs, model: AdaptedModel) -> Iterator[_Part]:
 
 
 def _compared(
-    runtime: str,
+    runtime: RuntimeKind,
     parts: Iterable[tuple[_Run, _Part]],
     shapes: Sequence[tuple[int, int]],
     model: AdaptedModel,
@@ -151,7 +152,7 @@ def _compared(
     for run, part in parts:
         for figures, (batch, tokens) in zip(found, shapes, strict=True):
             inputs = part.inputs(batch, tokens)
-            with torch.no_grad(), model.products():
+            with torch.no_grad(), model.products(runtime):
                 results = part.function(*inputs.values())
             expected = (results if isinstance(results, tuple) else (results,))[: len(part.outputs)]
             given = run(inputs, part.outputs)

@@ -88,6 +88,17 @@ def private_executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="session")
+def integer_executorch_bundle(tiny_request: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`private_executorch_bundle` at full depth, over a base multiplied in int8."""
+    _takes_minutes("lowering steps with products in int8")
+    pytest.importorskip("executorch.exir", reason="SKIPPED: executorch is not installed, nothing is lowered")
+    integers = replace(
+        tiny_request, private=True, base="int8", products="int8", runtimes=("onnxruntime", "executorch")
+    )
+    return _export("integer-executorch", integers, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def executorch_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the shim, built here."""
     from edge_client.executorch.build import build

@@ -10,6 +10,7 @@
 #include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/extension/threadpool/threadpool_guard.h>
+#include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
 #include <executorch/runtime/platform/platform.h>
@@ -77,10 +78,19 @@ void keep_log(
   }
 }
 
+// What XNNPACK computes between its inputs and outputs lies in one place for all calls, not one for each.
+void share_workspace() {
+  executorch::runtime::BackendOption option;
+  std::snprintf(option.key, sizeof option.key, "workspace_sharing_mode");
+  option.value = 2;  // WorkspaceSharingMode::Global, in a header that the wheel does not ship
+  (void)executorch::runtime::set_option("XnnpackBackend", {&option, 1});
+}
+
 void start() {
   static const bool started = [] {
     executorch::runtime::register_pal(executorch::runtime::PalImpl::create(keep_log, __FILE__));
     executorch::runtime::runtime_init();
+    share_workspace();
     return true;
   }();
   (void)started;

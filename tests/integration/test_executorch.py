@@ -25,6 +25,7 @@ from edge_client.tokens import Batch, Tokens
 from export import verify_bundle
 from fedtt.errors import BundleError, ConfigError, RuntimeFailure
 from fedtt.layout import Theta
+from tests.support.torch_runtime import TorchRuntime, adapted_model
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,23 @@ def test_one_file_holds_each_weight_once(executorch_bundle: Path) -> None:
     """All programs, forward and backward, read one copy of the base."""
     ours, onnx = ((executorch_bundle / name).stat().st_size for name in ("base.ptd", "base.bin"))
     assert ours < 1.4 * onnx  # alignment and names weigh something beside so small a base
+
+
+def test_products_in_int8_agree_with_integers_in_torch_and_nearly_with_float32(
+    integer_executorch_bundle: Path, executorch_library: Path, tiny_model: Path
+) -> None:
+    """Step, evaluation, the step that clips and that over a prefix, and the gradient on a device."""
+    differences = verify_bundle(integer_executorch_bundle, str(tiny_model))
+    ours = [d for d in differences if d.runtime == "executorch"]
+    assert min(d.largest for d in ours) <= 1e-5  # where nothing is rounded the other way
+    assert all(0 < d.largest <= d.allowed and d.above and d.private for d in ours)
+    opened = open_bundle(integer_executorch_bundle, "executorch")
+    theta = np.random.default_rng(0).normal(0, 0.05, opened.manifest.adapter.layout.size).astype(np.float32)
+    _, found = ExecutorchRuntime(opened, library=executorch_library).gradient(theta, some_batch(opened))
+    in_float32 = TorchRuntime(adapted_model(opened, tiny_model))  # by the same rounded matrices
+    _, expected = in_float32.gradient(theta, some_batch(opened))
+    cosine = found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert 0.99 < cosine < 1 - 1e-6  # and it is another
 
 
 def test_a_process_that_trains_imports_no_torch(

@@ -32,10 +32,6 @@ def plan(**options: Any) -> AdapterSpec:
         ({"base": "int4"}, "base = 'int4' .*fp32, fp16, int8"),
         ({"products": "int8"}, "products = 'int8' .*only with base = 'int8'"),
         ({"products": "fp16"}, "products = 'fp16' .*one of fp32, int8"),
-        (
-            {"products": "int8", "base": "int8", "runtimes": ("onnxruntime", "executorch")},
-            "products = 'int8' .*only in onnxruntime",
-        ),
         ({"adapter": "prefix"}, "adapter = 'prefix' .*tt, dense, lora, lora-sb, none"),
     ],
 )
