@@ -180,6 +180,13 @@ class Coordinator(Population, Uploads):
                 if lease.task_id == task.id:
                     tx.put_lease(replace(lease, state=LeaseState.FAILED))
 
+    @staticmethod
+    def _rank(tx: Transaction, device: Device, task: Task) -> int | None:
+        """By what the device says of its memory, and how long the task's last update of it took."""
+        method = task.spec.method
+        part = tx.participation(task.id, device.id) if method.ranks else None
+        return method.rank_for(device.memory_mb, part.full_s if part else None)
+
     def _grant(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> Work:
         lease = Lease(
             id=self._new_lease_id(),
@@ -191,7 +198,7 @@ class Coordinator(Population, Uploads):
             granted_at=now,
             expires_at=now + task.spec.rounds.lease_lasts_s,
             state=LeaseState.ACTIVE,
-            rank=task.spec.method.rank_for(device.memory_mb),
+            rank=self._rank(tx, device, task),
         )
         if task.spec.sampling.is_limited and task.spec.rounds.max_staleness:
             self._end_older_leases(tx, device, task)

@@ -176,7 +176,7 @@ def _members(parts: Sequence[Participation], adapter: AdapterSpec) -> list[Membe
     return [
         Member(
             labels=None if p.label_counts is None else decode_label_counts(p.label_counts, classes),
-            time_s=None if p.duration_s is None else p.duration_s / p.work,
+            time_s=p.full_s,
         )
         for p in parts
     ]

@@ -295,3 +295,8 @@ class Participation(Struct, frozen=True, kw_only=True):
     duration_s: float | None  #: from the lease of its last to the receipt; None once forgotten
     work: float = 1.0  #: of its last, over that of a training at full depth
     label_counts: bytes | None = None  #: as the device told them, with its noise; None where it has not
+
+    @property
+    def full_s(self) -> float | None:
+        """What its last would have taken at full depth; None where nothing is known of it."""
+        return None if self.duration_s is None else self.duration_s / self.work

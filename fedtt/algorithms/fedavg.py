@@ -40,8 +40,11 @@ class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
         """Ranks below the adapter's own that devices may train at, each a variant with its own versions."""
         return ()
 
-    def rank_for(self, memory_mb: int) -> int | None:
-        """The rank of a device with so much memory (0: it did not say); None for the adapter's own."""
+    def rank_for(self, memory_mb: int, time_s: float | None = None) -> int | None:
+        """The rank of a device with so much memory (0: it did not say); None for the adapter's own.
+
+        time_s: of its last training, at full depth, with the way there and back; None where not measured.
+        """
         return None
 
     @property

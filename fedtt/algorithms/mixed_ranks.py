@@ -1,4 +1,4 @@
-"""Devices of different ranks in one task: tiers by memory, and the mean of what their factors stand for."""
+"""Devices at different ranks in a task: tiers by memory and speed, and the mean of the factors' products."""
 
 from __future__ import annotations
 
@@ -36,11 +36,27 @@ Matrix = Array  #: computed in float64
 Vector = NDArray[np.float64]
 
 
-class Tier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Devices with less memory train at this rank."""
+class Tier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Devices with less memory, or that take longer, train at this rank.
+
+    Defaults are left out of plans, so that clients that know of memory alone read tiers by memory alone.
+    """
 
     rank: Rank
-    below_mb: Annotated[int, Meta(ge=1, le=10**9)]  #: of what the device lets training use
+    below_mb: Annotated[int, Meta(ge=1, le=10**9)] | None = None  #: of what the device lets training use
+    slower_than_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None  #: from lease to receipt
+
+    def __post_init__(self) -> None:
+        if self.below_mb is None and self.slower_than_s is None:
+            raise ConfigError("method.tiers.below_mb", None, "left out only where there is slower_than_s")
+
+    def holds(self, memory_mb: int, time_s: float | None) -> bool:
+        """Whether a device with so much memory (0: it did not say) that took so long (None: unmeasured) is
+        of this tier, or of one below it."""
+        is_small = self.below_mb is not None and 0 < memory_mb < self.below_mb
+        return is_small or (
+            self.slower_than_s is not None and time_s is not None and time_s > self.slower_than_s
+        )
 
 
 class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,16 +70,17 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
     any_base: ClassVar[bool] = False
     any_fold: ClassVar[bool] = False
 
-    tiers: Annotated[tuple[Tier, ...], Meta(max_length=8)] = ()  #: from the least memory up
+    tiers: Annotated[tuple[Tier, ...], Meta(max_length=8)] = ()  #: from the least rank up
 
     def __post_init__(self) -> None:
-        for lower, upper in itertools.pairwise(self.tiers):
-            if lower.rank >= upper.rank or lower.below_mb >= upper.below_mb:
-                raise ConfigError(
-                    "method.tiers",
-                    [(tier.rank, tier.below_mb) for tier in self.tiers],
-                    "(rank, below_mb) both rising from tier to tier",
-                )
+        falling = [-tier.slower_than_s for tier in self.tiers if tier.slower_than_s is not None]
+        rising = [tier.below_mb for tier in self.tiers if tier.below_mb is not None]
+        if not all(_is_rising(values) for values in (self.ranks, rising, falling)):
+            raise ConfigError(
+                "method.tiers",
+                [(tier.rank, tier.below_mb, tier.slower_than_s) for tier in self.tiers],
+                "(rank, below_mb, slower_than_s) rising, rising and falling from tier to tier",
+            )
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -73,9 +90,9 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def residual_lasts(self) -> bool:
         return False
 
-    def rank_for(self, memory_mb: int) -> int | None:
-        """Of the first tier that it falls below; a device that does not say trains at the adapter's own."""
-        fitting = (tier.rank for tier in self.tiers if 0 < memory_mb < tier.below_mb)
+    def rank_for(self, memory_mb: int, time_s: float | None = None) -> int | None:
+        """Of the first tier that holds it; a device without a measurement goes by its memory alone."""
+        fitting = (tier.rank for tier in self.tiers if tier.holds(memory_mb, time_s))
         return next(fitting, None)
 
     def check_tiers(self, adapter: AdapterSpec) -> None:
@@ -89,6 +106,10 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 own = 1
         if self.ranks and self.ranks[-1] >= own:
             raise ConfigError("method.tiers", list(self.ranks), f"ranks below {own}, the bundle's own")
+
+
+def _is_rising(values: Sequence[float]) -> bool:
+    return all(lower < upper for lower, upper in itertools.pairwise(values))
 
 
 class Product(NamedTuple):

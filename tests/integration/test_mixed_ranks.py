@@ -26,7 +26,7 @@ from fedtt.messages import Code, FailureCode, Problem, UpdateState
 from fedtt.server_step import server_step
 from fedtt.wire import decode_update
 from fleet.profiles import Profile
-from storage.records import MAIN, Update, rank_branch
+from storage.records import MAIN, RoundState, Update, rank_branch
 from storage.sql import SqlStore
 from storage.store import Store
 from tests.support.federations import Federation, federation
@@ -230,7 +230,11 @@ def test_a_plan_of_a_rank_the_bundle_lacks_is_given_back(tmp_path: Path) -> None
         (CASES["flexlora"].text, tt_adapter(), "it trains 'lora' adapters and the bundle has 'tt': export"),
         (CASES["tt-svd-fedtt"].text, lora_adapter(), "it trains 'tt' adapters and the bundle has 'lora'"),
         (CASES["tt-svd-fedtt"].text, tt_adapter(rank=2), "ranks below 2, the bundle's own"),
-        (TASK.format(name="tt-svd-fedtt", second=1), tt_adapter(), "both rising from tier to tier"),
+        (
+            TASK.format(name="tt-svd-fedtt", second=1),
+            tt_adapter(),
+            "rising, rising and falling from tier to tier",
+        ),
         (TASK.format(name="fedtt", second=2), tt_adapter(), "method.tiers = "),
     ],
 )
@@ -283,6 +287,33 @@ def test_a_device_changes_its_tier_when_its_memory_changes(tmp_path: Path) -> No
                 sizes.append(len(fleet.worlds[0].transports[0].frames[-1][1]))
             assert sizes[0] == sizes[3] < sizes[1] < sizes[2]
             assert np.isfinite(fleet.theta(fleet.ledger()[0][-1])).all()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_device_trains_at_the_rank_of_its_last_measured_time(kind: str, tmp_path: Path) -> None:
+    case = CASES["tt-svd-fedtt"]
+    text = case.text.replace("cohort = 4", "cohort = 1")
+    text = text.replace("below_mb = 512", "slower_than_s = 300").replace(
+        "below_mb = 2048", "slower_than_s = 60.0"
+    )
+
+    async def run() -> None:
+        store = store_of(kind, tmp_path)
+        async with federation(tmp_path, text, case.adapter, memory_mb=(256,), store=store) as fleet:
+            (device,), (world,) = fleet.devices, fleet.worlds
+            for takes_s in (900.0, 100.0, 10.0, 10.0):
+                await device.run(until=lambda step: isinstance(step, events.Trained))
+                await world.clock.advance(takes_s)
+                await device.run(until=lambda step: isinstance(step, events.Acknowledged))
+            await device.run(until=lambda step: isinstance(step, events.Granted))
+            with fleet.service.store.reading() as tx:
+                rounds = [r for r in tx.rounds(1)[::-1] if r.state is RoundState.FOLDED]
+                ranks = [u.rank for r in rounds for u in tx.updates(1, MAIN, r.number, UpdateState.FOLDED)]
+            assert ranks == [None, 1, 2, None]  # the first unmeasured, then by the time before
+        if isinstance(store, SqlStore):
+            store.close()
 
     asyncio.run(run())
 

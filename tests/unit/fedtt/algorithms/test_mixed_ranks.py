@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,15 +34,62 @@ def test_a_device_that_does_not_say_trains_at_the_adapters_own(kind: type[MixedR
     assert kind().rank_for(1) is None
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=4))
-def test_tiers_rise_in_rank_and_memory_or_are_refused(given_: list[tuple[int, int]]) -> None:
-    tiers = tuple(Tier(rank=r, below_mb=mb) for r, mb in given_)
-    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(given_))
-    if rising:
-        assert TTSVDFedTT(tiers=tiers).ranks == tuple(r for r, _ in given_)
+limits = st.tuples(st.integers(1, 9), st.none() | st.integers(1, 9), st.none() | st.integers(1, 9))
+some_limits = limits.filter(lambda limit: limit[1:] != (None, None))
+
+
+@given(st.lists(some_limits, max_size=4))
+def test_tiers_rise_in_rank_and_memory_and_fall_in_seconds_or_are_refused(
+    given_: list[tuple[int, int | None, int | None]],
+) -> None:
+    tiers = tuple(Tier(rank=r, below_mb=mb, slower_than_s=s) for r, mb, s in given_)
+    pairs = list(itertools.combinations(given_, 2))
+    sound = (
+        all(a < b for (a, _, _), (b, _, _) in pairs)
+        and all(a < b for (_, a, _), (_, b, _) in pairs if a is not None and b is not None)
+        and all(a > b for (_, _, a), (_, _, b) in pairs if a is not None and b is not None)
+    )
+    if sound:
+        assert TTSVDFedTT(tiers=tiers).ranks == tuple(r for r, _, _ in given_)
     else:
-        with pytest.raises(ConfigError, match=r"method\.tiers = .* both rising"):
+        with pytest.raises(ConfigError, match=r"method\.tiers = .* rising, rising and falling"):
             TTSVDFedTT(tiers=tiers)
+
+
+@given(
+    st.dictionaries(st.integers(1, 9), st.integers(1, 9) | st.none(), max_size=4),
+    st.sets(st.integers(1, 9), min_size=4, max_size=4),
+    st.integers(0, 10),
+    st.none() | st.integers(0, 10),
+)
+def test_the_rank_is_the_least_of_any_tier_that_memory_or_time_puts_a_device_into(
+    by_memory: dict[int, int | None], seconds: set[int], memory_mb: int, time_s: int | None
+) -> None:
+    ranks, mbs = sorted(by_memory), iter(sorted(v for v in set(by_memory.values()) if v is not None))
+    slow = sorted(seconds, reverse=True)
+    tiers = [
+        Tier(rank=rank, below_mb=next(mbs, None) if by_memory[rank] else None, slower_than_s=s)
+        for rank, s in zip(ranks, slow, strict=False)
+    ]
+    allowed = {
+        tier.rank
+        for tier in tiers
+        if (tier.below_mb is not None and memory_mb and memory_mb < tier.below_mb)
+        or (tier.slower_than_s is not None and time_s is not None and time_s > tier.slower_than_s)
+    }
+    assert FlexLoRA(tiers=tuple(tiers)).rank_for(memory_mb, time_s) == min(allowed, default=None)
+
+
+def test_a_device_without_a_measurement_goes_by_its_memory_alone() -> None:
+    tiers = (Tier(rank=2, below_mb=512, slower_than_s=60.0), Tier(rank=4, slower_than_s=20.0))
+    method = TTSVDFedTT(tiers=tiers)
+    assert [method.rank_for(mb) for mb in (0, 100, 512)] == [None, 2, None]
+    assert [method.rank_for(0, s) for s in (20.0, 20.1, 60.0, 60.1)] == [None, 4, 4, 2]
+    assert method.rank_for(100, 1.0) == 2
+
+
+def test_tiers_by_memory_alone_go_out_as_they_did_before_there_was_another() -> None:
+    assert msgspec.to_builtins(Tier(rank=2, below_mb=512)) == {"rank": 2, "below_mb": 512}
 
 
 @both
@@ -65,18 +113,23 @@ def test_the_tiers_of_the_document_are_a_tasks() -> None:
     [
         (
             "[[method.tiers]]\nrank = 4\nbelow_mb = 9\n[[method.tiers]]\nrank = 2\nbelow_mb = 99",
-            r"method\.tiers = \[\(4, 9\), \(2, 99\)\] .* both rising",
+            r"method\.tiers = \[\(4, 9, None\), \(2, 99, None\)\] .* rising, rising and falling",
         ),
         (
             "[[method.tiers]]\nrank = 2\nbelow_mb = 99\n[[method.tiers]]\nrank = 4\nbelow_mb = 9",
-            r"method\.tiers = \[\(2, 99\), \(4, 9\)\] .* both rising",
+            r"method\.tiers = \[\(2, 99, None\), \(4, 9, None\)\] .* rising, rising and falling",
         ),
         ("[[method.tiers]]\nrank = 0\nbelow_mb = 9", r"method\.tiers\[0\]\.rank = 0 .*>= 1"),
         ("[[method.tiers]]\nrank = 2\nbelow_mb = 0", r"method\.tiers\[0\]\.below_mb = 0 .*>= 1"),
-        ("[[method.tiers]]\nrank = 2", r"method\.tiers\[0\]\.below_mb = None .*must be given"),
+        (
+            "[[method.tiers]]\nrank = 2\nslower_than_s = 9\n[[method.tiers]]\nrank = 4\nslower_than_s = 9.5",
+            r"method\.tiers = \[\(2, None, 9\.0\), \(4, None, 9\.5\)\] .* rising, rising and falling",
+        ),
+        ("[[method.tiers]]\nrank = 2\nslower_than_s = 0", r"method\.tiers\[0\]\.slower_than_s = 0 .*> 0"),
+        ("[[method.tiers]]\nrank = 2", r"method\.tiers\.below_mb = None .*only where there is slower_than_s"),
         (
             "[[method.tiers]]\nrank = 2\nbelow_mb = 9\nabove_mb = 3",
-            r"method\.tiers\[0\]\.above_mb = 3 .*known settings here are rank, below_mb",
+            r"method\.tiers\[0\]\.above_mb = 3 .*known settings here are rank, below_mb, slower_than_s",
         ),
         ("tiers = 3", r"method\.tiers = 3 .*array"),
         ("tiers = [3]", r"method\.tiers\[0\] = 3 .*object"),
