@@ -61,8 +61,6 @@ __all__ = ["Device"]
 #: Refusals that may pass; any other answer to an upload is final.
 _PASSING = {Code.BUSY, Code.TOO_MANY, Code.INTERNAL, Code.CLOCK_SKEW, Code.BAD_SIGNATURE, Code.UNKNOWN_DEVICE}
 
-_SERVED = {events.Waiting, events.Acknowledged}  #: steps after which the server is known to answer
-
 _LONGEST_PAUSE_S = 86400.0  #: that a server may ask for
 
 #: What a failed training is called towards the server; DataError and the like may quote private data.
@@ -164,8 +162,6 @@ class Device:
             step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
         except Refused as error:
             step = await self._retry_refused(error)
-        if type(step) in _SERVED:
-            self._backoff.succeeded()
         self._observe(step)
         return step
 
@@ -239,9 +235,8 @@ class Device:
             case Work():
                 return await self._take(answer)
             case Wait():
-                return events.Waiting(
-                    reason=answer.reason, pause_s=min(answer.retry_after_s, _LONGEST_PAUSE_S)
-                )
+                pause_s = self._backoff.asked(min(answer.retry_after_s, _LONGEST_PAUSE_S))
+                return events.Waiting(reason=answer.reason, pause_s=pause_s)
             case Retired():
                 await self._aside(self.journal.update, enrolled=False)
                 return events.Retired(reason=answer.reason)
@@ -298,13 +293,14 @@ class Device:
         except Refused as error:
             if error.problem.code in _PASSING:
                 raise
-            return events.Dropped(lease=question.lease, reason=str(error))
+            return self._dropped(question.lease, str(error))
         return events.Judged(
             task=question.task,
             version_number=question.version_number,
             examples=verdict.examples,
             loss_before=verdict.before.loss,
             loss=verdict.after.loss,
+            pause_s=self._backoff.fruitless(),
         )
 
     # training
@@ -313,7 +309,7 @@ class Device:
         lease = leased.work.lease
         if self._clock.now() >= leased.expires_at:
             await self._aside(self.journal.drop, lease)
-            return events.Dropped(lease=lease, reason="the lease expired before it was trained")
+            return self._dropped(lease, "the lease expired before it was trained")
         if leased.attempts >= self.config.max_attempts:
             why = f"training was cut short {leased.attempts} times"
             return await self._give_up(lease, FailureCode.OTHER, why)
@@ -331,7 +327,10 @@ class Device:
         except (Refused, Unreachable, WireError):
             detail += " (the server could not be told)"
         await self._aside(self.journal.drop, lease)
-        return events.GaveUp(lease=lease, code=code, detail=detail, pause_s=self._backoff.failed())
+        return events.GaveUp(lease=lease, code=code, detail=detail, pause_s=self._backoff.fruitless())
+
+    def _dropped(self, lease: str, reason: str) -> Step:
+        return events.Dropped(lease=lease, reason=reason, pause_s=self._backoff.fruitless())
 
     # sending
 
@@ -342,10 +341,11 @@ class Device:
             if error.problem.code in _PASSING:
                 raise
             await self._aside(self.journal.drop, trained.lease)
-            return events.Dropped(lease=trained.lease, reason=str(error))
+            return self._dropped(trained.lease, str(error))
         if (receipt.lease, receipt.digest) != (trained.lease, update_digest(trained.frame)):
             raise WireError("the receipt is for another update than the one sent")
         await self._aside(self.journal.commit, receipt)
+        self._backoff.succeeded()
         return events.Acknowledged(receipt=receipt)
 
 

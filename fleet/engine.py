@@ -276,7 +276,8 @@ class Fleet:
     def _rests(self, journal: Journal, step: events.Step) -> bool:
         """Whether a client could as well be started anew after its pause."""
         comes_anew = self.settings.visit_every_s is not None and type(step) is events.Acknowledged
-        if type(step) is events.Retrying or not (step.pause_s > 0 or comes_anew):
+        goes_on = type(step) in {events.Retrying, events.Dropped, events.Judged}
+        if goes_on or not (step.pause_s > 0 or comes_anew):
             return False
         return isinstance(journal.state.phase, Idle)
 

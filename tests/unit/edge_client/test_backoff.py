@@ -42,3 +42,23 @@ def test_the_same_device_draws_the_same_waits() -> None:
 def test_very_many_failures_do_not_overflow() -> None:
     backoff = Backoff(device=0, limit_s=600)
     assert all(backoff.failed() <= 600 for _ in range(2000))
+
+
+def test_work_without_a_receipt_is_counted_by_itself_until_one_comes() -> None:
+    ceilings = [1, 2, 4, 8, 10, 10]
+    for device in range(100):
+        backoff = Backoff(device=device, first_s=1, limit_s=10)
+        for ceiling in ceilings:
+            assert 0 <= backoff.fruitless() <= ceiling
+            assert backoff.asked(30.0) == 30.0
+            assert backoff.failed() <= 1
+        backoff.succeeded()
+        assert backoff.fruitless() <= 1
+
+
+def test_short_waits_grow_up_to_a_second_as_they_repeat_and_long_ones_are_as_asked_for() -> None:
+    backoff = Backoff(device=0)
+    assert [backoff.asked(0.0) for _ in range(12)] == [*(2**n / 1000 for n in range(10)), 1.0, 1.0]
+    assert (backoff.asked(1.5), backoff.asked(0.5)) == (1.5, 1.0)
+    backoff.succeeded()
+    assert [backoff.asked(0.05) for _ in range(6)] == [0.05] * 6
