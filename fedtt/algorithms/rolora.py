@@ -8,9 +8,10 @@ arXiv 2409.02346.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms.fedavg import FedAvg
@@ -21,25 +22,35 @@ from fedtt.server_optimiser import ServerState
 __all__ = ["RoLoRA"]
 
 
-class RoLoRA(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="rolora"):
-    """B with A frozen in odd rounds, A with B frozen in even ones, the head in all.
+class RoLoRA(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="rolora"):
+    """B with A frozen in odd turns, A with B frozen in even ones, the head in all.
 
     B A is linear in either factor, so each round's mean is that of the devices' matrices. B comes first:
     while it is zero, as it starts, A has no gradient.
+
+    With asynchrony an update may come late within its turn. The frozen factor is then that of its base still,
+    and Σ_k w_k ΔB_k A = (Σ_k w_k ΔB_k) A is the mean of the changes of the matrices exactly, however many
+    versions old each base is. Their gradients were taken at those bases, as everywhere with asynchrony. Once
+    the other factor has had its turn, ΔB_k A is another change than the one that was trained: it is stale.
     """
 
-    any_base: ClassVar[bool] = (
-        False  #: a round later the other factor is trained, and this one's partner has moved
-    )
+    epoch_rounds: Annotated[int, Meta(ge=1, le=10**6)] = 1  #: rounds that each turn lasts
+
+    def same_gauge(self, earlier: int, later: int) -> bool:
+        """Within a turn alone the partner of the live factor stands still."""
+        return self._epoch(earlier) == self._epoch(later)
 
     def check(self, adapter: AdapterSpec) -> None:
         check_kind(adapter, "rolora", "lora")
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
         """One factor of every pair and the head; B until it has been folded once, for rounds may fail."""
-        turn_of_b = round_number % 2 == 1 or not _b_has_moved(adapter, state)
+        turn_of_b = self._epoch(round_number) % 2 == 0 or not _b_has_moved(adapter, state)
         frozen = {pair.a if turn_of_b else pair.b for pair in adapter.lora_pairs}
         return LiveSet(adapter.layout, (i for i in adapter.layout.everything.indices if i not in frozen))
+
+    def _epoch(self, round_number: int) -> int:
+        return (round_number - 1) // self.epoch_rounds
 
 
 def _b_has_moved(adapter: AdapterSpec, state: ServerState | None) -> bool:

@@ -11,8 +11,10 @@ from msgspec.structs import replace
 from aggregator.coordinator import Coordinator
 from aggregator.lifecycle import Fold, Lifecycle
 from aggregator.uploads import Admission, Upload
-from fedtt.algorithms import ExactFedTT, FedTT, Method
+from fedtt.adapter import AdapterSpec
+from fedtt.algorithms import ExactFedTT, FedTT, Method, RoLoRA
 from fedtt.errors import StorageError
+from fedtt.manifest import Manifest
 from fedtt.messages import (
     CheckIn,
     CheckInAnswer,
@@ -30,7 +32,8 @@ from fedtt.task import RoundSpec, TaskSpec
 from fedtt.wire import UpdateHeader
 from storage.memory import MemoryStore
 from storage.records import MAIN, LeaseState, RoundState, Task, TaskState, Token, UpdateState
-from tests.support.tiny import add_task
+from tests.support.ranks import lora_adapter
+from tests.support.tiny import add_task, tiny_manifest
 
 HEADER = UpdateHeader(layout=b"\0" * 8, examples=1, steps=1, loss_first=1.0, loss_last=0.5)
 
@@ -44,7 +47,11 @@ class Server:
     """A coordinator over an in-memory store with one task, driven by hand."""
 
     def __init__(
-        self, method: Method | None = None, sampling: Sampling | None = None, **rounds: float
+        self,
+        method: Method | None = None,
+        sampling: Sampling | None = None,
+        adapter: AdapterSpec | None = None,
+        **rounds: float,
     ) -> None:
         self.store = MemoryStore()
         self.coordinator = Coordinator(Lifecycle(lambda version: FOLDED if version.number else None))
@@ -56,7 +63,7 @@ class Server:
             sampling=sampling or Uniform(),
         )
         with self.store.transaction() as tx:
-            self.task: Task = add_task(tx, spec)
+            self.task: Task = add_task(tx, spec, described=_with(adapter) if adapter else None)
             tx.put_token(Token(sha256="once", uses_left=1, expires_at=100.0))
             tx.put_token(Token(sha256="many", uses_left=None, expires_at=None))
 
@@ -117,6 +124,11 @@ class Server:
             assert self.coordinator.lifecycle.publish(tx, now, fold) is not None
 
 
+def _with(adapter: AdapterSpec) -> Manifest:
+    labels = tuple("abcde"[: adapter.head.labels] if adapter.head else "")
+    return replace(tiny_manifest(), adapter=adapter, layout_sha256=adapter.layout.digest, labels=labels)
+
+
 def code_of(answer: object) -> Code:
     assert isinstance(answer, Problem)
     return answer.code
@@ -174,6 +186,34 @@ def test_an_update_of_the_same_live_set_is_stale_where_the_others_have_moved_sin
     assert again is not None
     assert again.code is Code.STALE
     assert "what surrounds its factors has been trained since its round 1" in again.detail
+
+
+@pytest.mark.parametrize(
+    ("epoch_rounds", "folds", "complaint"),
+    [
+        (3, 1, None),
+        (3, 2, None),
+        (3, 3, "its round 1 trained other factors than round 4"),  # B, and now it is the turn of A
+        (1, 1, "its round 1 trained other factors than round 2"),
+        (
+            1,
+            2,
+            "what surrounds its factors has been trained since its round 1",
+        ),  # B's turn again, A has moved
+    ],
+)
+def test_an_update_of_one_of_loras_factors_is_taken_within_its_turn_alone(
+    epoch_rounds: int, folds: int, complaint: str | None
+) -> None:
+    method = RoLoRA(epoch_rounds=epoch_rounds)
+    server = Server(method, adapter=lora_adapter(), cohort=2, buffer=1, max_staleness=9)
+    refused = stale_after(server, folds)
+    if complaint is None:
+        assert refused is None
+    else:
+        assert refused is not None
+        assert refused.code is Code.STALE
+        assert complaint in refused.detail
 
 
 def test_the_same_bytes_get_the_same_receipt_after_the_fold_and_other_bytes_a_conflict() -> None:
