@@ -133,7 +133,7 @@ async def test_honest_devices_go_on_while_others_flood_and_stall(setting: Settin
     assert wrong(outcome) == {}
     assert (outcome.figures["died"], outcome.figures["server_errors"]) == (0, 0)
     assert int(outcome.figures["acknowledged"]) > 0
-    late = {"acknowledged", "honest_p99_s"}  # which say little while other tests run
+    late = {"acknowledged", "honest_p99_s", "slowest_refused_p99_s"}  # which say little while other tests run
     assert [failure for failure in outcome.failures if failure.split(" ")[0] not in late] == []
 
 
