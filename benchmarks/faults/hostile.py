@@ -4,7 +4,8 @@ The colluders' task is real: MiniLM's embeddings of what 60 people said to an as
 trained by the server's own fold. A fifth of the devices work together: by sending the opposite of what the
 honest would, ten times as long, or as far from the honest mean as still looks ordinary ("a little is enough",
 Baruch et al., NeurIPS 2019, arXiv 1902.06156). The bound is on the best of the robust folds, in the worse of
-the two attacks: not every robust fold keeps it, and what each of them loses is among the figures.
+the two attacks, over several divisions of the people into devices and those that the model is tried on: one
+division alone says little, for they differ by ten points. What each fold loses is among the figures.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ __all__ = ["bounded", "colluding", "refusals", "run"]
 
 NUMBERS = 100
 _HONEST, _BOUND, _MOST_EXAMPLES = 9, 1.0, 10
+_DIVISIONS = 5  #: of the people into devices and held out
 Rows = NDArray[np.float64]
 
 
 async def run(setting: Setting) -> Outcome:
     figures = await refusals(setting) | await bounded(setting)
     return Outcome(
-        figures=figures | colluding(setting, rounds=10 if setting.quick else 30),
+        figures=figures
+        | (colluding(setting, 10, 2) if setting.quick else colluding(setting, 30, _DIVISIONS)),
         at_most={
             "hostile_taken": 0,
             "server_errors": 0,
@@ -165,22 +168,29 @@ async def _work(device: Device) -> Work:
 # who is outvoted
 
 
-class Task:
-    """People's utterances as embeddings (N, h), labels (N,), who said them, and which people are held out."""
+class People:
+    """Their utterances as embeddings x (N, h), labels y (N,), and who said them (N,)."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         directory = ROOT / "fleet" / "assistant"
         lines = (directory / "utterances.jsonl").read_text().splitlines()
         rows = [msgspec.json.decode(line, type=dict[str, str]) for line in lines]
         labels = sorted({row["label"] for row in rows})
-        people = sorted({row["user"] for row in rows})
+        names = sorted({row["user"] for row in rows})
         self.x = _embeddings([row["text"] for row in rows])
         self.y = np.array([labels.index(row["label"]) for row in rows])
-        who = np.array([people.index(row["user"]) for row in rows])
-        order = np.random.default_rng(seed).permutation(len(people))
-        self.devices = [np.flatnonzero(who == person) for person in order[15:]]
-        self.held_out = np.flatnonzero(np.isin(who, order[:15]))
-        self.shape = (self.x.shape[1], len(labels))
+        self.who = np.array([names.index(row["user"]) for row in rows])
+        self.count, self.shape = len(names), (self.x.shape[1], len(labels))
+
+
+class Task:
+    """One division of the people: the rows of each device, and those of the people held out."""
+
+    def __init__(self, people: People, seed: int) -> None:
+        self.x, self.y, self.shape = people.x, people.y, people.shape
+        order = np.random.default_rng(seed).permutation(people.count)
+        self.devices = [np.flatnonzero(people.who == person) for person in order[15:]]
+        self.held_out = np.flatnonzero(np.isin(people.who, order[:15]))
 
     def delta(self, theta: Rows, rows: NDArray[np.intp], steps: int = 5, rate: float = 2.0) -> Rows:
         """Some steps of softmax regression on one device's rows, less where they began."""
@@ -224,39 +234,68 @@ _ATTACKS: dict[str, Attack] = {
 }
 
 
-def colluding(setting: Setting, *, rounds: int) -> Figures:
-    """Points of accuracy that a fifth of the devices cost each fold, against the plain mean without them."""
-    task = Task(setting.seed)
-    size = int(np.prod(task.shape))
-    hostile = len(task.devices) // 5
-    folds: dict[str, Fold] = {
-        "median": Median(),
-        "trimmed": TrimmedMean(trim=0.25),
-        "krum": Krum(hostile=hostile, selected=len(task.devices) - 2 * hostile - 2),
+def colluding(setting: Setting, rounds: int, divisions: int) -> Figures:
+    """Points of accuracy that a fifth of the devices cost each fold, against the plain mean without them.
+
+    The mean over the divisions; `worst_division` is the most that the best fold lost in one.
+    """
+    people = People()
+    found = [_lost(setting, Task(people, setting.seed + number), rounds) for number in range(divisions)]
+    figures: Figures = {name: round(float(np.mean([one[name] for one in found])), 2) for name in found[0]}
+    names = {name.removeprefix("points_lost_").rpartition("_in_")[0] for name in figures if "_in_" in name}
+    robust = sorted(names - {"plain_mean"})
+
+    def worse(of: Mapping[str, float | int | str], fold: str) -> float:
+        return max(float(of[f"points_lost_{fold}_in_{attack}"]) for attack in _ATTACKS)
+
+    best = min(robust, key=lambda fold: worse(figures, fold))
+    return figures | {
+        "divisions": divisions,
+        "best_fold": best,
+        "points_lost_best_fold": worse(figures, best),
+        "points_lost_best_fold_worst_division": round(max(worse(one, best) for one in found), 2),
     }
 
-    def train(fold: Fold, attack: Attack | None) -> float:
-        theta = np.zeros(size)
-        for _ in range(rounds):
-            shaped = theta.reshape(task.shape)
-            sent = np.stack([task.delta(shaped, rows).ravel() for rows in task.devices])
-            if attack is not None:
-                sent[:hostile] = attack(sent[hostile:])
-            contributions = [
-                Contribution(delta=row.astype(np.float32), examples=len(rows))
-                for row, rows in zip(sent, task.devices, strict=True)
-            ]
-            theta = theta + fold.combine(size, contributions)
-        return task.accuracy(theta.reshape(task.shape))
 
-    clean = train(Mean(), None)
-    figures: Figures = {"accuracy_mean_no_attack": round(clean, 2), "devices": len(task.devices)}
+def _lost(setting: Setting, task: Task, rounds: int) -> dict[str, float]:
+    """In one division: by the honest alone, and by each fold in each attack."""
+    hostile = len(task.devices) // 5
+    folds: dict[str, Fold] = {
+        "plain_mean": Mean(),
+        "median": Median(),
+        "trimmed": TrimmedMean(trim=0.25),
+        "krum_few": Krum(hostile=hostile, selected=len(task.devices) - 2 * hostile - 2),
+        "krum_many": Krum(hostile=hostile, selected=len(task.devices) - hostile - 2),
+    }
+    clean = _trained(task, task.devices, Mean(), rounds)
+    lost = {"accuracy_mean_no_attack": clean, "devices": float(len(task.devices))}
+    lost["points_lost_honest_alone"] = clean - _trained(task, task.devices[hostile:], Mean(), rounds)
     for attack_name, attack in _ATTACKS.items():
-        figures[f"lost_by_plain_mean_{attack_name}"] = round(clean - train(Mean(), attack), 2)
         for name, fold in folds.items():
-            points = round(clean - train(fold, attack), 2)
-            figures[f"points_lost_{name}_{attack_name}"] = points
-            setting.report.line(row="hostile", fold=name, attack=attack_name, points_lost=points)
-    worst = {name: max(float(figures[f"points_lost_{name}_{a}"]) for a in _ATTACKS) for name in folds}
-    best = min(worst, key=worst.__getitem__)
-    return figures | {"best_fold": best, "points_lost_best_fold": worst[best]}
+            points = clean - _trained(task, task.devices, fold, rounds, attack)
+            lost[f"points_lost_{name}_in_{attack_name}"] = points
+            setting.report.line(row="hostile", fold=name, attack=attack_name, points_lost=round(points, 2))
+    return lost
+
+
+def _trained(
+    task: Task,
+    devices: Sequence[NDArray[np.intp]],
+    fold: Fold,
+    rounds: int,
+    attack: Attack | None = None,
+) -> float:
+    """The accuracy after so many rounds; in an attack the first fifth of the devices send what it says."""
+    size, hostile = int(np.prod(task.shape)), len(devices) // 5
+    theta = np.zeros(size)
+    for _ in range(rounds):
+        shaped = theta.reshape(task.shape)
+        sent = np.stack([task.delta(shaped, rows).ravel() for rows in devices])
+        if attack is not None:
+            sent[:hostile] = attack(sent[hostile:])
+        contributions = [
+            Contribution(delta=row.astype(np.float32), examples=len(rows))
+            for row, rows in zip(sent, devices, strict=True)
+        ]
+        theta = theta + fold.combine(size, contributions)
+    return task.accuracy(theta.reshape(task.shape))
