@@ -156,6 +156,14 @@ class HttpTransport:
         method, path = ("DELETE", "v1/device") if erase else ("POST", "v1/device/leave")
         await self._command(method, path)
 
+    async def look(self) -> None:
+        """Ask whether the server is there; raises Unreachable, or WireError where something else answers."""
+        request = _Request(method="GET", path="healthz", total_s=self._timeout_s)
+        async with self._exchange(request) as response:
+            if response.content_type != "application/json":
+                raise self._foreign(response)
+            await self._read(response, MESSAGE_LIMIT_BYTES)
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()

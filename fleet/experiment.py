@@ -15,11 +15,10 @@ from edge_client.examples import Example
 from edge_client.files import file_digest
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.runtime import Runtimes
-from fedtt.errors import ConfigError
 from fleet.availability import Always, Availability, Nightly, Trace, read_trace
 from fleet.data import RowShard, deal, read_labelled
 from fleet.emulated import SharedBundle
-from fleet.pools import POOLS
+from fleet.pools import check_pool
 from fleet.population import Population
 from fleet.spec import AlwaysSpec, FleetSpec, NightlySpec, TraceSpec
 
@@ -51,11 +50,8 @@ class Experiment:
 
 def prepare(spec: FleetSpec) -> Experiment:
     """Raises ConfigError, DataError or BundleError where something is missing or makes no sense."""
-    if spec.fleet.chosen_trainer not in POOLS:
-        raise ConfigError(
-            "fleet.trainer", spec.fleet.chosen_trainer, f"one of {', '.join(map(repr, sorted(POOLS)))}"
-        )
     bundle = open_bundle(spec.bundle)
+    check_pool(spec.fleet.chosen_trainer, bundle, spec.fleet.model)
     labels = bundle.manifest.labels
     spec.task.check(bundle.manifest.adapter)
     table = read_labelled(spec.data.train, labels)

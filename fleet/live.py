@@ -16,7 +16,7 @@ from fleet.faults import FaultSpec
 from fleet.participation import Participations
 from fleet.pool import Pool
 from fleet.pools import open_pool
-from fleet.real_time import OnOneThread, RealTime, http_connect
+from fleet.real_time import OnOneThread, RealTime, check_server, http_connect
 from fleet.run_files import Outcome, RunFiles, own_directory
 
 __all__ = ["live_against"]
@@ -36,11 +36,13 @@ async def live_against(
 
     The server's own task counts, and the fleet file's is not read; its bundle must be the task's.
     Nothing is kept to go on with: devices enrol anew under the same names. Raises StorageError where another
-    run is under way in the directory, or it cannot be used.
+    run is under way in the directory, or it cannot be used; Unreachable or WireError where no aggregator is
+    at this address as it starts.
     """
     spec, clock = experiment.spec, RealTime()
     with ExitStack() as stack:
         stack.enter_context(own_directory(directory))
+        await check_server(server, clock)
         inner = pool or open_pool(
             spec.fleet.chosen_trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model
         )

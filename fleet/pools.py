@@ -8,7 +8,7 @@ from edge_client.bundle import Bundle
 from fedtt.errors import ConfigError
 from fleet.pool import NoopPool, OneByOnePool, Pool
 
-__all__ = ["POOLS", "name_of", "open_pool", "settled"]
+__all__ = ["POOLS", "check_pool", "name_of", "open_pool", "settled"]
 
 
 class _Open(Protocol):
@@ -59,10 +59,22 @@ POOLS: dict[str, _Open] = {
 }
 
 
-def open_pool(name: str, bundle: Bundle, threads: int, model: str | None = None) -> Pool:
-    """Raises ConfigError for a name there is no pool of, or where one needs a model and none is named."""
+def check_pool(name: str, bundle: Bundle, model: str | None = None) -> None:
+    """Raise what `open_pool` does for these, and open nothing."""
     if name not in POOLS:
         raise ConfigError("fleet.trainer", name, "one of " + ", ".join(sorted(map(repr, POOLS))))
+    if name in {"batched", "batched-torch"}:
+        _named(model)
+    if name == "batched-onnx" and model is None:
+        from export.emulation_files import emulation_directory, open_emulation
+
+        if open_emulation(emulation_directory(bundle.directory), bundle.digest) is None:
+            _named(model)
+
+
+def open_pool(name: str, bundle: Bundle, threads: int, model: str | None = None) -> Pool:
+    """Raises ConfigError for a name there is no pool of, or where one needs a model and none is named."""
+    check_pool(name, bundle, model)
     return POOLS[name](bundle, threads, model)
 
 

@@ -16,10 +16,12 @@ from edge_client.trainer import TrainingRequest
 from fedtt.seams import SystemClock, Transport
 from fleet.pool import Handle, Pool
 
-__all__ = ["OnOneThread", "RealTime", "http_connect"]
+__all__ = ["OnOneThread", "RealTime", "check_server", "http_connect"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_FIRST_ANSWER_S = 15.0
 
 
 class RealTime(SystemClock):
@@ -97,6 +99,19 @@ class _Later:
 
     def cancel(self) -> None:
         self._thread.submit(lambda: self._handle.result().cancel())
+
+
+async def check_server(server: str, clock: RealTime) -> None:
+    """Raise ConfigError, Unreachable or WireError where no aggregator answers at this address now.
+
+    Devices themselves wait for a server, however long.
+    """
+    identity = Identity(Ed25519PrivateKey.generate())  # of a request that nobody asks to be signed
+    transport = HttpTransport(server, identity, clock, timeout_s=_FIRST_ANSWER_S)
+    try:
+        await transport.look()
+    finally:
+        await transport.close()
 
 
 def http_connect(server: str, clock: RealTime) -> Callable[[bytes], tuple[bytes, Transport]]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from fedtt.algorithms.hier_fedlora import Hierarchical
 from fedtt.errors import ConfigError
 from fedtt.task import TaskSpec
 from fleet.faults import FaultSpec
@@ -159,6 +160,8 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         devices, rounds = self.fleet.devices, self.task.rounds
+        if isinstance(self.task.method, Hierarchical):
+            self._check_groups(self.task.method)
         if rounds.cohort > devices:
             raise ConfigError("task.rounds.cohort", rounds.cohort, f"at most fleet.devices = {devices}")
         if self.data.shards is not None and self.data.shards > devices:
@@ -172,6 +175,13 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
                 raise ConfigError("profiles.name", name, "a name of its own for each kind of device")
         if len(names) > devices:
             raise ConfigError("profiles", len(names), f"at most fleet.devices = {devices} kinds of devices")
+
+    def _check_groups(self, method: Hierarchical) -> None:
+        """There are as many devices as the fold needs updates of each group."""
+        most = self.fleet.devices // self.task.fold.least
+        if method.groups > most:
+            allowed = f"at most {most} groups of fleet.devices = {self.fleet.devices}"
+            raise ConfigError("task.method.groups", method.groups, allowed)
 
     @property
     def shards(self) -> int:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from edge_client.runtime import Runtimes
-from fedtt.errors import ConfigError, DataError, FedttError, StorageError
+from fedtt.errors import ConfigError, DataError, FedttError, StorageError, WireError
 from fedtt.version_config import CONFIG, FACTORS
 from fleet.experiment import prepare
 from fleet.fleet_file import read_fleet
@@ -204,6 +208,68 @@ def test_two_runs_do_not_share_a_directory_whichever_server_they_are_of(file: Pa
     assert len(refused) == len(others)
 
 
+def refusal_of_command(file: Path, *options: str) -> tuple[int, str, str]:
+    """Status, what it said as its one error, and what lies in its directory."""
+    command = [sys.executable, "-m", "fedtt", "fleet", "run", str(file), "--dir", "run", *options]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=file.parent,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    (line,) = done.stderr.splitlines()
+    return done.returncode, line, done.stdout
+
+
+def test_a_server_that_is_not_there_is_said_at_once(file: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        server = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        status, said, out = refusal_of_command(file, "--server", server, "--token", "token")
+    assert status not in (0, 130)
+    assert said.startswith(f"fedtt: error: {server}")
+    assert "did not answer (Connection refused): check the address" in said
+    assert out == ""
+    assert not list((file.parent / "run").glob("*.jsonl"))
+
+
+async def test_a_server_that_is_another_is_said_at_once(file: Path) -> None:
+    experiment = prepare(read_fleet(file))
+    for answers in (web.Response(status=404, text="nothing here"), web.Response(text="hello")):
+        app = web.Application()
+        app.router.add_get("/healthz", partial(_always, answers))
+        async with TestServer(app) as other:
+            with pytest.raises(WireError, match="is this the aggregator's address"):
+                await live_against(str(other.make_url("/")), "token", experiment, file.parent / "run")
+
+
+async def _always(response: web.Response, request: web.Request) -> web.Response:
+    return response
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (
+            "nonsense",
+            "fedtt: error: --ray-address = 'nonsense' is not allowed: HOST:PORT of the cluster's head",
+        ),
+        ("127.0.0.1:1", "fedtt: error: there is no Ray at 127.0.0.1:1"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_said_before_anything_starts(
+    file: Path, address: str, said: str
+) -> None:
+    status, line, out = refusal_of_command(file, "--ray", "--ray-address", address)
+    assert status not in (0, 130)
+    assert line.startswith(said)
+    assert out == ""
+    assert not (file.parent / "run").exists()
+
+
 def test_devices_that_train_and_lose_leases_on_the_way_are_not_left_out(file: Path) -> None:
     """Lost answers and damaged updates have a device give leases back, now and then several in a row."""
     file.write_text(FILE.replace("count = 6", "count = 30"))
@@ -246,12 +312,23 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "data.partition.alpha",
     ),
     "zero bandwidth": (lambda t: t.replace("up_bps = 1e5", "up_bps = 0"), "profiles.board.up_bps"),
+    "zero bandwidth down": (lambda t: t.replace("up_bps = 1e5", "down_bps = 0"), "profiles.board.down_bps"),
     "no speed": (lambda t: t.replace("speed_spread = 0.5", "step_s = 0"), "profiles.phone.step_s"),
     "a kind with no device": (lambda t: t.replace("share = 3", "share = 3000"), "profiles.share"),
     "two kinds of one name": (lambda t: t.replace('"board"', '"phone"'), "profiles.name"),
     "certain dropout": (lambda t: t.replace("dropout = 0.2", "dropout = 1.0"), "profiles.phone.dropout"),
     "a bad fault": (lambda t: t.replace("corrupt = 0.05", "corrupt = 5"), "faults.corrupt"),
     "an unknown trainer": (lambda t: t.replace('"noop"', '"nope"'), "fleet.trainer"),
+    "a batched trainer without a model": (lambda t: t.replace('"noop"', '"batched"'), "fleet.model"),
+    "one in torch": (lambda t: t.replace('"noop"', '"batched-torch"'), "fleet.model"),
+    "one without compiled graphs": (lambda t: t.replace('"noop"', '"batched-onnx"'), "fleet.model"),
+    "more groups than devices": (
+        lambda t: (
+            t.replace("cohort = 8", "cohort = 21").replace("buffer = 6\n", "")
+            + '\n[task.method]\nname = "hier-fedtt"\ngroups = 21\n'
+        ),
+        "task.method.groups",
+    ),
     "no trace": (
         lambda t: t + '\n[availability]\nkind = "trace"\nfile = "none.csv"\n',
         "availability.trace",
