@@ -188,6 +188,9 @@ def _progress(tx: Transaction, adapter: AdapterSpec, task: Task, group: Group, b
     last = tx.latest_round(task.id, group.branch)
     drop = None
     if made and made[0].loss_first is not None and made[-1].loss_last is not None:
+        # To the last local steps, of models that are not averaged yet: the next first steps are those of the
+        # sum of all groups, so nothing shows what a group's own last fold was worth, and one of τ = 1 has no
+        # other. It is taken in every group alike, and only how they compare counts.
         drop = made[0].loss_first - made[-1].loss_last
     round_s = group.round_s
     if last is not None and last.closed_at is not None and group.ended:

@@ -97,9 +97,14 @@ class GroupedServer:
         return answer
 
     def upload(
-        self, device: str, work: Work, value: float, labels: tuple[int, int] | None = None
+        self,
+        device: str,
+        work: Work,
+        value: float,
+        labels: tuple[int, int] | None = None,
+        losses: tuple[float, float] = (1.0, 0.8),
     ) -> Receipt | Problem:
-        """The delta is `value` for all live numbers."""
+        """The delta is `value` for all live numbers; losses are of the first step and the last."""
         live = LiveSet(ADAPTER.layout, work.plan.live)
         delta = np.full(live.size, value, np.float32)
         payload = encode_delta(CODEC, live, delta, np.random.default_rng(0))
@@ -107,8 +112,8 @@ class GroupedServer:
             layout=layout_tag(ADAPTER.layout),
             examples=5,
             steps=1,
-            loss_first=1.0,
-            loss_last=0.8,
+            loss_first=losses[0],
+            loss_last=losses[1],
             label_counts=encode_label_counts(labels) if labels else b"",
         )
         digest = hashlib.sha256(f"{work.lease} {value}".encode()).hexdigest()

@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -40,15 +40,39 @@ bounds = st.builds(
     st.floats(0.0, 1.0),
 )
 news = st.builds(Progress, round_s=st.floats(1.0, 500.0), cohort=st.integers(1, 20))
+
+
+def with_measured(b: Bounds) -> st.SearchStrategy[tuple[Bounds, list[Progress]]]:
+    """With groups that have held a pace, and whose loss fell."""
+    pace = st.builds(
+        Pace,
+        frequency=st.integers(1, b.max_frequency),
+        depth=st.integers(b.min_depth, b.deepest),
+    )
+    group = st.builds(
+        Progress,
+        round_s=st.floats(1.0, 500.0),
+        cohort=st.integers(1, 20),
+        pace=pace,
+        loss_drop=st.floats(1e-3, 3.0),
+    )
+    return st.tuples(st.just(b), st.lists(group, min_size=1, max_size=3))
+
+
 agreements, exponents = st.floats(0.0, 1.0), st.floats(0.1, 2.0)
 
 
 def slow_score(
     groups: list[Progress], paces: tuple[Pace, ...], b: Bounds, agreement: float, exponent: float
 ) -> float:
-    """Σ a h(τ) (d/D)^ρ / (T^(1-β) bytes^β) with a = 1, as of new groups."""
+    """Σ a h(τ) (d/D)^ρ / (T^(1-β) bytes^β), where a = drop / (h(τ) (d/D)^ρ) of what a group did, 1 if new."""
     q = min(agreement, 0.99)
-    drop = sum(sum(q**k for k in range(p.frequency)) * (p.depth / b.deepest) ** exponent for p in paces)
+
+    def worth(pace: Pace) -> float:
+        return float(sum(q**k for k in range(pace.frequency)) * (pace.depth / b.deepest) ** exponent)
+
+    scales = [g.loss_drop / worth(g.pace) if g.loss_drop and g.pace else 1.0 for g in groups]
+    drop = sum(a * worth(p) for a, p in zip(scales, paces, strict=True))
     lasts = max(
         g.round_s * p.frequency * (1 + 2 * p.depth / b.deepest) / 3
         for g, p in zip(groups, paces, strict=True)
@@ -102,6 +126,40 @@ def test_no_common_period_gives_more_than_the_one_chosen(
         if end >= least
     )
     assert slow_score(groups, chosen, b, agreement, exponent) == pytest.approx(best, rel=1e-6)
+
+
+@quick
+@given(bounds.flatmap(with_measured), agreements, exponents)
+def test_those_that_promise_most_by_the_measured_drops_are_chosen_or_those_in_force_kept(
+    known: tuple[Bounds, list[Progress]], agreement: float, exponent: float
+) -> None:
+    b, groups = known
+    held = tuple(g.pace for g in groups if g.pace)
+    ends = {
+        g.round_s * tau * (1 + 2 * d / b.deepest) / 3
+        for g in groups
+        for tau in range(1, b.max_frequency + 1)
+        for d in range(b.min_depth, b.deepest + 1)
+    }
+    least = max(g.round_s for g in groups) * (1 + 2 * b.min_depth / b.deepest) / 3
+    best = max(
+        slow_score(
+            groups,
+            tuple(one_by_one(end, g, b, agreement, exponent)[1] for g in groups),
+            b,
+            agreement,
+            exponent,
+        )
+        for end in ends
+        if end >= least
+    )
+    gain = best / slow_score(groups, held, b, agreement, exponent)
+    assume(abs(gain - 1.1) > 1e-6)
+    chosen = choose_paces(groups, b, agreement, exponent)
+    if gain < 1.1:
+        assert chosen == held
+    else:
+        assert slow_score(groups, chosen, b, agreement, exponent) == pytest.approx(best, rel=1e-6)
 
 
 @quick
