@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from .executorch_products import write_products
 from .quantise import Stored
 
-__all__ = ["FROZEN", "digest", "frozen_names", "is_frozen", "shape_of", "simplify", "store"]
+__all__ = ["FROZEN", "digest", "frozen_names", "shape_of", "simplify", "store"]
 
 _ATEN = torch.ops.aten
 FROZEN = (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
@@ -29,12 +29,6 @@ _TINY = 1e-30  #: ε of `_reuse_gelu`, far below the square of any x that matter
 
 def frozen_names(program: ExportedProgram) -> set[str]:
     return {s.arg.name for s in program.graph_signature.input_specs if s.kind in FROZEN}
-
-
-def is_frozen(node: Any, frozen: set[str]) -> bool:
-    """Whether it is a constant, or computed from constants alone."""
-    sources = node.all_input_nodes
-    return node.name in frozen or (bool(sources) and all(is_frozen(source, frozen) for source in sources))
 
 
 def _values(program: ExportedProgram) -> dict[str, Tensor]:
