@@ -255,7 +255,7 @@ def main() -> None:
             figures,
             {
                 "depth_6_ours_over_flower": "at least 2",
-                "depth_2_ours_over_flower_frozen": "at least 5",
+                "depth_2_ours_over_flower_cached": "at least 5",
                 "training": "10 local steps of 16 texts, 10 devices a round",
                 "peers": {peer: main_pin(peer) for peer in PEERS},
             },

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Report, arguments, reporting
-from benchmarks.serving import faults, peers, uploads
+from benchmarks.serving import faults, over_tls, peers, uploads
 from benchmarks.serving.part import Measure, Measured, Part
 
 PARTS: dict[str, Measure] = {
@@ -23,6 +23,7 @@ PARTS: dict[str, Measure] = {
     "postgresql-one-process": uploads.postgresql_one_process,
     "fold": faults.fold,
     "herd": faults.herd,
+    "tls": over_tls.connections_over_tls,
     "flower": peers.flower,
     "flare": peers.flare,
 }
