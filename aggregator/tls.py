@@ -10,7 +10,7 @@ from fedtt.errors import ConfigError
 
 __all__ = ["HELD_BYTES", "server_tls", "trusting"]
 
-HELD_BYTES = 1 << 14  #: a record of TLS: what a connection reads at a time, and makes room for at its beginning
+HELD_BYTES = 1 << 14  #: a record of TLS: what a connection makes room for at its beginning
 
 
 def server_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:

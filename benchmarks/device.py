@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import to_builtins
 
+from benchmarks.device_client import client_peak_mb
 from benchmarks.device_processes import measured
 from benchmarks.device_rows import BASES, PRODUCTS, SHAPES, Kept, Kind, Row, bases_of, has_limit, rows
 from benchmarks.device_torch import matmul_gflops, step_gflop
@@ -72,7 +73,8 @@ AGAINST = {
     "step_full_int8_products_over_eager_cpu_executorch": "<= 0.9",
     "step_k2_cached_int8_products_over_eager_cpu_onnx": "<= 0.15",
     "step_k2_cached_int8_products_over_eager_cpu_executorch": "<= 0.35",
-    "client_peak_rss_mb_k2_*": "<= 150: a process that opens the bundle, fills activations, trains a round",
+    "client_peak_rss_mb_k2_*": "<= 150: a whole client, from its start to the receipt of its update",
+    "training_peak_rss_mb_k2_*": "a process that opens the bundle, fills activations, trains a round",
     "activation_reuse_in_a_round_*": "rows read from what was kept, over rows computed, in 10 steps",
     "bundle_mb_int8_*": "<= 25: all that a device downloads",
     "matmul_k2_cached_over_eager_cpu": "the same of the last two blocks over kept activations",
@@ -175,11 +177,11 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
     }
     for runtime in runtimes:
         figures |= asked(runtime, eager, found)
-        figures |= {
-            f"bundle_mb_{base}_{SUFFIX[runtime]}": download_mb(bundles[base], runtime)
-            for base in bundles
-            if base in bases_of(runtime)
-        }
+        for base in (base for base in bundles if base in bases_of(runtime)):
+            of_base, suffix = "" if base == "fp32" else f"_{base}", SUFFIX[runtime]
+            figures[f"bundle_mb_{base}_{suffix}"] = download_mb(bundles[base], runtime)
+            peak_mb = client_peak_mb(report, bundles[base], base, runtime, args.seed)
+            figures[f"client_peak_rss_mb_k2{of_base}_{suffix}"] = peak_mb
     for name, ms in eager.items():
         figures[f"step_{name}_cpu_ms"] = ms
         figures[f"step_{name}_over_eager_cpu"] = ms / eager["torch_fp32_full_" + name.rsplit("_", 1)[1]]
@@ -237,8 +239,8 @@ def asked(runtime: str, ms: dict[str, float], found: dict[Row, dict[str, float]]
     return integers | {
         f"step_full_over_eager_cpu_{suffix}": ms[full] / ms["torch_fp32_full_8x64"],
         f"step_k2_cached_over_eager_cpu_{suffix}": ms[cached] / ms["torch_fp32_full_8x64"],
-        f"client_peak_rss_mb_k2_{suffix}": peaks[cached],
-        f"client_peak_rss_mb_k2_int8_{suffix}": peaks[f"{suffix}_int8_k2_cached_8x64"],
+        f"training_peak_rss_mb_k2_{suffix}": peaks[cached],
+        f"training_peak_rss_mb_k2_int8_{suffix}": peaks[f"{suffix}_int8_k2_cached_8x64"],
         f"activation_reuse_in_a_round_{suffix}": reuse["reused"] / max(1, reuse["computed"]),
     }
 

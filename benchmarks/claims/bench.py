@@ -1,7 +1,8 @@
 """Where runs are computed: one process keeps the base, what its frozen blocks gave of each text, and pools.
 
 Runs of an experiment read the same texts through the same frozen blocks, so those are computed once for all
-of them. Products are in bfloat16 (`torch.autocast`), which nearly halves their time; trained factors, optimisers and folds stay in float32.
+of them. Products are in bfloat16 (`torch.autocast`), which nearly halves their time; trained factors,
+optimisers and folds stay in float32.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ mpl.rcParams["svg.hashsalt"] = "results"  # names within a file are the same eac
 
 HEAD = """# Results
 
-The papers' claims, measured again on the emulator with the code of clients and server, but for the step: that is
-torch's, of the same adapters, in bfloat16. This page is made by `python -m benchmarks.claims report` from the plans in `benchmarks/claims/`, which hold the verdicts
-too, and the lines in `benchmarks/results/claims/`, which `python -m benchmarks.claims run` made.
+The papers' claims, measured again on the emulator with the code of clients and server, but for the step:
+that is torch's, of the same adapters, in bfloat16. This page is made by `python -m benchmarks.claims report`
+from the plans in `benchmarks/claims/`, which hold the verdicts too, and the lines in
+`benchmarks/results/claims/`, which `python -m benchmarks.claims run` made.
 
 Rates are learning rates of the devices' AdamW. A method chose its own from the same list as all others, by
 one run each on rows that are neither trained on nor reported; its variants take the same rate, and

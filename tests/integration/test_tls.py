@@ -75,7 +75,7 @@ async def test_a_connection_holds_little_before_and_after_its_handshake(tmp_path
     authority(tmp_path, "ours")
     async with serving(with_tls(tmp_path)) as listening:
         url, trusted = URL(listening.url), ssl.create_default_context(cafile=tmp_path / "ours.pem")
-        before = set(map(id, _over_tls()))
+        before = _over_tls()
         _, silent = await asyncio.open_connection(url.host, url.port)
         _, spoken = await asyncio.open_connection(url.host, url.port, ssl=trusted)
         try:
@@ -88,11 +88,12 @@ async def test_a_connection_holds_little_before_and_after_its_handshake(tmp_path
 
 def _over_tls() -> list[Any]:
     """What there is of them in this process."""
-    return [each for each in gc.get_objects() if isinstance(each, SSLProtocol)]
+    return [each for each in gc.get_objects() if type(each) is SSLProtocol]
 
 
-async def _made_since(before: set[int], count: int) -> list[Any] | None:
-    made = [each for each in _over_tls() if id(each) not in before]
+async def _made_since(before: list[Any], count: int) -> list[Any] | None:
+    old = set(map(id, before))  # which stay taken while these are held
+    made = [each for each in _over_tls() if id(each) not in old]
     return made if len(made) == count else None
 
 

@@ -13,7 +13,7 @@ def test_rows_with_limits_suffice_for_every_figure_with_a_limit() -> None:
     found = {row: FIGURES for row in rows(KINDS) if has_limit(row)}
     figures = asked("executorch", medians(found, "step", "cpu_ms"), found)
     assert figures["step_k2_cached_over_eager_cpu_executorch"] == 1.0
-    assert figures["client_peak_rss_mb_k2_int8_executorch"] == 100.0
+    assert figures["training_peak_rss_mb_k2_int8_executorch"] == 100.0
     assert figures["activation_reuse_in_a_round_executorch"] == 64 / 16
     assert figures["step_full_int8_products_over_eager_cpu_executorch"] == 1.0
     onnx = asked("onnxruntime", medians(found, "step", "cpu_ms"), found)
