@@ -64,6 +64,11 @@ class ExecutorchRuntime:
     def depths(self) -> tuple[int, ...]:
         return tuple(self._cuts)
 
+    @property
+    def rows(self) -> int | None:
+        """Those that memory was planned for."""
+        return self._graphs.rows
+
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         labels = () if batch.labels is None else (batch.labels,)
         return self._step(self._graphs.step, theta, batch.ids, batch.mask, *labels)
@@ -124,9 +129,8 @@ class ExecutorchRuntime:
 
     def _check(self, name: str, found: int) -> None:
         """Raise RuntimeFailure for more rows than memory was planned for."""
-        rows = self._graphs.rows
-        if rows is not None and found > rows:
-            raise RuntimeFailure(f"{name} takes at most {rows} rows, the batch has {found}")
+        if self.rows is not None and found > self.rows:
+            raise RuntimeFailure(f"{name} takes at most {self.rows} rows, the batch has {found}")
 
 
 class _Program:

@@ -49,9 +49,10 @@ class Evaluation(Struct, frozen=True):
 class Model:
     """A version's factors on the frozen base of its bundle."""
 
-    def __init__(self, bundle: Bundle, theta: Theta, runtime: Scorer) -> None:
+    def __init__(self, bundle: Bundle, theta: Theta, runtime: Scorer, tokens: Tokens | None = None) -> None:
+        """tokens: of the bundle, where they are at hand; raises BundleError where they cannot be read."""
         self.manifest = bundle.manifest
-        self._theta, self._runtime, self._tokens = theta, runtime, Tokens(bundle)
+        self._theta, self._runtime, self._tokens = theta, runtime, tokens or Tokens(bundle)
 
     @classmethod
     def open(cls, version: Path, bundle: Path | None = None, *, threads: int = 1) -> Model:

@@ -9,6 +9,7 @@ from edge_client.bundle import Bundle
 from edge_client.examples import Example, Examples
 from edge_client.inference import Model
 from edge_client.runtime import Runtime
+from edge_client.tokens import Tokens
 from edge_client.trainer import address
 from fedtt.errors import DataError
 from fedtt.messages import Judge, Judged, Verdict
@@ -32,9 +33,10 @@ class JudgingRequest:
     examples: Examples  #: read when judging begins
 
 
-def judge(request: JudgingRequest, runtime: Runtime) -> Verdict:
+def judge(request: JudgingRequest, runtime: Runtime, tokens: Tokens | None = None) -> Verdict:
     """Judge here and now, on as many of the examples as are asked for, drawn by seed, version and device.
 
+    tokens: of the bundle, where they are at hand.
     Raises DataError (no or unusable examples), LayoutError or WireError (a version is another one),
     RuntimeFailure (graph).
     """
@@ -44,7 +46,7 @@ def judge(request: JudgingRequest, runtime: Runtime) -> Verdict:
         raise DataError("this device has no example to judge a version by")
 
     def judged(version: bytes, sha256: str) -> Judged:
-        model = Model(request.bundle, decode_theta(version, layout, sha256), runtime)
+        model = Model(request.bundle, decode_theta(version, layout, sha256), runtime, tokens)
         found = model.evaluate(examples)
         loss = min(found.loss, _MOST_LOSS) if math.isfinite(found.loss) else _MOST_LOSS
         right = None if found.accuracy is None else round(found.accuracy * found.examples)

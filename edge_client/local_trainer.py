@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from edge_client.bundle import RuntimeName
 from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
-from edge_client.tokens import Tokens
+from edge_client.tokens import KeptTokens
 from edge_client.trainer import LocalUpdate, TrainingRequest, train
 from fedtt.errors import Declined, FedttError, RuntimeFailure
 from fedtt.messages import Verdict
@@ -36,7 +36,7 @@ class LocalTrainer:
     """A Trainer that runs the bundle's graph in a thread; one may serve all devices of a process."""
 
     def __init__(self, runtimes: Runtimes, executor: Executor | None = None) -> None:
-        self._runtimes, self._executor = runtimes, executor
+        self._runtimes, self._executor, self._tokens = runtimes, executor, KeptTokens()
 
     @property
     def runtime(self) -> RuntimeName:
@@ -51,7 +51,12 @@ class LocalTrainer:
 
     async def judge(self, request: JudgingRequest) -> Verdict:
         """Judge on the executor; raises what `judge` does. Cancelling waits for its end."""
-        return await self._aside(lambda: judge(request, self._runtimes.open(request.bundle)))
+
+        def judged() -> Verdict:
+            tokens = self._tokens.open(request.bundle)
+            return judge(request, self._runtimes.open(request.bundle), tokens)
+
+        return await self._aside(judged)
 
     async def _aside(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
         """`work` on the executor; `stop` is set when this is cancelled."""
@@ -74,7 +79,7 @@ class LocalTrainer:
             if limit_s is not None and time.monotonic() - began > limit_s:
                 raise Declined(f"training has taken the {limit_s:g} s that it may", "time")
 
-        tokens = Tokens(request.bundle, request.plan.training.max_tokens)
+        tokens = self._tokens.open(request.bundle, request.plan.training.max_tokens)
         update = train(request, tokens, self._runtimes.open(request.bundle), go_on)
         return replace(update, training_s=time.monotonic() - began)
 

@@ -16,7 +16,7 @@ from edge_client.files import storage_errors
 from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
-from fedtt.graph_file import check_graph
+from fedtt.graph_file import check_graph, check_size
 from fedtt.layout import Theta
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class OnnxRuntime:
     """A session for each graph, loaded when first used, with `threads` threads."""
 
     name: RuntimeName = "onnxruntime"
+    rows: int | None = None
 
     def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
         self._graphs = bundle.graphs("onnxruntime")
@@ -90,6 +91,7 @@ class OnnxRuntime:
                 _check_installed(self._bundle.manifest.requires.get("onnxruntime", "0"))
                 path = self._bundle.path(name)
                 with storage_errors(path):
+                    check_size(path.stat().st_size, name)
                     check_graph(path.read_bytes(), name, self._graphs.weights)
                 integers = self._bundle.manifest.model.products != "fp32"
                 self._sessions[name] = _load(path, self._threads, self._layout.size, integers=integers)

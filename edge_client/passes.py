@@ -27,11 +27,14 @@ class PassLimits:
     """What a pass may hold; the memory it takes follows from that alone."""
 
     tokens: int = 1024  #: padding counted; one row of more goes alone
+    rows: int | None = None  #: None for any number
     overhead_tokens: int = 32  #: for which another pass would have to save padding, to be worth it
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError("passes.tokens", self.tokens, "a whole number from 1")
+        if self.rows is not None and self.rows < 1:
+            raise ConfigError("passes.rows", self.rows, "a whole number from 1")
         if self.overhead_tokens < 0:
             raise ConfigError("passes.overhead_tokens", self.overhead_tokens, "a whole number from 0")
 
@@ -103,7 +106,8 @@ def padded_tokens(passes: list[Pass]) -> int:
 
 def _parts(rows: int, width: int, limits: PassLimits) -> int:
     """Passes for so many rows of one width."""
-    return -(-rows // max(1, limits.tokens // width))
+    most = max(1, limits.tokens // width)
+    return -(-rows // (most if limits.rows is None else min(most, limits.rows)))
 
 
 def _best_cuts(levels: list[int], ends: list[int], limits: PassLimits) -> list[tuple[int, int]]:

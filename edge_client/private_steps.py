@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -99,5 +100,6 @@ class PrivateGradient:
         def one(part: Batch) -> tuple[float, Theta]:
             return self._runtime.private_gradient(theta, part, mechanism.live, mechanism.clip)
 
-        loss, gradient = in_passes(batch, PASSES, one, least=self._least, by_tokens=False)
+        limits = replace(PASSES, rows=self._runtime.rows)
+        loss, gradient = in_passes(batch, limits, one, least=self._least, by_tokens=False)
         return loss, mechanism.noisy(gradient, len(batch.ids))

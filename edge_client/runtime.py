@@ -53,6 +53,11 @@ class Runtime(Scorer, Protocol):
         """How many of the last blocks can be trained over what lies below them, rising."""
         ...
 
+    @property
+    def rows(self) -> int | None:
+        """Most rows of a batch; None for any number."""
+        ...
+
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         """theta (P,) -> loss and its gradient (P,)."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from edge_client.bundle import Bundle
 from edge_client.examples import Text
 from fedtt.errors import BundleError
 
-__all__ = ["Batch", "Ids", "Tokens"]
+__all__ = ["Batch", "Ids", "KeptTokens", "Tokens"]
+
+_LIMIT_BYTES = 64 << 20  #: of a tokenizer's file; those with 250,000 words have 17 MB
+_KEPT = 2  #: tokenizers of one bundle: as its task cuts texts, and as judging does
 
 Ids = NDArray[np.int64]
 
@@ -34,6 +38,8 @@ class Tokens:
 
         spec = bundle.manifest.tokenization
         path = bundle.path(spec.file)
+        if path.is_file() and (size := path.stat().st_size) > _LIMIT_BYTES:
+            raise BundleError(f"{path} has {size} bytes, a tokenizer has at most {_LIMIT_BYTES}")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -67,3 +73,23 @@ class Tokens:
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids)))
+
+
+class KeptTokens:
+    """The tokenizers of the bundle that a process opened last: reading one holds all its threads up."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int | None], Tokens] = {}  #: by bundle and limit, as last used
+        self._guard = threading.Lock()
+
+    def open(self, bundle: Bundle, max_tokens: int | None = None) -> Tokens:
+        """Raises BundleError, as `Tokens` does."""
+        key = bundle.digest, max_tokens
+        with self._guard:
+            tokens = self._kept.pop(key, None)
+            if tokens is None:
+                older = [k for k in self._kept if k[0] == bundle.digest][-(_KEPT - 1) :]
+                self._kept = {k: self._kept[k] for k in older}  # memory goes before the next is loaded
+                tokens = Tokens(bundle, max_tokens)
+            self._kept[key] = tokens
+            return tokens

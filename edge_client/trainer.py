@@ -6,6 +6,7 @@ gives the same frame when it is done again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ from edge_client.activations import Activations
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.examples import Example, Examples, label_index
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
-from edge_client.passes import PASSES, in_passes
+from edge_client.passes import PASSES, PassLimits, in_passes
 from edge_client.private_steps import GaussianMechanism, Noise, PrivateGradient
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
@@ -212,7 +213,8 @@ def train(
     if depth is not None:
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
-    gradient_of = _short(prefix or runtime, manifest)
+    limits = dataclasses.replace(PASSES, rows=runtime.rows)
+    gradient_of = _short(prefix or runtime, manifest, limits)
     if mechanism is not None:
         gradient_of = PrivateGradient(runtime, mechanism, manifest.tokenization.min_tokens).gradient
 
@@ -234,7 +236,7 @@ def _checked(batches: Iterable[Batch], go_on: Callable[[], None]) -> Iterator[Ba
         yield batch
 
 
-def _short(step: FrozenPrefix | Runtime, manifest: Manifest) -> Gradient[Batch]:
+def _short(step: FrozenPrefix | Runtime, manifest: Manifest, limits: PassLimits) -> Gradient[Batch]:
     """The gradients of a step, with hardly any padding computed."""
     least, by_tokens = manifest.tokenization.min_tokens, not manifest.labels
 
@@ -242,7 +244,7 @@ def _short(step: FrozenPrefix | Runtime, manifest: Manifest) -> Gradient[Batch]:
         def one(part: Batch) -> tuple[float, Theta]:
             return step.gradient(theta, part)
 
-        return in_passes(batch, PASSES, one, least=least, by_tokens=by_tokens)
+        return in_passes(batch, limits, one, least=least, by_tokens=by_tokens)
 
     return gradient
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from fedtt.errors import BundleError
 
-__all__ = ["GRAPH_LIMIT_BYTES", "OPERATORS", "GraphNeeds", "check_graph", "graph_needs"]
+__all__ = ["GRAPH_LIMIT_BYTES", "OPERATORS", "GraphNeeds", "check_graph", "check_size", "graph_needs"]
 
 GRAPH_LIMIT_BYTES = 64 << 20  #: of a file without its weights; ours have up to 34 MB
 _MOST_WAITING = 2**18  #: messages to be read yet, as each takes memory; MiniLM-L6 has a few thousand
@@ -49,6 +49,12 @@ class GraphNeeds(NamedTuple):
     files: frozenset[str]  #: that hold tensors
 
 
+def check_size(size_bytes: int, name: str) -> None:
+    """Raise BundleError for more than a graph has: before it is read, where it lies in a file."""
+    if size_bytes > GRAPH_LIMIT_BYTES:
+        raise BundleError(f"{name} has {size_bytes} bytes, a graph has at most {GRAPH_LIMIT_BYTES}")
+
+
 def check_graph(data: bytes, name: str, weights: Collection[str]) -> None:
     """Raise BundleError where a graph needs more than our operators and these files of weights."""
     needs = graph_needs(data, name)
@@ -64,8 +70,7 @@ def check_graph(data: bytes, name: str, weights: Collection[str]) -> None:
 
 def graph_needs(data: bytes, name: str) -> GraphNeeds:
     """Read a graph's needs in time linear in its bytes; raises BundleError where it is none of ours."""
-    if len(data) > GRAPH_LIMIT_BYTES:
-        raise BundleError(f"{name} has {len(data)} bytes, a graph has at most {GRAPH_LIMIT_BYTES}")
+    check_size(len(data), name)
     operators, files = set[tuple[str, str]](), set[str]()
     left = [("model", memoryview(data))]
     try:

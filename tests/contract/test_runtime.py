@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.executorch_runtime import ExecutorchRuntime
 from edge_client.onnx_runtime import OnnxRuntime
-from edge_client.passes import PassLimits, in_passes
+from edge_client.passes import PASSES, PassLimits, in_passes
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import initial_theta
@@ -146,6 +147,23 @@ class RuntimeContract:
         assert len(widths) > 2
         assert sum(rows * width for rows, width in widths) < batch.ids.size
         assert max(rows * width for rows, width in widths) <= 100
+
+    def test_a_batch_of_more_rows_than_memory_was_planned_for_goes_in_several_passes(
+        self, runtime: Runtime, bundle: Bundle, oracle: TorchOracle
+    ) -> None:
+        theta, batch = somewhere(bundle), random_batch(bundle, 40, 3)
+        limits, passes = replace(PASSES, rows=runtime.rows), list[int]()
+
+        def one(part: Batch) -> tuple[float, Theta]:
+            passes.append(len(part.ids))
+            return runtime.gradient(theta, part)
+
+        loss, gradient = in_passes(batch, limits, one, least=3, by_tokens=False)
+        expected_loss, expected, _ = oracle(theta, batch)
+        assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
+        assert difference(gradient, expected) <= TOLERANCE
+        assert max(passes) <= (runtime.rows or 40)
+        assert sum(passes) == 40
 
     # the step over a kept prefix
 

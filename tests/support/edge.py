@@ -33,6 +33,7 @@ class WholeSteps:
 
     name: RuntimeName = "onnxruntime"
     depths: tuple[int, ...] = ()
+    rows: int | None = None
 
     def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
         raise NotImplementedError

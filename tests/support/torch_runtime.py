@@ -36,6 +36,7 @@ class TorchRuntime:
     """A Runtime in float32, by the step that is compiled into a bundle's graphs."""
 
     name: RuntimeName = "onnxruntime"  #: whose graphs it stands in for
+    rows: int | None = None
 
     def __init__(self, model: AdaptedModel, depths: tuple[int, ...] = ()) -> None:
         self._model, self._step = model, TrainingStep(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -164,3 +165,11 @@ def test_outputs_of_other_shapes_than_a_steps_are_refused(tiny_bundle: Path, tmp
         write_step(directory / "step.onnx", loss, grad, size)
         with pytest.raises(RuntimeFailure, match=r"step\.onnx returned float32 .* in place of float32 \(\)"):
             OnnxRuntime(bundle).gradient(theta, batch)
+
+
+def test_a_graph_that_is_too_large_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    bundle = open_bundle(tmp_path / "bundle")
+    os.truncate(bundle.path(bundle.graphs("onnxruntime").step), 1 << 40)
+    with pytest.raises(BundleError, match="has 1099511627776 bytes, a graph has at most"):
+        OnnxRuntime(bundle).gradient(somewhere(bundle), batch_of(bundle))

@@ -13,7 +13,12 @@ from fedtt.errors import ConfigError
 from fedtt.layout import Theta
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
-LIMITS = st.builds(PassLimits, tokens=st.integers(1, 200), overhead_tokens=st.integers(0, 50))
+LIMITS = st.builds(
+    PassLimits,
+    tokens=st.integers(1, 200),
+    rows=st.none() | st.integers(1, 9),
+    overhead_tokens=st.integers(0, 50),
+)
 
 
 def _plan(lengths: list[int], limits: PassLimits, least: int = 3) -> list[Pass]:
@@ -30,6 +35,7 @@ def test_every_row_is_in_one_pass_that_is_wide_enough_and_within_the_limit(
         assert part.width == max(3, *(lengths[row] for row in part.rows))
         assert part.rows.tolist() == sorted(part.rows.tolist())
         assert len(part.rows) == 1 or len(part.rows) * part.width <= limits.tokens
+        assert len(part.rows) <= (limits.rows or len(lengths))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=25), st.integers(0, 30))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from edge_client.tokens import Tokens
+from edge_client.tokens import KeptTokens, Tokens
 from fedtt.errors import BundleError
 from tests.support.edge import small_bundle
 from tests.support.tiny import tiny_manifest
@@ -76,3 +78,26 @@ def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     bundle.path("tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer.json is not a tokenizer this program can read"):
         Tokens(bundle)
+
+
+def test_a_tokenizer_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    os.truncate(bundle.path(SPEC.file), 1 << 40)
+    with pytest.raises(BundleError, match="has 1099511627776 bytes, a tokenizer has at most"):
+        Tokens(bundle)
+
+
+def test_the_tokenizers_of_the_bundle_opened_last_are_kept_and_few_of_them(tmp_path: Path) -> None:
+    one, other = (
+        small_bundle(tmp_path / "one"),
+        dataclasses.replace(small_bundle(tmp_path / "other"), digest="1" * 64),
+    )
+    kept = KeptTokens()
+    plain, short = kept.open(one), kept.open(one, 5)
+    assert (kept.open(one), kept.open(one, 5)) == (plain, short)
+    assert short.batch(["on " * 9])[0].ids.shape == (1, 5)
+    kept.open(one, 6)
+    assert kept.open(one, 5) is short
+    assert kept.open(one) is not plain, "the longest unused went"
+    assert kept.open(other) is not kept.open(one)
+    assert kept.open(one, 5) is not short, "another bundle took the place of all"

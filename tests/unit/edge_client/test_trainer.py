@@ -190,3 +190,11 @@ def test_training_stops_between_batches_when_asked(tmp_path: Path) -> None:
     with pytest.raises(Enough):
         run(tmp_path, runtime=runtime, go_on=go_on)
     assert len(runtime.batches) == 1
+
+
+def test_a_pass_has_no_more_rows_than_the_runtime_takes(tmp_path: Path) -> None:
+    runtime, everything = MeanTarget(), MeanTarget()
+    runtime.rows = 2
+    update, expected = run(tmp_path, runtime=runtime), run(tmp_path, runtime=everything)
+    assert [len(batch.ids) for batch in runtime.batches] == [2, 2, 2, 1, 2, 2]  # batches of 4, 3 and 4
+    np.testing.assert_allclose(delta_of(update), delta_of(expected), rtol=1e-5)
