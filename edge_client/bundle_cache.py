@@ -6,9 +6,16 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from weakref import WeakValueDictionary
 
 from edge_client.allowance import check_download
@@ -85,14 +92,11 @@ class BundleCache:
         """The bundle of this name, downloading what is missing or damaged; raises what `Bundles` says."""
         async with self._locks.setdefault(digest, asyncio.Lock()), self._lock(digest):
             known = self._checked.pop(digest, None)
-            if known is None or not self._is_there(known):
+            if known is None or not await beside(self._is_there, known):
                 known = await self._complete(transport, digest, release_key, limit_bytes)
             elif release_key is not None:
-                with storage_errors(known.directory):
-                    data = known.path(MANIFEST).read_bytes()
-                check_manifest(data, f"bundle {digest[:12]}…", release_key)
-            with storage_errors(known.directory):
-                os.utime(known.directory)
+                await beside(_check_kept, known, release_key)
+            await beside(_touch, known.directory)
             self._checked[digest] = known
             return known
 
@@ -120,7 +124,7 @@ class BundleCache:
             cached = None
         data = cached or await self._manifest(transport, digest)
         if release_key is not None:
-            check_manifest(data, f"bundle {digest[:12]}…", release_key)
+            await beside(check_manifest, data, f"bundle {digest[:12]}…", release_key)
         manifest = await beside(decode_manifest, data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
         here = await beside(_bytes_here, directory, files)
@@ -128,9 +132,7 @@ class BundleCache:
         total_bytes = sum(entry.bytes for entry in files.values())
         await beside(self._make_room, digest, len(data) + total_bytes)
         if cached is None:
-            with storage_errors(directory):
-                directory.mkdir(mode=0o700, exist_ok=True)
-            await beside(write_atomically, path, data)
+            await beside(_keep_manifest, path, data)
         for name, entry in files.items():
             await self._file(transport, digest, name, entry)
         self._observe(Downloaded(bundle=digest, bytes=total_bytes))
@@ -152,11 +154,12 @@ class BundleCache:
     async def _file(self, transport: Transport, digest: str, name: str, entry: FileEntry) -> None:
         path = self.directory / digest / name
         partial = path.with_name(name + ".part")
-        if path.exists():
-            if await beside(file_fault, path, entry) is None:
-                return
+        fault = await beside(_fault_here, path, entry)
+        if fault is None:
+            return
+        if fault:
             self._observe(Redownloading(file=name))
-            path.unlink()
+            await beside(_remove_file, path)
         for _ in range(2):  # a part left by a crash may be what is damaged
             await self._download(transport, digest, name, entry, partial)
             fault = await beside(file_fault, partial, entry)
@@ -165,27 +168,28 @@ class BundleCache:
                     await beside(publish, partial, path)
                 return
             self._observe(Redownloading(file=name))
-            partial.unlink()
+            await beside(_remove_file, partial)
         raise BundleError(f"{name} of bundle {digest[:12]}… as the server sends it {fault}")
 
     async def _download(
         self, transport: Transport, digest: str, name: str, entry: FileEntry, partial: Path
     ) -> None:
         """Append to the part what is missing of a file; a part that is too long begins anew."""
-        with storage_errors(partial), partial.open("ab") as file:
-            if file.tell() > entry.bytes:
-                file.truncate(0)
-            self._observe(Downloading(file=name, bytes=entry.bytes, offset=file.tell()))
-            if file.tell() < entry.bytes:
-                async with aclosing(transport.bundle_file(digest, name, file.tell())) as pieces:
-                    async for piece in pieces:
-                        await beside(file.write, piece[: entry.bytes - file.tell() + 1])
-                        if file.tell() > entry.bytes:
-                            break
-            file.flush()
-            await beside(os.fsync, file.fileno())
-            if file.tell() < entry.bytes:
-                raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
+        with storage_errors(partial):
+            file = await beside(_opened, partial, entry.bytes)
+            try:
+                self._observe(Downloading(file=name, bytes=entry.bytes, offset=file.tell()))
+                if file.tell() < entry.bytes:
+                    async with aclosing(transport.bundle_file(digest, name, file.tell())) as pieces:
+                        async for piece in pieces:
+                            await beside(file.write, piece[: entry.bytes - file.tell() + 1])
+                            if file.tell() > entry.bytes:
+                                break
+                await beside(_sync, file)
+                if file.tell() < entry.bytes:
+                    raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
+            finally:
+                await beside(file.close)
 
     def _make_room(self, digest: str, needed_bytes: int) -> None:
         """Remove other bundles, the longest unused first, until this one fits; none that is in use here."""
@@ -228,14 +232,21 @@ class BundleCache:
     @asynccontextmanager
     async def _lock(self, digest: str) -> AsyncIterator[None]:
         """Keep other processes that share the directory from writing the same bundle."""
+        with ExitStack() as held:  # it holds the lock as soon as it is had: cancelling loses none
+            try:
+                while not await beside(self._try_lock, digest, held):
+                    await self._clock.sleep(_LOCK_POLL_S)
+                yield
+            finally:
+                await beside(held.close)
+
+    def _try_lock(self, digest: str, held: ExitStack) -> bool:
         with storage_errors(self.directory):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while (descriptor := try_lock(self._lock_path(digest))) is None:
-            await self._clock.sleep(_LOCK_POLL_S)
-        try:
-            yield
-        finally:
-            self._unlock(digest, descriptor)
+        descriptor = try_lock(self._lock_path(digest))
+        if descriptor is not None:
+            held.callback(self._unlock, digest, descriptor)
+        return descriptor is not None
 
     def _unlock(self, digest: str, descriptor: int) -> None:
         """The file of a lock goes with its bundle, while it is held."""
@@ -253,6 +264,47 @@ def _use(directory: Path) -> tuple[float, int]:
             with suppress(FileNotFoundError):
                 size += file.stat().st_size
     return used_at, size
+
+
+def _check_kept(bundle: Bundle, release_key: bytes) -> None:
+    """What `check_manifest` does, of a bundle that lies here."""
+    with storage_errors(bundle.directory):
+        data = bundle.path(MANIFEST).read_bytes()
+    check_manifest(data, f"bundle {bundle.digest[:12]}…", release_key)
+
+
+def _touch(directory: Path) -> None:
+    with storage_errors(directory):
+        os.utime(directory)
+
+
+def _keep_manifest(path: Path, data: bytes) -> None:
+    with storage_errors(path.parent):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    write_atomically(path, data)
+
+
+def _fault_here(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file, "" where there is none, or None."""
+    return file_fault(path, entry) if path.exists() else ""
+
+
+def _remove_file(path: Path) -> None:
+    with storage_errors(path):
+        path.unlink()
+
+
+def _opened(partial: Path, most_bytes: int) -> BinaryIO:
+    """A part to append to, emptied where it is too long."""
+    file = partial.open("ab")
+    if file.tell() > most_bytes:
+        file.truncate(0)
+    return file
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _contents(path: Path) -> bytes | None:

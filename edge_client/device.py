@@ -22,7 +22,7 @@ from edge_client.events import Observer, Step
 from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased, Trained
 from edge_client.label_counts import secure_uniform
-from edge_client.leased_work import LeasedWork
+from edge_client.leased_work import LeasedWork, LeaseOverError
 from edge_client.local_training import LocalTraining
 from edge_client.trainer import Trainer, address
 from edge_client.version_cache import MemoryVersions, VersionCache
@@ -315,6 +315,9 @@ class Device:
             return await self._give_up(lease, FailureCode.OTHER, why)
         try:
             return await self._watch.holding(lambda: self._work.train(leased))
+        except LeaseOverError as error:
+            await self._aside(self.journal.drop, lease)
+            return self._dropped(lease, str(error))
         except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
             if isinstance(self.journal.state.phase, Trained):  # the conditions broke just behind its end
                 return events.Resting(reason=str(error))

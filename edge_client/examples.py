@@ -12,7 +12,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from fedtt.errors import ConfigError, DataError, StorageError
+from edge_client.files import storage_errors
+from fedtt.errors import ConfigError, DataError, DiskFullError, StorageError
 from fedtt.seams import Clock, SystemClock
 
 __all__ = ["Example", "ExampleLimits", "ExampleStore", "Examples", "Shard", "Text", "label_index"]
@@ -22,6 +23,9 @@ Text = str | tuple[str, str]  #: one text, or two that are read together
 
 _LARGEST = 2**63 - 1  #: label that a store can hold
 _INDEX_DIGITS = 18  #: of a text that may be an index
+
+#: Without room; the second of what a reader needs beside a WAL.
+_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS example (
@@ -196,17 +200,20 @@ class ExampleStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(
+            with storage_errors(self._where or Path("the example store")):
+                yield
+        except sqlite3.Error as error:
+            kind = DiskFullError if getattr(error, "sqlite_errorcode", 0) in _FULL else StorageError
+            raise kind(
                 f"{self._where or 'the example store'} cannot be used ({error}): "
                 "check the directory, its rights and the space on its disk"
             ) from None

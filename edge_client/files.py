@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtt.errors import DiskFullError, StorageError
 
-__all__ = ["file_digest", "publish", "storage_errors", "try_lock", "write_atomically"]
+__all__ = ["file_digest", "publish", "storage_errors", "sync_directory", "try_lock", "write_atomically"]
 
 _REMEDIES = {
     errno.EACCES: "give this user write access to it, or name another directory",
@@ -61,11 +61,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 def publish(partial: Path, path: Path) -> None:
     """Give a file that is on disk its name, durably."""
     partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory onto the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_client.files import storage_errors, try_lock
+from edge_client.files import storage_errors, sync_directory, try_lock
 from fedtt.errors import StorageError
 
 __all__ = ["Home"]
@@ -47,8 +47,12 @@ class Home:
         return self.directory.is_dir()
 
     def create(self) -> None:
+        """Make the directory and those above it, each durably: a power cut must not take the key."""
         with storage_errors(self.directory):
+            missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in missing:
+                sync_directory(path.parent)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -127,8 +127,13 @@ class Journal:
             self._place.write(self.state)
 
     def update(self, **changes: object) -> None:
-        """Change fields of the state; returns once they would outlive a crash."""
+        """Change fields of the state; returns once they would outlive a crash.
+
+        Where none is new nothing is written, so that a start needs no room.
+        """
         state = replace(self.state, **changes)
+        if state == self.state:
+            return
         self._place.write(state)
         self.state = state
 

@@ -31,14 +31,14 @@ from edge_client.local_training import LocalTraining
 from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
-from fedtt.errors import Declined
+from fedtt.errors import Declined, FedttError
 from fedtt.messages import Plan
 from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
 from fedtt.wire import with_label_counts
 from fedtt.work import trained_depth
 
-__all__ = ["LeasedWork"]
+__all__ = ["LeaseOverError", "LeasedWork"]
 
 
 class _Begun(NamedTuple):
@@ -50,6 +50,10 @@ class _Begun(NamedTuple):
     label_counts: bytes
     privacy_spent: dict[str, float]  #: by task, this training with it
     noise_key: bytes
+
+
+class LeaseOverError(FedttError):
+    """A lease ended before its training could begin."""
 
 
 class LeasedWork:
@@ -72,7 +76,7 @@ class LeasedWork:
 
     async def train(self, leased: Leased) -> events.Trained:
         """Fetch, train and store the frame. Raises Declined before anything is loaded or run that is beyond
-        a budget, and what `LocalTraining` does.
+        a budget, LeaseOverError where the download outlasted the lease, and what `LocalTraining` does.
         """
         with self._training.using(leased.work.plan):
             return await self._train(leased)
@@ -84,6 +88,8 @@ class LeasedWork:
         bundle, version = await self._training.fetch(
             plan, self._journal.state.release_key or None, budget.download_bytes
         )
+        if self._clock.now() >= leased.expires_at:
+            raise LeaseOverError("the lease expired while its bundle was loaded, which is kept")
         begun = None
         try:
             begun = await self._aside(self._begin, leased, bundle, budget)

@@ -108,18 +108,18 @@ async def open_device(
     """
     place, time = Home(home), clock or SystemClock()
 
-    def opened() -> tuple[Journal, HttpTransport]:
+    def opened() -> tuple[Journal, HttpTransport, bytes]:
         journal = Journal(place)
         if ca is not None:
             journal.update(ca=str(ca.absolute()))
         transport = open_transport(place, journal, server, time, traffic, move=move)
         if release_key:
             journal.update(release_key=release_key)
-        return journal, transport
+        return journal, transport, Identity.open(place).public_key
 
     with ExitStack() as held:
         await beside(held.enter_context, place.lock())
-        journal, transport = await beside(opened)
+        journal, transport, public_key = await beside(opened)
         trainer = trainer or LocalTrainer(onnx_runtimes(threads))
         bundles = BundleCache(
             cache or place.bundles,
@@ -131,7 +131,7 @@ async def open_device(
         try:
             yield Device(
                 config,
-                public_key=Identity.open(place).public_key,
+                public_key=public_key,
                 journal=journal,
                 transport=transport,
                 examples=examples,

@@ -37,7 +37,9 @@ EXAMPLES = 5000
 
 BLOCKING = (
     *((os, "fsync"), (os, "replace"), (time, "sleep")),
+    *((Path, "unlink"), (Path, "read_bytes"), (Path, "mkdir"), (os, "utime")),
     *((bundle_cache, "file_fault"), (bundle_cache, "decode_manifest"), (local_training, "zeros")),
+    *((bundle_cache, "try_lock"), (bundle_cache, "check_manifest")),
 )
 
 

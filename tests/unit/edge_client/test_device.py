@@ -255,3 +255,24 @@ def test_a_lease_that_ran_out_before_training_is_dropped(tmp_path: Path) -> None
         assert runtime.batches == []
 
     in_world(tmp_path, test)
+
+
+def test_a_lease_that_a_download_outlasts_is_not_trained(
+    tmp_path: Path,
+) -> None:
+    async def test(world: World) -> None:
+        runtime = MeanTarget()
+        world.runtime = runtime
+
+        def crawls(name: str) -> None:
+            if name == "bundle_file":
+                world.clock._now += 1000
+
+        device, _ = world.device(after=crawls)
+        step = await device.run(until=lambda step: isinstance(step, events.Dropped))
+        assert isinstance(step, events.Dropped)
+        assert "expired while its bundle was loaded" in step.reason
+        assert (runtime.batches, device.journal.state.phase) == ([], Idle())
+        assert world.kinds() == ["Enrolled", "Granted", "Dropped"]
+
+    in_world(tmp_path, test)

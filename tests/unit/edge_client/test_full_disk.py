@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from edge_client import events
+from edge_client.examples import Example, ExampleStore
 from edge_client.files import write_atomically
-from edge_client.journal import Idle, Leased, Trained
+from edge_client.journal import Idle, Journal, Leased, Trained
 from edge_client.tokens import Batch
 from fedtt.errors import DiskFullError
 from fedtt.layout import Theta
 from tests.support.device_world import World, in_world
-from tests.support.edge import MeanTarget
+from tests.support.edge import MeanTarget, locked_home
 
 
 def room(size_bytes: int | None) -> None:
@@ -145,5 +146,40 @@ def test_a_frame_in_hand_outlives_a_full_disk_and_a_restart(tmp_path: Path) -> N
         await device.run(acknowledged)
         assert transport.frames == [(phase.lease, phase.frame)]
         assert world.version()[0] == 1
+
+    in_world(tmp_path, test)
+
+
+def test_what_the_journal_holds_already_needs_no_room(tmp_path: Path) -> None:
+    with locked_home(tmp_path / "home") as home:
+        Journal(home).update(ca="/ca.pem", release_key=bytes(32))
+        with full(0):
+            journal = Journal(home)  # as a client does at each start
+            journal.update(ca="/ca.pem", release_key=bytes(32))
+            with pytest.raises(DiskFullError):
+                journal.update(ca="/other.pem")
+
+
+def test_a_store_of_examples_without_room_is_a_full_disk_that_passes(tmp_path: Path) -> None:
+    with closing(ExampleStore(tmp_path / "examples.db")) as store:
+        store.add("lights on", 1)
+        store._db.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(DiskFullError, match=r"examples\.db cannot be used \(database or disk is full\)"):
+            store.replace_file("rows", [Example(f"lights {number}" * 9) for number in range(999)])
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        assert store.count() == 1
+
+
+def test_a_device_waits_for_room_where_its_examples_cannot_be_counted(tmp_path: Path) -> None:
+    class Full(ExampleStore):
+        def count(self) -> int:
+            raise DiskFullError("examples.db cannot be used (database or disk is full)")
+
+    async def test(world: World) -> None:
+        store, world.examples = world.examples, Full(None)
+        step = await world.device()[0].run(failed)
+        assert "disk is full" in getattr(step, "error", "")
+        world.examples = store
+        await world.device()[0].run(acknowledged)
 
     in_world(tmp_path, test)

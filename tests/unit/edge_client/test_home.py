@@ -105,3 +105,20 @@ def test_a_signature_is_that_of_the_key_over_the_request(tmp_path: Path) -> None
     )
     assert (claim.device, claim.created) == (identity.device, 7)
     Ed25519PublicKey.from_public_bytes(identity.public_key).verify(signature, signature_base(claim))
+
+
+def test_a_new_home_and_what_lies_above_it_are_on_disk_before_anything_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = list[int](), os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    home = Home(tmp_path / "app" / "fedtt")
+    home.create()
+    assert set(synced) == {tmp_path.stat().st_ino, (tmp_path / "app").stat().st_ino}
+    home.create()
+    assert len(synced) == 2
