@@ -33,6 +33,7 @@ from fedtt.errors import (
     Declined,
     DiskFullError,
     FedttError,
+    ForeignWork,
     LayoutError,
     Refused,
     RuntimeFailure,
@@ -230,7 +231,10 @@ class Device:
             memory_mb=self.config.memory_mb,
             judges=self.config.judges,
         )
-        answer = await self._ask(facts)
+        try:
+            answer = await self._ask(facts)
+        except ForeignWork as error:
+            return await self._give_up(error.lease, FailureCode.OTHER, str(error))
         match answer:
             case Work():
                 return await self._take(answer)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import aiohttp
 from msgspec import Struct
@@ -39,6 +39,7 @@ from fedtt.messages import (
     Receipt,
     Verdict,
     decode,
+    decode_answer,
     encode,
 )
 from fedtt.seams import Clock, VersionBody
@@ -107,8 +108,7 @@ class HttpTransport:
         return await self._message("POST", "v1/enroll", encode(message), Enrolled)
 
     async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
-        kind = cast("type[CheckInAnswer]", CheckInAnswer)
-        return await self._message("POST", "v1/check-in", encode(message), kind, vouched=True)
+        return decode_answer(await self._answer("POST", "v1/check-in", encode(message), vouched=True))
 
     async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of a file from an offset; where a proxy ignores Range, what lies before is skipped."""
@@ -169,15 +169,13 @@ class HttpTransport:
             await self._session.close()
 
     async def _message(
-        self,
-        method: str,
-        path: str,
-        body: bytes,
-        kind: type[M],
-        *,
-        media: str = MEDIA_TYPE,
-        vouched: bool = False,
+        self, method: str, path: str, body: bytes, kind: type[M], *, media: str = MEDIA_TYPE
     ) -> M:
+        return decode(await self._answer(method, path, body, media=media), kind)
+
+    async def _answer(
+        self, method: str, path: str, body: bytes, *, media: str = MEDIA_TYPE, vouched: bool = False
+    ) -> bytes:
         request = _Request(method=method, path=path, body=body, media=media, total_s=self._timeout_s)
         async with self._exchange(request) as response:
             if response.content_type != MEDIA_TYPE:
@@ -185,7 +183,7 @@ class HttpTransport:
             data = await self._read(response, MESSAGE_LIMIT_BYTES)
             if vouched:
                 self._check_answer(response, data)
-            return decode(data, kind)
+            return data
 
     def _check_answer(self, response: aiohttp.ClientResponse, data: bytes) -> None:
         """Nothing is begun unless whoever this device trusts has signed it, for this very request."""

@@ -6,6 +6,7 @@
     ├── LayoutError      numbers do not fit the factor layout
     ├── BundleError      a bundle or version directory is missing, damaged or of another format
     ├── WireError        bytes from outside are not what the protocol allows
+    │   └── ForeignWork       of work under a lease: to be given back
     ├── Refused          the other side answered with a typed `Problem`
     ├── Unreachable      the other side did not answer at all
     ├── Declined         conditions of the owner, or a budget of the task, forbid the work now
@@ -33,6 +34,7 @@ __all__ = [
     "Declined",
     "DiskFullError",
     "FedttError",
+    "ForeignWork",
     "LayoutError",
     "Refused",
     "RuntimeFailure",
@@ -84,6 +86,14 @@ class BundleError(FedttError):
 
 class WireError(FedttError):
     """Bytes from outside are malformed, oversized, of another kind or not finite."""
+
+
+class ForeignWork(WireError):
+    """Work came under `lease` that this program does not know: a codec, a method, a field."""
+
+    def __init__(self, lease: str, why: str) -> None:
+        self.lease = lease
+        super().__init__(f"{why}: is this program older than its server?")
 
 
 class Refused(FedttError):

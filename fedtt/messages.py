@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from enum import Enum, StrEnum
 from functools import lru_cache
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from fedtt.algorithms import Method
 from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
-from fedtt.errors import ConfigError, WireError
+from fedtt.errors import ConfigError, ForeignWork, WireError
 from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec
 from fedtt.signature import LATEST_S
@@ -48,6 +48,7 @@ __all__ = [
     "Wait",
     "Work",
     "decode",
+    "decode_answer",
     "decode_check_in",
     "device_id",
     "encode",
@@ -296,8 +297,15 @@ class _Tag(Struct, frozen=True):
     type: str = ""
 
 
+class _UnderLease(Struct, frozen=True):
+    """What all work has, of whichever release."""
+
+    type: Literal["work", "judge"]
+    lease: LeaseId
+
+
 #: msgspec (0.22) crashes where two threads make it learn a type at once, so it learns them all here.
-_LEARNT = [msgspec.msgpack.Decoder(kind) for kind in (*Message.__subclasses__(), _Tag)]
+_LEARNT = [msgspec.msgpack.Decoder(kind) for kind in (*Message.__subclasses__(), _Tag, _UnderLease)]
 
 
 def encode(message: Message) -> bytes:
@@ -319,6 +327,18 @@ def decode_check_in(data: bytes) -> CheckIn | AsTold:
     if decode(data, _Tag).type == "astold":
         return decode(data, AsTold)
     return decode(data, CheckIn)
+
+
+def decode_answer(data: bytes) -> CheckInAnswer:
+    """What a check-in brings. Raises WireError as `decode` does, ForeignWork where its lease can be read."""
+    try:
+        return decode(data, cast("type[CheckInAnswer]", CheckInAnswer))
+    except WireError as error:
+        try:
+            lease = decode(data, _UnderLease).lease
+        except WireError:
+            raise error from None
+        raise ForeignWork(lease, str(error)) from None
 
 
 @lru_cache(maxsize=1)

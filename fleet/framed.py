@@ -16,6 +16,7 @@ from fedtt.messages import (
     Receipt,
     Verdict,
     decode,
+    decode_answer,
     decode_check_in,
     encode,
 )
@@ -42,8 +43,7 @@ class Framed:
             answer = await self._inner.check_in(decode_check_in(encode(message)))
         except Refused as error:
             raise _framed(error) from None
-        found: CheckInAnswer = decode(encode(answer), CheckInAnswer)  # type: ignore[arg-type]  # a union
-        return found
+        return decode_answer(encode(answer))
 
     async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
         async for piece in self._inner.bundle_file(bundle, name, offset):

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+import pytest
 from msgspec.structs import replace
 
 from edge_client import events
 from edge_client.device_config import DeviceConfig
+from edge_client.journal import Idle
 from fedtt.errors import Refused, Unreachable
-from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Code, Problem, Tell
-from tests.support.device_world import Hooked, World, acknowledged, failing, granted, in_world
+from fedtt.messages import (
+    AsTold,
+    CheckIn,
+    CheckInAnswer,
+    Code,
+    Failure,
+    FailureCode,
+    Problem,
+    Tell,
+    decode_answer,
+    encode,
+)
+from storage.records import LeaseState
+from tests.support.device_world import Hooked, World, acknowledged, failing, granted, in_world, lease_of
 from tests.support.in_process import TOKEN
 
 ROOMY = DeviceConfig(token=TOKEN, memory_mb=512)
@@ -108,5 +123,29 @@ def test_a_server_that_is_never_satisfied_is_asked_later(tmp_path: Path) -> None
         step = await device.run(until=lambda step: isinstance(step, events.Retrying))
         assert isinstance(step, events.Retrying)
         assert step.error == "the server asks for what this device has just told it"
+
+    in_world(tmp_path, test)
+
+
+def test_work_with_a_codec_that_the_device_does_not_know_goes_back_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        honest = transport.check_in
+
+        async def newer(message: CheckIn | AsTold) -> CheckInAnswer:
+            answer = msgspec.msgpack.decode(encode(await honest(message)))
+            answer["plan"]["codec"]["quantise"] = "int1"
+            return decode_answer(msgspec.msgpack.encode(answer))
+
+        monkeypatch.setattr(transport, "check_in", newer)
+        step = await device.run(until=lambda step: not isinstance(step, events.Enrolled))
+        assert isinstance(step, events.GaveUp)
+        assert "int1" in step.detail
+        assert "older than its server" in step.detail
+        assert step.pause_s > 0
+        assert (device.journal.state.phase, transport.failures) == (Idle(), [Failure(code=FailureCode.OTHER)])
+        assert lease_of(world, step.lease).state is LeaseState.FAILED
 
     in_world(tmp_path, test)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtt.algorithms import ExactFedTT, FedAvg, FedTT, FedTTPlus
 from fedtt.codec import CodecSpec
-from fedtt.errors import WireError
+from fedtt.errors import ForeignWork, WireError
 from fedtt.messages import (
     MESSAGE_LIMIT_BYTES,
     STATUS,
@@ -37,6 +37,7 @@ from fedtt.messages import (
     Wait,
     Work,
     decode,
+    decode_answer,
     decode_check_in,
     device_id,
     encode,
@@ -344,3 +345,16 @@ def test_either_form_of_a_check_in_is_read_and_without_its_type_the_full_one() -
 
 def test_a_devices_name_is_the_beginning_of_its_keys_hash() -> None:
     assert device_id(bytes(32)) == hashlib.sha256(bytes(32)).hexdigest()[:32]
+
+
+def test_an_answer_of_another_release_names_its_lease_where_it_is_work() -> None:
+    lease = "0f" * 16
+    for answer in ({"type": "work", "lease": lease, "plan": "later"}, {"type": "judge", "lease": lease}):
+        with pytest.raises(ForeignWork, match="older than its server") as caught:
+            decode_answer(msgspec.msgpack.encode(answer))
+        assert caught.value.lease == lease
+    for answer in ({"type": "wait"}, {"type": "work", "lease": "short"}, {"type": "later", "lease": lease}):
+        with pytest.raises(WireError, match="not a valid message") as other:
+            decode_answer(msgspec.msgpack.encode(answer))
+        assert type(other.value) is WireError
+    assert decode_answer(encode(Wait(retry_after_s=1.0))) == Wait(retry_after_s=1.0)
