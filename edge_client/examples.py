@@ -24,6 +24,8 @@ Text = str | tuple[str, str]  #: one text, or two that are read together
 _LARGEST = 2**63 - 1  #: label that a store can hold
 _INDEX_DIGITS = 18  #: of a text that may be an index
 
+_CLOCK_ERROR_S = 7 * 86400.0  #: by which a device's clock may be ahead for a while: it deletes nothing young
+
 #: Without room; the second of what a reader needs beside a WAL.
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
 
@@ -84,7 +86,7 @@ class ExampleLimits:
 
     max_examples: int = 10_000
     max_text_bytes: int = 16 * 1024  #: of one text in UTF-8; longer ones are refused
-    max_age_s: float | None = None  #: None keeps examples however old
+    max_age_s: float | None = None  #: none is used past it, and a week later it is deleted; None for any age
 
     def __post_init__(self) -> None:
         for name in ("max_examples", "max_text_bytes", "max_age_s"):
@@ -169,7 +171,8 @@ class ExampleStore:
                 (self._limits.max_examples,),
             )
             if self._limits.max_age_s is not None:
-                db.execute("DELETE FROM example WHERE added_at < ?", (now - self._limits.max_age_s,))
+                oldest = now - self._limits.max_age_s - _CLOCK_ERROR_S
+                db.execute("DELETE FROM example WHERE added_at < ?", (oldest,))
         return len(rows)
 
     def _check(self, example: Example) -> None:

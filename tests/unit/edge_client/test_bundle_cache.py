@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
 
-from edge_client import events
+from edge_client import bundle_cache, events
 from edge_client.bundle import open_bundle
 from edge_client.bundle_cache import BundleCache
 from edge_client.events import Event
@@ -326,6 +327,38 @@ def test_another_process_at_the_same_bundle_is_waited_for(tmp_path: Path) -> Non
         return before
 
     assert asyncio.run(run()) == 0
+
+
+def test_whoever_is_cancelled_while_it_takes_the_lock_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, taking, go_on = Place(tmp_path), threading.Event(), threading.Event()
+
+    def slow(path: Path) -> int | None:
+        descriptor = try_lock(path)
+        taking.set()
+        go_on.wait(10)
+        return descriptor
+
+    async def cancelled() -> None:
+        transport: Transport = place.server  # type: ignore[assignment]
+        cache = BundleCache(place.directory, VirtualClock())
+        task = asyncio.create_task(cache.ensure(transport, place.digest))
+        await asyncio.to_thread(taking.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle_cache, "try_lock", slow)
+        asyncio.run(cancelled())
+    place.directory.mkdir(exist_ok=True)
+    descriptor = try_lock(place.directory / f"{place.digest}.lock")
+    assert descriptor is not None
+    os.close(descriptor)
+    assert place.server.asked == []
 
 
 def test_two_devices_of_one_process_share_a_download(tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_examples_are_not_used_past_their_age_and_then_deleted() -> None:
     assert texts(store) == ["young", "new"]
 
 
+def test_a_clock_that_is_a_week_ahead_for_a_while_deletes_nothing_young() -> None:
+    clock, day_s = VirtualClock(), 86400.0
+    store = ExampleStore(None, ExampleLimits(max_age_s=5 * day_s), clock)
+    store.add("young")
+    clock._now += 7 * day_s
+    store.add("ahead")
+    assert texts(store) == ["ahead"]
+    clock._now -= 7 * day_s
+    assert texts(store) == ["young", "ahead"]
+    clock._now += 12 * day_s + 1
+    store.add("new")
+    assert store._db.execute("SELECT text FROM example ORDER BY id").fetchall() == [("ahead",), ("new",)]
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_example_needs_a_text(text: str) -> None:
     with pytest.raises(DataError, match="needs a text that is not empty"):
