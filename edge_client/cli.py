@@ -114,7 +114,7 @@ def _add_run(commands: Commands) -> None:
         default=0,
         metavar="N",
         help="MiB that training may use: the server is told, and may give this device a smaller rank; a task "
-        "that may need more is declined",
+        "that says it may need more is declined",
     )
     run.add_argument(
         "--max-training-s",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -17,7 +18,7 @@ from aggregator.service import Service
 from edge_client.home import Home
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
-from fedtt.errors import ConfigError, Refused, Unreachable, WireError
+from fedtt.errors import ConfigError, ForeignWork, Refused, Unreachable, WireError
 from fedtt.manifest import MANIFEST
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
@@ -239,6 +240,19 @@ def test_a_clock_the_server_will_not_have_either_way_is_a_refusal(tmp_path: Path
         with pytest.raises(Refused, match="clock_skew"):
             await transport.check_in(CHECK_IN)
         assert len(asked) == 2
+
+    at_server(tmp_path, handler, test)
+
+
+def test_work_of_another_release_is_told_apart_from_what_is_no_answer(tmp_path: Path) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        answer = {"type": "work", "lease": "0f" * 16, "plan": {"codec": {"quantise": "int1"}}}
+        return web.Response(body=msgspec.msgpack.encode(answer), content_type=MEDIA_TYPE)
+
+    async def test(transport: HttpTransport) -> None:
+        with pytest.raises(ForeignWork) as caught:
+            await transport.check_in(CHECK_IN)
+        assert caught.value.lease == "0f" * 16
 
     at_server(tmp_path, handler, test)
 
