@@ -151,6 +151,19 @@ def test_noise_falls_on_live_numbers_alone_in_proportion_to_bound_and_batch() ->
     assert not np.delete(gradient, live).any()
 
 
+def test_a_batch_beyond_what_the_runtime_takes_goes_in_passes_under_one_noise() -> None:
+    live, few, all_at_once = np.arange(0, SIZE, 2), Flat(), Flat()
+    few.rows = 2
+    batch = Batch(ids=np.zeros((5, 3), np.int64), mask=np.ones((5, 3), np.int64))
+    found = []
+    for runtime in (few, all_at_once):
+        step = PrivateGradient(runtime, GaussianMechanism(PRIVACY, live, SIZE, Noise(bytes(32))))
+        found.append(step.gradient(np.zeros(SIZE, np.float32), batch))
+    assert [len(part.ids) for part in few.batches] == [2, 2, 1]
+    assert found[0][0] == pytest.approx(found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 def test_a_private_update_is_noisy_says_nothing_of_its_losses_and_is_counted(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         device, transport = world.device()
