@@ -226,7 +226,7 @@ def test_methods_that_make_new_factors_at_each_fold_take_the_plain_mean_alone(
     parse_task(f'name = "t"\n[rounds]\n{rounds}\n[method]\nname = "{method}"\n{plain}')
 
 
-@pytest.mark.parametrize("method", ["tt-svd-fedtt", "flexlora", "rolora"])
+@pytest.mark.parametrize("method", ["tt-svd-fedtt", "flexlora"])
 def test_methods_whose_deltas_mean_something_on_their_own_base_alone_take_no_stale_ones(method: str) -> None:
     with pytest.raises(ConfigError, match=rf"rounds\.max_staleness = 1 is not allowed: 0 with {method}: its"):
         parse_task(
