@@ -60,8 +60,8 @@ async def postgresql(part: Part) -> Measured:
 
 
 async def postgresql_two_servers(part: Part) -> Measured:
-    """Replicas with a process for each core: more processes than cores, here."""
-    return await _on_postgresql(part, "postgresql_two_servers", servers=2, processes=2)
+    """Replicas of a process each, as many as one server's two."""
+    return await _on_postgresql(part, "postgresql_two_servers", servers=2)
 
 
 async def postgresql_one_process(part: Part) -> Measured:
