@@ -69,9 +69,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     forwarded: bool = False  #: whether a proxy in front says in X-Forwarded-For whom it stands for
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
     tls_key: Path | None = None  #: its key in PEM
-    standing_token: bool = (
-        True  #: whether a file of the data directory holds a token for any number of devices
-    )
+    standing_token: bool = True  #: whether a file holds a token for any number of devices
     server_key: Path | None = None  #: signs answers to check-ins, for devices that trust its release key
 
 

@@ -109,24 +109,22 @@ class Rows(Generic[R]):
         self.select = select(*(c[field] for field in record.__struct_fields__))
         self.get = self.where(*key)
         self.add = insert(self.table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
-        new = insert(self.table)
         others = changes or [name for name in record.__struct_fields__ if name not in key]
-        self.put = new.on_conflict_do_update(
-            index_elements=list(key), set_={name: new.excluded[name] for name in others}
+        self.put, self.put_all = (
+            new.on_conflict_do_update(
+                index_elements=list(key), set_={name: new.excluded[name] for name in others}
+            )
+            for new in (insert(self.table), self._from_lists())
         )
-        self.put_all = self._put_all(list(key), others)
         self._texts: dict[tuple[int, str], tuple[str, Values]] = {}
         self._readers: dict[str, list[tuple[int, Read]]] = {}
 
-    def _put_all(self, key: Sequence[str], others: Sequence[str]) -> Insert:
-        """`put` for many rows of different keys (PostgreSQL): a parameter is all of a column's values."""
+    def _from_lists(self) -> Insert:
+        """Many rows of different keys at once (PostgreSQL): a parameter is all of a column's values."""
         columns = [self.table.c[field] for field in self.record.__struct_fields__]
         lists = (bindparam(column.name, type_=ARRAY(_plain(column.type))) for column in columns)
         given = func.unnest(*lists).table_valued(*(column.name for column in columns)).render_derived()
-        new = insert(self.table).from_select([column.name for column in columns], select(*given.c))
-        return new.on_conflict_do_update(
-            index_elements=list(key), set_={name: new.excluded[name] for name in others}
-        )
+        return insert(self.table).from_select([column.name for column in columns], select(*given.c))
 
     def where(self, *names: str) -> Select[Any]:
         """All rows whose columns of these names equal the parameters of these names."""

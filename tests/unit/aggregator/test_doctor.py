@@ -105,7 +105,7 @@ def test_a_clock_that_the_kernel_calls_unsynchronised_is_found(
 ) -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "adjtimex"):
-        pytest.skip("this system does not say whether its clock is synchronised")
+        pytest.skip("SKIPPED: this system does not say whether its clock is synchronised")
     state = libc.adjtimex(ctypes.create_string_buffer(256))  # whatever it is here, call it the error
     monkeypatch.setattr(doctor, "_TIME_ERROR", state)
     seen = found(data)["clock"]

@@ -42,6 +42,13 @@ def pauses(world: World, kind: type[Step]) -> list[float]:
     return [event.pause_s for event in world.seen if isinstance(event, kind)]
 
 
+async def twelve(world: World, device: Device, kind: type[Step]) -> list[float]:
+    """The pauses after the first twelve steps of a kind."""
+    left = count(12, -1)
+    await device.run(until=lambda step: isinstance(step, kind) and next(left) == 1)
+    return pauses(world, kind)
+
+
 def test_waits_of_no_time_end_in_one_question_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,9 +71,7 @@ def test_updates_that_are_trained_and_refused_again_and_again_come_ever_more_sel
     async def test(world: World) -> None:
         device, transport = world.device(before=failing(refusal(Code.STALE), "upload", times=12))
         monkeypatch.setattr(transport, "check_in", await _granting(device))
-        left = count(12, -1)
-        await device.run(until=lambda step: isinstance(step, events.Dropped) and next(left) == 1)
-        dropped = pauses(world, events.Dropped)
+        dropped = await twelve(world, device, events.Dropped)
         assert all(0 < pause <= 2.0**number for number, pause in enumerate(dropped))
         assert max(dropped) > 60
 
@@ -77,9 +82,7 @@ def test_leases_that_are_over_when_they_come_do_too(tmp_path: Path, monkeypatch:
     async def test(world: World) -> None:
         device, transport = world.device()
         monkeypatch.setattr(transport, "check_in", await _granting(device, expires_in_s=0.0))
-        left = count(12, -1)
-        await device.run(until=lambda step: isinstance(step, events.Dropped) and next(left) == 1)
-        dropped = pauses(world, events.Dropped)
+        dropped = await twelve(world, device, events.Dropped)
         assert all(pause > 0 for pause in dropped)
         assert max(dropped) > 60
 
@@ -109,9 +112,7 @@ def test_versions_to_judge_without_end_do_too(tmp_path: Path, monkeypatch: pytes
 
         monkeypatch.setattr(transport, "check_in", lie)
         monkeypatch.setattr(transport, "judge", taken)
-        left = count(12, -1)
-        await device.run(until=lambda step: isinstance(step, events.Judged) and next(left) == 1)
-        judged = pauses(world, events.Judged)
+        judged = await twelve(world, device, events.Judged)
         assert all(pause > 0 for pause in judged)
         assert max(judged) > 60
 

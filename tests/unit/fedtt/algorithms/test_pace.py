@@ -101,6 +101,24 @@ def one_by_one(
     return score, best
 
 
+def best_score(groups: list[Progress], b: Bounds, agreement: float, exponent: float) -> float:
+    """Of every period in which some group ends, none shorter than the slowest needs for one fold."""
+    depths, taus = range(b.min_depth, b.deepest + 1), range(1, b.max_frequency + 1)
+    ends = {g.round_s * tau * (1 + 2 * d / b.deepest) / 3 for g in groups for tau in taus for d in depths}
+    least = max(g.round_s for g in groups) * (1 + 2 * b.min_depth / b.deepest) / 3
+    return max(
+        slow_score(
+            groups,
+            tuple(one_by_one(end, g, b, agreement, exponent)[1] for g in groups),
+            b,
+            agreement,
+            exponent,
+        )
+        for end in ends
+        if end >= least
+    )
+
+
 @quick
 @given(st.lists(news, min_size=1, max_size=3), bounds, agreements, exponents)
 def test_no_common_period_gives_more_than_the_one_chosen(
@@ -111,20 +129,7 @@ def test_no_common_period_gives_more_than_the_one_chosen(
     for pace in chosen:
         assert 1 <= pace.frequency <= b.max_frequency
         assert b.min_depth <= pace.depth <= b.deepest
-    depths, taus = range(b.min_depth, b.deepest + 1), range(1, b.max_frequency + 1)
-    ends = {g.round_s * tau * (1 + 2 * d / b.deepest) / 3 for g in groups for tau in taus for d in depths}
-    least = max(g.round_s for g in groups) * (1 + 2 * b.min_depth / b.deepest) / 3
-    best = max(
-        slow_score(
-            groups,
-            tuple(one_by_one(end, g, b, agreement, exponent)[1] for g in groups),
-            b,
-            agreement,
-            exponent,
-        )
-        for end in ends
-        if end >= least
-    )
+    best = best_score(groups, b, agreement, exponent)
     assert slow_score(groups, chosen, b, agreement, exponent) == pytest.approx(best, rel=1e-6)
 
 
@@ -135,24 +140,7 @@ def test_those_that_promise_most_by_the_measured_drops_are_chosen_or_those_in_fo
 ) -> None:
     b, groups = known
     held = tuple(g.pace for g in groups if g.pace)
-    ends = {
-        g.round_s * tau * (1 + 2 * d / b.deepest) / 3
-        for g in groups
-        for tau in range(1, b.max_frequency + 1)
-        for d in range(b.min_depth, b.deepest + 1)
-    }
-    least = max(g.round_s for g in groups) * (1 + 2 * b.min_depth / b.deepest) / 3
-    best = max(
-        slow_score(
-            groups,
-            tuple(one_by_one(end, g, b, agreement, exponent)[1] for g in groups),
-            b,
-            agreement,
-            exponent,
-        )
-        for end in ends
-        if end >= least
-    )
+    best = best_score(groups, b, agreement, exponent)
     gain = best / slow_score(groups, held, b, agreement, exponent)
     assume(abs(gain - 1.1) > 1e-6)
     chosen = choose_paces(groups, b, agreement, exponent)

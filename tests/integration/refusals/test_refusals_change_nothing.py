@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from msgspec.structs import replace
 
 from fedtt.messages import Code, Failure, FailureCode, encode
 from tests.support.matrix import (
     CALLS,
-    DATABASES,
     STRANGER,
     Call,
     Place,
-    Rows,
-    on_database,
     signed,
-    with_a_lease,
 )
-from tests.support.served import CHECK_IN, LAYOUT, Answer, Served, frame_of, refused
+from tests.support.served import CHECK_IN, LAYOUT, Answer, frame_of, refused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module", params=DATABASES)
-async def server(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> AsyncIterator[tuple[Served, Rows]]:
-    async with on_database(tmp_path_factory.mktemp("refusals"), request.param) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def place(server: tuple[Served, Rows]) -> AsyncIterator[Place]:
-    async with with_a_lease(server) as found:
-        yield found
 
 
 Sign = Callable[[Place, Call], dict[str, str]]
