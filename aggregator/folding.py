@@ -5,7 +5,8 @@ Of a round that puts groups together: read the factors they have come to, and ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import groupby, islice
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedtt.codec import decode_deltas
 from fedtt.errors import WireError
 from fedtt.folds import Contribution, Mean
 from fedtt.folds import Fold as UpdateFold
-from fedtt.layout import FactorLayout, LiveSet, Theta
+from fedtt.layout import LiveSet, Theta
 from fedtt.server_optimiser import ServerSpec, ServerState, decode_state, encode_state, server_update
 from fedtt.server_step import Step, server_step
 from fedtt.task import TaskSpec
@@ -32,6 +33,7 @@ from storage.store import Store, Transaction
 __all__ = ["server_state", "sum_round"]
 
 _DECODED = 64  #: updates that are decoded together
+_BASES_KEPT = 16  #: factors of versions, each at one rank: nine ranks at most, and some that are older
 _WEIGHT = "weight"  #: what a version of a group says of the examples behind it
 
 
@@ -50,6 +52,22 @@ class _Tally:
         self.loss_last += update.loss_last
 
 
+class _Bases(Mapping[int | None, Theta]):
+    """The factors of a version at each rank, read when a method asks for them."""
+
+    def __init__(self, read: Callable[[int | None], Theta], ranks: tuple[int | None, ...]) -> None:
+        self._read, self._ranks = read, ranks
+
+    def __getitem__(self, rank: int | None) -> Theta:
+        return self._read(rank)
+
+    def __iter__(self) -> Iterator[int | None]:
+        return iter(self._ranks)
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+
 class _Round:
     """A claimed round with all that its sum is made from, read in one transaction."""
 
@@ -65,6 +83,7 @@ class _Round:
             for rank, adapter in [(None, self.adapter), *self._adapters.items()]
         }
         self.live = self._lives[None]
+        self._read: dict[tuple[int, int | None], Theta] = {}
         self.tally = _Tally()
 
     @property
@@ -72,15 +91,20 @@ class _Round:
         """Of its fold: where groups are put together afterwards, the server optimiser has its turn there."""
         return self.task.spec if self._round.branch == MAIN else replace(self.task.spec, server=ServerSpec())
 
-    def bases(self) -> dict[int | None, Theta]:
-        """rank -> the factors its devices trained from."""
-        return {rank: self._base(rank, live.layout) for rank, live in self._lives.items()}
+    def bases(self, staleness: int = 0) -> Mapping[int | None, Theta]:
+        """rank -> the factors its devices trained from, so many versions ago."""
+        return _Bases(partial(self._base, self._round.version_number - staleness), tuple(self._lives))
 
-    def _base(self, rank: int | None, layout: FactorLayout) -> Theta:
-        branch = self._round.branch if rank is None else rank_branch(rank)
-        found = self._tx.version(self._round.task_id, branch, self._round.version_number)
-        base = promised(found, "a round's version")
-        return decode_theta(load(self._blobs, base.sha256), layout, base.sha256)
+    def _base(self, number: int, rank: int | None) -> Theta:
+        place = (number, rank)
+        if place not in self._read:
+            while len(self._read) >= _BASES_KEPT:
+                del self._read[next(iter(self._read))]
+            branch = self._round.branch if rank is None else rank_branch(rank)
+            base = promised(self._tx.version(self._round.task_id, branch, number), "a round's version")
+            layout = self._lives[rank].layout
+            self._read[place] = decode_theta(load(self._blobs, base.sha256), layout, base.sha256)
+        return self._read[place]
 
     def state(self) -> ServerState | None:
         """What the fold before left for this one."""
@@ -102,7 +126,11 @@ class _Round:
     def _contribution(self, update: Update, delta: NDArray[np.float32], staleness: int) -> Contribution:
         self.tally.count(update)
         contribution = Contribution(
-            delta=delta, examples=update.examples, staleness=staleness, rank=update.rank
+            delta=delta,
+            examples=update.examples,
+            staleness=staleness,
+            rank=update.rank,
+            bases=self.bases(staleness) if staleness else None,
         )
         self.tally.weight += _weight(self.task.spec.fold, contribution)
         return contribution

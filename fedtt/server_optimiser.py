@@ -19,7 +19,15 @@ from fedtt.codec.difference import MOST_PLACES
 from fedtt.errors import WireError
 from fedtt.layout import FactorLayout, LiveSet, Theta
 
-__all__ = ["ServerSpec", "ServerState", "decode_state", "encode_state", "published", "server_update"]
+__all__ = [
+    "ServerSpec",
+    "ServerState",
+    "decode_state",
+    "encode_state",
+    "optimiser_step",
+    "published",
+    "server_update",
+]
 
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Vector = NDArray[np.float32]
@@ -46,11 +54,6 @@ class ServerSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return self.learning_rate
         return 0.01 if self.optimiser in {"adam", "yogi"} else 1.0
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the folded delta is added as it is."""
-        return self.optimiser == "sgd" and self.rate == 1.0
-
 
 class ServerState(Struct, frozen=True, kw_only=True):
     """What a server keeps from fold to fold, beside the factors themselves.
@@ -72,21 +75,28 @@ def server_update(
     spec: ServerSpec, theta: Theta, live: LiveSet, delta: NDArray[np.float64], state: ServerState | None
 ) -> tuple[Theta, ServerState]:
     """θ_{t+1} and the next state, from the folded delta of the live numbers, (live.size,)."""
+    step, state = optimiser_step(spec, live, delta, state)
+    return published(spec, theta + live.scatter(step)), state
+
+
+def optimiser_step(
+    spec: ServerSpec, live: LiveSet, delta: NDArray[np.float64], state: ServerState | None
+) -> tuple[NDArray[np.float64], ServerState]:
+    """How the live numbers move, (live.size,), and the next state."""
     state = _noted(state or _fresh(spec, live.layout), live, delta)
     if spec.optimiser == "sgd":
-        return _moved(spec, theta, live, spec.rate * delta), state
+        return spec.rate * delta, state
     m = live.gather(state.first).astype(np.float64)
     if spec.optimiser == "momentum":
         m = spec.momentum * m + delta
-        return _moved(spec, theta, live, spec.rate * m), _with(state, live, m, None)
+        return spec.rate * m, _with(state, live, m, None)
     m = spec.momentum * m + (1 - spec.momentum) * delta
     v, square = live.gather(state.second).astype(np.float64), delta**2
     if spec.optimiser == "adam":
         v = spec.second_moment * v + (1 - spec.second_moment) * square
     else:
         v = v - (1 - spec.second_moment) * square * np.sign(v - square)
-    step = spec.rate * m / (np.sqrt(v) + spec.adaptivity)
-    return _moved(spec, theta, live, step), _with(state, live, m, v)
+    return spec.rate * m / (np.sqrt(v) + spec.adaptivity), _with(state, live, m, v)
 
 
 def published(spec: ServerSpec, theta: NDArray[np.floating[Any]]) -> Theta:
@@ -99,10 +109,6 @@ def published(spec: ServerSpec, theta: NDArray[np.floating[Any]]) -> Theta:
         return np.asarray(theta, np.float32)
     multiples = np.rint(np.ldexp(theta.astype(np.float64), spec.binary_places))
     return np.asarray(np.ldexp(multiples, -spec.binary_places) + 0.0, np.float32)  # + 0: no -0
-
-
-def _moved(spec: ServerSpec, theta: Theta, live: LiveSet, step: NDArray[np.float64]) -> Theta:
-    return published(spec, theta + live.scatter(step))
 
 
 def _fresh(spec: ServerSpec, layout: FactorLayout) -> ServerState:

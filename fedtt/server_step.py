@@ -10,7 +10,7 @@ from msgspec import Struct
 from fedtt.adapter import AdapterSpec
 from fedtt.folds import Contribution
 from fedtt.layout import LiveSet, Theta
-from fedtt.server_optimiser import ServerState, server_update
+from fedtt.server_optimiser import ServerState, optimiser_step, published
 from fedtt.task import TaskSpec
 
 __all__ = ["Step", "server_step"]
@@ -44,8 +44,11 @@ def server_step(
     stays so, for the caller to refuse: then there may be no variants.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        folded = spec.method.fold(adapter, bases, live, contributions, spec.fold)
-        theta, state = server_update(spec.server, bases[None], live, folded.delta, state)
+        method, space = spec.method, spec.method.space(adapter, live)
+        folded = method.fold(adapter, bases, live, contributions, spec.fold)
+        step, state = optimiser_step(spec.server, space, folded.delta, state)
+        moved = method.moved(adapter, bases[None], live, step)
+        theta = published(spec.server, moved.theta)
         sound = bool(np.isfinite(theta).all())
-        variants = {r: spec.method.variant(adapter, theta, r) for r in spec.method.ranks} if sound else {}
-    return Step(theta=theta, variants=variants, state=state, report=folded.report)
+        variants = {r: method.variant(adapter, theta, r) for r in method.ranks} if sound else {}
+    return Step(theta=theta, variants=variants, state=state, report=folded.report | moved.report)

@@ -111,7 +111,7 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=0, le=1000)] = 0  #: tasks with more are offered to devices first
 
     def __post_init__(self) -> None:
-        name, plain = _tag(self.method), isinstance(self.fold, Mean) and self.server.is_plain
+        name = _tag(self.method)
         if not (self.method.any_base or self.rounds.max_staleness == 0):
             raise ConfigError(
                 "rounds.max_staleness",
@@ -124,13 +124,6 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 True,
                 f"false with {name} as it is set: its coordinates change, so a residual means nothing later",
             )
-        if not (self.method.any_fold or plain):
-            ours = f"with {name} only fold 'mean' and server optimiser 'sgd' at rate 1"
-            if not isinstance(self.fold, Mean):
-                raise ConfigError("fold.kind", _tag(self.fold), ours)
-            if self.server.optimiser != "sgd":
-                raise ConfigError("server.optimiser", self.server.optimiser, ours)
-            raise ConfigError("server.learning_rate", self.server.learning_rate, ours)
         if self.rounds.quorum < self.fold.least:
             raise ConfigError(
                 "rounds.quorum", self.rounds.quorum, f"at least {self.fold.least}, which this fold needs"
@@ -170,7 +163,7 @@ class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def check(self, adapter: AdapterSpec) -> None:
         """Raise ConfigError where the task cannot train these adapters."""
         self.method.check(adapter)
-        self.fold.check(self.rounds.most_updates, adapter.layout.size)
+        self.fold.check(self.rounds.most_updates, self.method.space(adapter, adapter.layout.everything).size)
         depth = self.training.depth
         if depth is not None and depth > adapter.depth:
             raise ConfigError(

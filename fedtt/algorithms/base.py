@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedtt.layout import Theta
 
-__all__ = ["Batch", "Folded", "Gradient", "LocalResult", "Steps", "drive"]
+__all__ = ["Batch", "Folded", "Gradient", "LocalResult", "Moved", "Steps", "drive"]
 
 Batch = TypeVar("Batch")
 Gradient = Callable[[Theta, Batch], tuple[float, Theta]]  #: (theta (P,), batch) -> (loss, dloss/dtheta (P,))
@@ -35,8 +35,15 @@ Steps = Generator[tuple[Theta, Batch], tuple[float, Theta], LocalResult]
 class Folded(Struct, frozen=True, kw_only=True):
     """What a round's deltas come to."""
 
-    delta: NDArray[np.float64]  #: of the live numbers, (live.size,)
+    delta: NDArray[np.float64]  #: of the numbers that the method folds, (space.size,)
     report: dict[str, float] = {}  #: what the method measured, by name with its unit
+
+
+class Moved(Struct, frozen=True, kw_only=True):
+    """The next version, before it is rounded to what is published."""
+
+    theta: NDArray[np.float64]  #: (P,)
+    report: dict[str, float] = {}  #: what the method measured on the way
 
 
 def drive(steps: Steps[Batch], gradient: Gradient[Batch]) -> LocalResult:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from fedtt.adapter import AdapterSpec
-from fedtt.algorithms.base import Batch, Folded, LocalResult, Steps
+from fedtt.algorithms.base import Batch, Folded, LocalResult, Moved, Steps
 from fedtt.folds import Contribution, Fold
 from fedtt.layout import LiveSet, Theta
 from fedtt.optimiser import Optimiser, TrainingSpec
@@ -31,9 +32,8 @@ __all__ = ["FedAvg", "local_steps"]
 class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name", tag="fedavg"):
     """Every trained number is sent and averaged, whatever the adapters are."""
 
-    any_base: ClassVar[bool] = True  #: whether deltas from another base version mean the same
+    any_base: ClassVar[bool] = True  #: whether deltas from an older version can be folded onto a newer one
     any_depth: ClassVar[bool] = True  #: whether a task may leave the lower blocks out, `training.depth`
-    any_fold: ClassVar[bool] = True  #: whether folds that are no weighted mean, and server optimisers, apply
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -66,6 +66,10 @@ class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
         """The factors trained and sent in a round: all."""
         return adapter.layout.everything
 
+    def space(self, adapter: AdapterSpec, live: LiveSet) -> LiveSet:
+        """The numbers that folds and server optimisers see: those that are live."""
+        return live
+
     def client_step(
         self,
         adapter: AdapterSpec,
@@ -90,6 +94,10 @@ class FedAvg(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
         bases: rank -> the factors its devices trained from; None for the adapter's own rank.
         """
         return Folded(delta=fold.combine(live.size, contributions))
+
+    def moved(self, adapter: AdapterSpec, theta: Theta, live: LiveSet, step: NDArray[np.float64]) -> Moved:
+        """θ + step, a step of `space`; what it is cut to where that has more dimensions than the factors."""
+        return Moved(theta=theta + live.scatter(step))
 
     def variant(self, adapter: AdapterSpec, theta: Theta, rank: int) -> Theta:
         """The factors of a new version at another of `ranks`, (P_rank,)."""

@@ -6,16 +6,16 @@ tasks and client resources". NeurIPS 2024, arXiv 2402.11505 (§3).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
 from fedtt.adapter import AdapterSpec
-from fedtt.algorithms.base import Folded
+from fedtt.algorithms.dense_space import Cut, Matrix, Product
 from fedtt.algorithms.kind_check import check_kind
-from fedtt.algorithms.mixed_ranks import Matrix, MixedRanks, Product, Truncation, dense_mean, factors, loose
-from fedtt.folds import Contribution, Fold
-from fedtt.layout import LiveSet, Theta
+from fedtt.algorithms.mixed_ranks import MixedRanks
 
 __all__ = ["FlexLoRA"]
 
@@ -34,51 +34,28 @@ class FlexLoRA(MixedRanks, frozen=True, kw_only=True, forbid_unknown_fields=True
     scales what low ranks cannot hold by the share of the others (rank collapse; F. Wu, J. Hu, G. Min, S.
     Wang. 2026, arXiv 2602.13486). Where W̄ has fewer than r directions the paper leaves A open; here its
     remaining rows are directions of the A before, with B zero there, as LoRA itself begins: they have a
-    gradient, and nothing depends on how a library fills up singular vectors of zero.
+    gradient, and nothing depends on how a library fills up singular vectors of zero. A product whose change
+    is zero keeps its A and B.
+
+    Ours is what the paper does not have: W̄ - B A is what server optimisers see; a stale update brings
+    s(τ) (n_k / n) (B_k A_k - B A), B A of the version that it was trained from; and folds that are no mean
+    compare changes of products, each against its device's own base, for by their products devices would look
+    alike that have the same rank, and a majority of low ranks would cut the matrices down in one round.
     """
+
+    averages_products: ClassVar[bool] = True
 
     def check(self, adapter: AdapterSpec) -> None:
         check_kind(adapter, "flexlora", "lora")
         self.check_tiers(adapter)
 
-    def fold(
-        self,
-        adapter: AdapterSpec,
-        bases: Mapping[int | None, Theta],
-        live: LiveSet,
-        contributions: Iterable[Contribution],
-        fold: Fold,
-    ) -> Folded:
-        """θ' - θ; the head, a tensor train too, by its plain mean as in FedLoRA."""
-        mean = dense_mean(adapter, bases, live, contributions, fold, _pairs, of_changes=False)
-        if mean is None:
-            return Folded(delta=np.zeros(live.size))
-        layout, theta = adapter.layout, bases[None].astype(np.float64)
-        delta, truncation = mean.loose, Truncation()
-        for pair, goal in zip(adapter.lora_pairs, mean.matrices, strict=True):
-            a, b = factors(layout, theta, (pair.a, pair.b))
-            new_a, new_b = _decomposed(goal, a, len(a))
-            truncation.saw(goal, goal - b @ a, new_b @ new_a, np.linalg.norm(new_b, axis=0))
-            delta[layout.slices[pair.a]] = (new_a - a).reshape(-1)
-            delta[layout.slices[pair.b]] = (new_b - b).reshape(-1)
-        return Folded(delta=live.gather(delta), report=truncation.report())
-
-    def variant(self, adapter: AdapterSpec, theta: Theta, rank: int) -> Theta:
-        """The leading `rank` directions of every B A; all else is the same."""
-        small, wide = adapter.at_rank(rank), theta.astype(np.float64)
-        out = np.zeros(small.layout.size)
+    def products(self, adapter: AdapterSpec) -> Sequence[Product]:
+        found = []
         for pair in adapter.lora_pairs:
-            a, b = factors(adapter.layout, wide, (pair.a, pair.b))
-            new_a, new_b = _decomposed(b @ a, a, rank)
-            out[small.layout.slices[pair.a]] = new_a.reshape(-1)
-            out[small.layout.slices[pair.b]] = new_b.reshape(-1)
-        for index in loose(adapter.layout, _pairs(adapter)):
-            out[small.layout.slices[index]] = wide[adapter.layout.slices[index]]
-        return out.astype(np.float32)
-
-
-def _pairs(adapter: AdapterSpec) -> tuple[Product, ...]:
-    return tuple(Product((pair.a, pair.b), _product) for pair in adapter.lora_pairs)
+            (rank, d_in), (d_out, _) = (adapter.layout.factors[i].shape for i in (pair.a, pair.b))
+            rounded = partial(_rounded, rank)
+            found.append(Product(pair.prefix, (pair.a, pair.b), (d_out, d_in), _product, rounded))
+        return found
 
 
 def _product(pair: Sequence[Matrix]) -> Matrix:
@@ -86,14 +63,16 @@ def _product(pair: Sequence[Matrix]) -> Matrix:
     return b @ a
 
 
-def _decomposed(w: Matrix, a: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+def _rounded(rank: int, w: Matrix, near: Sequence[Matrix]) -> Cut:
     """A = V_rᵀ (rank, d_in) and B = U_r Σ_r (d_out, rank) of W (d_out, d_in); NaN where W is not finite.
 
-    Vanished directions are taken from the rows of `a`.
+    Vanished directions are taken from the rows of the A that is near.
     """
     size = np.linalg.norm(w)
     if not np.isfinite(size):
-        return np.full((rank, w.shape[1]), np.nan), np.full((w.shape[0], rank), np.nan)
-    known = np.linalg.qr(a.T)[0].T
+        a, b = np.full((rank, w.shape[1]), np.nan), np.full((w.shape[0], rank), np.nan)
+        return Cut((a, b), b[0])
+    known = np.linalg.qr(near[0].T)[0].T
     v = np.linalg.svd(np.vstack([w, _VANISHED * (size or 1.0) * known]), full_matrices=False)[2][:rank]
-    return v, w @ v.T
+    b = w @ v.T
+    return Cut((v, b), np.linalg.norm(b, axis=0))

@@ -1,39 +1,40 @@
-"""Devices at different ranks in a task: tiers by memory and speed, and the mean of the factors' products."""
+"""Devices at different ranks in a task: tiers by memory and speed, and folds of what their factors stand for.
+
+Factors of different ranks have no numbers in common, and after a fold the same matrix has other factors. So
+folds and server optimisers see the vectors of `dense_space`.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import Annotated, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import numpy as np
 from msgspec import Meta, Struct
-from numpy.typing import NDArray
+from msgspec.structs import replace
 
 from fedtt.adapter import AdapterSpec
+from fedtt.algorithms.base import Folded, Moved
+from fedtt.algorithms.dense_space import (
+    Dense,
+    Matrix,
+    Product,
+    Truncation,
+    Vector,
+    factors_of,
+    loose_of,
+    put_,
+)
 from fedtt.algorithms.fedavg import FedAvg
 from fedtt.errors import ConfigError
-from fedtt.folds import Contribution, Fold, Mean
+from fedtt.folds import Contribution, Fold
 from fedtt.kinds import Lora, Rank, TTBottleneck
-from fedtt.layout import FactorLayout, LiveSet
-from fedtt.tensor_train import Array
-from fedtt.tt_rounding import effective_rank
+from fedtt.layout import LiveSet, Theta
 
-__all__ = [
-    "DenseMean",
-    "Matrix",
-    "MixedRanks",
-    "Product",
-    "Tier",
-    "Truncation",
-    "dense_mean",
-    "factors",
-    "loose",
-]
+__all__ = ["MixedRanks", "Tier"]
 
-Matrix = Array  #: computed in float64
-Vector = NDArray[np.float64]
+_GREATEST = float(np.finfo(np.float32).max)
 
 
 class Tier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -63,14 +64,15 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What methods share whose factors mean something as products alone.
 
     Each rank is a variant with versions of its own, made by the server from every version of the task. After
-    a fold the factors are new ones for the same matrices: nothing carries over from one version to the next
-    factor by factor, neither a stale delta nor a residual nor a moment.
+    a fold the factors are new ones for the same matrices, so a residual means nothing in the next round. A
+    stale delta does, on the factors that it was trained from: its change of the matrices, like the moments
+    of a server optimiser, is of entries that stay what they are.
     """
 
-    any_base: ClassVar[bool] = False
-    any_fold: ClassVar[bool] = False
-
     tiers: Annotated[tuple[Tier, ...], Meta(max_length=8)] = ()  #: from the least rank up
+
+    #: whether a mean is of the matrices themselves, and not of their changes, each against its own base
+    averages_products: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         falling = [-tier.slower_than_s for tier in self.tiers if tier.slower_than_s is not None]
@@ -107,121 +109,75 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.ranks and self.ranks[-1] >= own:
             raise ConfigError("method.tiers", list(self.ranks), f"ranks below {own}, the bundle's own")
 
+    def products(self, adapter: AdapterSpec) -> Sequence[Product]:
+        """What the adapter's factors stand for, in the order of the layout."""
+        raise NotImplementedError
+
+    def space(self, adapter: AdapterSpec, live: LiveSet) -> LiveSet:
+        """Every entry of the products that are live, then the other live numbers."""
+        return Dense(adapter, self.products(adapter), live.indices).space
+
+    def fold(
+        self,
+        adapter: AdapterSpec,
+        bases: Mapping[int | None, Theta],
+        live: LiveSet,
+        contributions: Iterable[Contribution],
+        fold: Fold,
+    ) -> Folded:
+        """The fold of D_k = W(θ_{r_k} + Δ_k) - W(θ_{r_k}), θ_{r_k} the base that device k trained from, of
+        its own rank and version. Where a mean `averages_products`, of W(θ_{r_k} + Δ_k) - W(θ), θ of the same
+        version at the adapter's rank.
+        """
+        of_products = fold.linear and self.averages_products
+        at: dict[int | None, Dense] = {None: Dense(adapter, self.products(adapter), live.indices)}
+        for rank in self.ranks:
+            small = adapter.at_rank(rank)
+            at[rank] = Dense(small, self.products(small), live.indices)
+
+        def changes() -> Iterator[Contribution]:
+            for sent in contributions:
+                known, against = sent.bases or bases, None if of_products else sent.rank
+                change = at[sent.rank].after(known[sent.rank], sent.delta) - at[against].of(known[against])
+                # no more than an update of plain numbers may hold, and so finite whatever the device sent
+                np.clip(np.nan_to_num(change, copy=False), -_GREATEST, _GREATEST, out=change)
+                yield replace(sent, delta=change)
+
+        return Folded(delta=fold.combine(at[None].space.size, changes()))
+
+    def moved(self, adapter: AdapterSpec, theta: Theta, live: LiveSet, step: Vector) -> Moved:
+        """The factors of W(θ) + step at the adapter's rank; a matrix that stays keeps its factors to the bit.
+
+        Reported: the Frobenius norm that rounding cut away, as a share of the matrix and of its step, and
+        the effective rank of the products.
+        """
+        here, layout = Dense(adapter, self.products(adapter), live.indices), adapter.layout
+        new, truncation, parts = theta.astype(np.float64), Truncation(), here.parts(step)
+        for product, part in zip(here.products, parts, strict=False):
+            change = part.reshape(product.shape)
+            if change.any():
+                near = factors_of(layout, new, product.indices)
+                goal = product.dense(near) + change
+                cut = product.rounded(goal, near)
+                truncation.saw(goal, change, product.dense(cut.factors), cut.sigma)
+                put_(layout, new, product.indices, cut.factors)
+        for index, part in zip(here.loose, parts[len(here.products) :], strict=True):
+            new[layout.slices[index]] += part
+        return Moved(theta=new, report=truncation.report())
+
+    def variant(self, adapter: AdapterSpec, theta: Theta, rank: int) -> Theta:
+        """Every product cut to the smaller rank; all else is the same."""
+        small, wide = adapter.at_rank(rank), theta.astype(np.float64)
+        new, alike = np.zeros(small.layout.size), adapter.layout.factors
+        for own, low in zip(self.products(adapter), self.products(small), strict=True):
+            found: Sequence[Matrix] = factors_of(adapter.layout, wide, own.indices)
+            if any(alike[i] != small.layout.factors[i] for i in low.indices):
+                found = low.rounded(own.dense(found), found).factors
+            put_(small.layout, new, low.indices, found)
+        loose = loose_of(small, self.products(small))
+        put_(small.layout, new, loose, factors_of(adapter.layout, wide, loose))
+        return new.astype(np.float32)
+
 
 def _is_rising(values: Sequence[float]) -> bool:
     return all(lower < upper for lower, upper in itertools.pairwise(values))
-
-
-class Product(NamedTuple):
-    """Some factors of a layout that stand for one matrix."""
-
-    indices: Sequence[int]
-    dense: Callable[[Sequence[Matrix]], Matrix]  #: their arrays -> the matrix
-
-
-class DenseMean(NamedTuple):
-    """What a round comes to."""
-
-    matrices: list[Matrix]  #: mean of each product
-    loose: Vector  #: mean change of all other numbers, (P,), zero in products
-
-
-def dense_mean(
-    adapter: AdapterSpec,
-    bases: Mapping[int | None, NDArray[np.float32]],
-    live: LiveSet,
-    contributions: Iterable[Contribution],
-    fold: Fold,
-    products: Callable[[AdapterSpec], Sequence[Product]],
-    *,
-    of_changes: bool,
-) -> DenseMean | None:
-    """Σ_k n_k M_k / Σ_k n_k of each product in float64, one update at a time, in ledger order.
-
-    M_k is the product of base + delta at the device's own rank, or with `of_changes` that less the product
-    of its base. None where nobody contributed.
-    """
-    if not isinstance(fold, Mean):
-        raise ValueError("matrices of different ranks are folded by their mean alone")
-    at = {rank: _AtRank(adapter, rank, base, live, products) for rank, base in bases.items()}
-    own = at[None]
-    matrices = [np.zeros_like(matrix) for matrix in own.before]
-    others, weights = np.zeros(adapter.layout.size), 0.0
-    for contribution in contributions:
-        here, weight = at[contribution.rank], fold.weight(contribution)
-        delta = here.live.scatter(fold.bounded(contribution))
-        for total, after, before in zip(matrices, here.dense(here.base + delta), here.before, strict=True):
-            total += weight * (after - before if of_changes else after)
-        for i in own.loose:
-            others[adapter.layout.slices[i]] += weight * delta[here.live.layout.slices[i]]
-        weights += weight
-    if not weights:
-        return None
-    return DenseMean([total / weights for total in matrices], others / weights)
-
-
-class _AtRank:
-    """One rank's half of a fold."""
-
-    def __init__(
-        self,
-        adapter: AdapterSpec,
-        rank: int | None,
-        base: NDArray[np.float32],
-        live: LiveSet,
-        products: Callable[[AdapterSpec], Sequence[Product]],
-    ) -> None:
-        spec = adapter if rank is None else adapter.at_rank(rank)
-        self.live, self.base = LiveSet(spec.layout, live.indices), base.astype(np.float64)
-        self._products = products(spec)
-        self.loose = loose(spec.layout, self._products)
-
-    @cached_property
-    def before(self) -> list[Matrix]:
-        return self.dense(self.base)
-
-    def dense(self, theta: Vector) -> list[Matrix]:
-        return [p.dense(factors(self.live.layout, theta, p.indices)) for p in self._products]
-
-
-def factors(layout: FactorLayout, theta: Vector, indices: Iterable[int]) -> list[Matrix]:
-    """Views into theta (P,), shaped as the factors of these indices."""
-    return [theta[layout.slices[i]].reshape(layout.factors[i].shape) for i in indices]
-
-
-def loose(layout: FactorLayout, products: Iterable[Product]) -> tuple[int, ...]:
-    """The factors that belong to no product: biases, a dense head. They are the same at every rank."""
-    taken = {i for product in products for i in product.indices}
-    return tuple(i for i in layout.everything.indices if i not in taken)
-
-
-class Truncation:
-    """What rounding cut away, matrix by matrix."""
-
-    def __init__(self) -> None:
-        self._of_matrix, self._of_change, self._ranks = list[float](), list[float](), list[float]()
-
-    def saw(self, goal: Matrix, change: Matrix, found: Matrix, sigma: Vector) -> None:
-        """goal: to be rounded; change: from before the round to it; found: what it was rounded to."""
-        lost = float(np.linalg.norm(found - goal))
-        self._of_matrix.append(_share(lost, goal))
-        self._of_change.append(_share(lost, change))
-        self._ranks.append(effective_rank(sigma))
-
-    def report(self) -> dict[str, float]:
-        """Shares are of Frobenius norms; empty where nothing was rounded."""
-        if not self._ranks:
-            return {}
-        return {
-            "truncated_share_worst": max(self._of_matrix),
-            "truncated_share_mean": float(np.mean(self._of_matrix)),
-            "truncated_share_of_change_worst": max(self._of_change),
-            "truncated_share_of_change_mean": float(np.mean(self._of_change)),
-            "effective_rank_least": min(self._ranks),
-            "effective_rank_mean": float(np.mean(self._ranks)),
-        }
-
-
-def _share(lost: float, whole: Matrix) -> float:
-    norm = float(np.linalg.norm(whole))
-    return lost / norm if norm else 0.0

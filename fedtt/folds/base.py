@@ -6,14 +6,15 @@ learning?" 2019, arXiv 1911.07963, §4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from fedtt.errors import ConfigError
+from fedtt.layout import Theta
 
 __all__ = ["Contribution", "Delta", "FoldBase", "RobustFold"]
 
@@ -23,10 +24,13 @@ Delta = NDArray[np.float64]
 class Contribution(Struct, frozen=True, kw_only=True):
     """One update as the server sees it."""
 
-    delta: NDArray[np.float32]  #: change of the live factors, (live.size,) of its own rank's layout
+    #: change of the live factors, (live.size,) of its own rank's layout; in a fold, of what the method folds
+    delta: NDArray[np.floating[Any]]
     examples: int  #: as reported by the device
     staleness: int = 0  #: versions its base is older than the one it is folded onto
     rank: int | None = None  #: of the variant it was trained at; None for the adapter's own
+    #: rank -> factors of the version it was trained from; None where that is the one it is folded onto
+    bases: Mapping[int | None, Theta] | None = None
 
 
 class FoldBase(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -36,7 +40,7 @@ class FoldBase(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
     def bounded(self, contribution: Contribution) -> Delta:
         """Δ_k · min(1, bound / ‖Δ_k‖), (live.size,) in float64."""
-        delta = contribution.delta.astype(np.float64)
+        delta = np.asarray(contribution.delta, np.float64)
         if self.norm_bound is None:
             return delta
         norm = float(np.linalg.norm(delta))

@@ -184,17 +184,6 @@ def test_the_same_ledger_gives_the_same_bits_and_arguments_are_left_alone(case: 
 def test_devices_that_train_nothing_leave_the_model_as_it_is(case: str, count: int) -> None:
     method, adapter = CASES[case]
     theta, live = trained(adapter), method.live(adapter, 2, folded_once(adapter))
-    found = step(method, adapter, theta, live, some(live, scale=0.0)[:count]).theta
-    if isinstance(method, FlexLoRA):  # writes the same products as other factors
-        np.testing.assert_allclose(meant(adapter, found), meant(adapter, theta), atol=1e-5)
-    else:
-        assert found.tobytes() == theta.tobytes()
-
-
-def meant(adapter: AdapterSpec, theta: Theta) -> Theta:
-    """What the model computes with: the products of LoRA's pairs, and all other numbers."""
-    parts = list(adapter.layout.unflatten(theta).values())
-    pairs = {index for pair in adapter.lora_pairs for index in (pair.a, pair.b)}
-    products = [parts[pair.b] @ parts[pair.a] for pair in adapter.lora_pairs]
-    rest = [part for index, part in enumerate(parts) if index not in pairs]
-    return np.concatenate([part.reshape(-1) for part in (*products, *rest)])
+    assert (
+        step(method, adapter, theta, live, some(live, scale=0.0)[:count]).theta.tobytes() == theta.tobytes()
+    )

@@ -20,7 +20,7 @@ from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import FlexLoRA, Tier, TTSVDFedTT
 from fedtt.algorithms.mixed_ranks import MixedRanks
 from fedtt.codec import decode_delta, payload_bytes
-from fedtt.folds import Contribution
+from fedtt.folds import Contribution, Median
 from fedtt.layout import FactorLayout
 from fedtt.messages import Code, FailureCode, Problem, UpdateState
 from fedtt.server_step import server_step
@@ -316,6 +316,23 @@ def test_a_device_trains_at_the_rank_of_its_last_measured_time(kind: str, tmp_pa
             store.close()
 
     asyncio.run(run())
+
+
+def test_an_emulated_fleet_folds_late_updates_of_all_ranks_robustly(tmp_path: Path) -> None:
+    task = small_task(rounds=6, cohort=8, buffer=4, quorum=3, max_staleness=3)
+    task = replace(task, method=TTSVDFedTT(tiers=(Tier(rank=1, below_mb=512),)), fold=Median())
+    slow, quick = Profile(name="slow", memory_mb=256, step_s=30.0), Profile(name="quick", memory_mb=4096)
+    fleet = SmallFleet(tmp_path, devices=16, task=task, profiles=(slow, quick))
+    fleet.run()
+    assert fleet.server.version.number == 6
+    with fleet.server.service.store.reading() as tx:
+        rounds = tx.rounds(fleet.server.task.id)
+        found = {
+            (update.rank, round_.version_number > update.version_number)
+            for round_ in rounds
+            for update in tx.updates(round_.task_id, MAIN, round_.number, UpdateState.FOLDED)
+        }
+    assert found >= {(None, False), (1, True)}
 
 
 def test_an_emulated_fleet_trains_at_the_ranks_of_its_profiles(tmp_path: Path) -> None:

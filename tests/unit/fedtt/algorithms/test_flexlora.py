@@ -46,6 +46,8 @@ def test_the_mean_of_the_products_is_decomposed_by_svd(given_: list[Contribution
     found = products(ADAPTER, step.theta)
     for name, pair in PAIRS.items():
         np.testing.assert_allclose(found[name], truncated(means[name], 3), atol=1e-5)
+        if not step.report:
+            continue  # what nobody has moved keeps its factors
         a, b = factor(step.theta, pair.a), factor(step.theta, pair.b)
         np.testing.assert_allclose(a @ a.T, np.eye(3), atol=1e-5)  # A = V_rᵀ
         sigma = np.linalg.svd(means[name])[1][:3]
@@ -77,11 +79,10 @@ def test_the_order_of_the_ledger_changes_the_last_digits_alone(given_: list[Cont
         np.testing.assert_allclose(matrix, other[name], rtol=1e-6, atol=1e-6 * float(np.linalg.norm(matrix)))
 
 
-def test_at_one_rank_devices_that_train_nothing_change_no_matrix() -> None:
+def test_at_one_rank_devices_that_train_nothing_change_nothing() -> None:
     theta = start()
     step = folded(METHOD, ADAPTER, theta, [device(ADAPTER, seed=s, size=0.0) for s in range(3)])
-    for name, matrix in products(ADAPTER, theta).items():
-        np.testing.assert_allclose(products(ADAPTER, step.theta)[name], matrix, atol=1e-5)
+    assert step.theta.tobytes() == theta.tobytes()
 
 
 def test_without_updates_nothing_moves() -> None:
@@ -119,9 +120,9 @@ def test_a_vanished_direction_keeps_a_row_of_the_a_before_and_so_a_gradient(rank
     theta = start()
     for pair in ADAPTER.lora_pairs:
         factor(theta, pair.b)[:, rank:] = 0  # B A has this rank
-    idle = folded(METHOD, ADAPTER, theta, [device(ADAPTER, size=0.0)])
+    after = folded(METHOD, ADAPTER, theta, [device(ADAPTER, size=1e-7)])
     for pair in ADAPTER.lora_pairs:
-        a, b, before = factor(idle.theta, pair.a), factor(idle.theta, pair.b), factor(theta, pair.a)
+        a, b, before = factor(after.theta, pair.a), factor(after.theta, pair.b), factor(theta, pair.a)
         assert np.abs(b[:, rank:]).max() < 1e-6
         np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-5)
         within = a @ np.linalg.pinv(before) @ before  # onto its row space

@@ -11,19 +11,7 @@ from hypothesis import strategies as st
 
 from fedtt.folds import Contribution, Krum
 from tests.support.contributions import SIZE, contribution, contributions, deltas
-
-
-def oracle(fold: Krum, given_: list[Contribution]) -> list[float]:
-    """§4: s(i) = Σ ‖V_i - V_j‖² over the n - f - 2 nearest j; the mean of the m lowest, first ones first."""
-    vectors = [[float(x) for x in c.delta] for c in given_]
-    scores = []
-    for i, v in enumerate(vectors):
-        apart = sorted(
-            sum((a - b) ** 2 for a, b in zip(v, w, strict=True)) for j, w in enumerate(vectors) if j != i
-        )
-        scores.append(sum(apart[: len(vectors) - fold.hostile - 2]))
-    best = sorted(range(len(vectors)), key=lambda i: (scores[i], i))[: fold.selected]
-    return [sum(vectors[i][at] for i in best) / len(best) for at in range(SIZE)]
+from tests.support.fold_oracle import krum_by_hand
 
 
 @st.composite
@@ -35,7 +23,8 @@ def rounds(draw: st.DrawFn) -> tuple[Krum, list[Contribution]]:
 @given(rounds())
 def test_it_is_the_mean_of_the_updates_with_the_lowest_scores(drawn: tuple[Krum, list[Contribution]]) -> None:
     fold, given_ = drawn
-    np.testing.assert_allclose(fold.combine(SIZE, given_), oracle(fold, given_), rtol=1e-12, atol=1e-12)
+    expected = krum_by_hand(fold, [c.delta.tolist() for c in given_])
+    np.testing.assert_allclose(fold.combine(SIZE, given_), expected, rtol=1e-12, atol=1e-12)
 
 
 @given(rounds())
