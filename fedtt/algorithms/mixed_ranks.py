@@ -136,12 +136,15 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
             at[rank] = Dense(small, self.products(small), live.indices)
 
         def changes() -> Iterator[Contribution]:
+            newest: dict[int | None, Vector] = {}  # W of the bases that most devices have
             for sent in contributions:
-                known, against = sent.bases or bases, None if of_products else sent.rank
-                change = at[sent.rank].after(known[sent.rank], sent.delta) - at[against].of(known[against])
-                # no more than an update of plain numbers may hold, and so finite whatever the device sent
-                np.clip(np.nan_to_num(change, copy=False), -_GREATEST, _GREATEST, out=change)
-                yield replace(sent, delta=change)
+                against, known = None if of_products else sent.rank, sent.bases or bases
+                if sent.bases is None and against not in newest:
+                    newest[against] = at[against].of(known[against])
+                before = newest[against] if sent.bases is None else at[against].of(known[against])
+                change = at[sent.rank].after(known[sent.rank], sent.delta)
+                change -= before
+                yield replace(sent, delta=_limited(change))
 
         return Folded(delta=fold.combine(at[None].space.size, changes()))
 
@@ -177,6 +180,13 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
         loose = loose_of(small, self.products(small))
         put_(small.layout, new, loose, factors_of(adapter.layout, wide, loose))
         return new.astype(np.float32)
+
+
+def _limited(change: Vector) -> Vector:
+    """No more than an update of plain numbers may hold, and so finite, whatever a device sent."""
+    if change.min() >= -_GREATEST and change.max() <= _GREATEST:
+        return change
+    return np.clip(np.nan_to_num(change), -_GREATEST, _GREATEST)
 
 
 def _is_rising(values: Sequence[float]) -> bool:
