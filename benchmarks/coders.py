@@ -175,8 +175,8 @@ def _quantised(codec: CodecSpec, x: Delta) -> Delta:
 
 def integers(codec: CodecSpec, live: LiveSet, payload: bytes) -> tuple[Integers, int]:
     """What a coded payload holds, all blocks together, and how many scales."""
-    blocks = coded.decode(codec.levels, codec.scale_bits, payload[1:], live.sizes)
-    return np.concatenate([q[0] for q, _ in blocks]), len(blocks)
+    runs = coded.decode(codec.levels, codec.scale_bits, payload[1:], [(1, size) for size in live.sizes])
+    return np.concatenate([q[0, 0] for q, _ in runs]), len(runs)
 
 
 def measure(

@@ -95,7 +95,7 @@ def with_label_counts(frame: bytes, counts: bytes) -> bytes:
 
 
 def decode_update(frame: bytes, labels: int = 0) -> tuple[UpdateHeader, bytes]:
-    """Header and payload; any bytes give a value or a WireError.
+    """Header and payload; any bytes give a value or a WireError, in at most twice their memory and 64 KiB.
 
     labels: of which the frame may bring counts; 0 where they were not asked for.
     """
@@ -136,7 +136,10 @@ def encode_theta(theta: Theta) -> bytes:
 
 
 def decode_theta(data: bytes, layout: FactorLayout, digest: str) -> Theta:
-    """Theta (P,) from a version's bytes, checked against its size, its name and for finiteness."""
+    """Theta (P,) from a version's bytes, checked against its size, its name and for finiteness.
+
+    It takes at most twice the 4 P bytes of memory.
+    """
     if len(data) != 4 * layout.size:
         raise WireError(f"a version of {len(data)} bytes came, this layout needs {4 * layout.size}")
     if version_digest(data) != digest:

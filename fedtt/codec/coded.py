@@ -14,11 +14,12 @@ its integers. All blocks share the contexts of integers, for their scales have m
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fedtt.codec.plain import Words
+from fedtt.codec.plain import Decoded, Run
 from fedtt.codec.quantise import Integers
 from fedtt.codec.range_coder import Decoder, Encoder
 from fedtt.errors import WireError
@@ -44,22 +45,27 @@ def encode(levels: int, scale_bits: int, blocks: Iterable[tuple[Integers, int]])
     return coder.finish()
 
 
-def decode(levels: int, scale_bits: int, data: bytes, sizes: Sequence[int]) -> list[tuple[Integers, Words]]:
+def decode(levels: int, scale_bits: int, data: bytes, runs: Sequence[Run]) -> list[Decoded]:
     """The inverse, as `plain.decode` of one row; any bytes give blocks of these sizes or a WireError.
 
-    Time and memory are bounded by the sizes, whatever the bytes say.
+    Time and memory are bounded by the sizes, whatever the bytes say: one byte a number and two a scale.
     """
     coder, deepest = Decoder(data, _CONTEXTS), levels.bit_length()
-    spare, word, blocks = 16 - scale_bits, _FIRST_SCALE, []
-    for size in sizes:
-        difference = _decode(coder, _SCALES, scale_bits)
-        word = (word + (difference << spare)) % (1 << 16)
-        if word >> 15:
-            raise WireError("the payload's scale is negative")
-        numbers = [_decode(coder, 0, deepest) for _ in range(size)] if word else [0] * size
-        blocks.append((np.array([numbers], np.int8), np.array([[word]], np.uint16)))
+    spare, word, found = 16 - scale_bits, _FIRST_SCALE, []
+    for count, size in runs:
+        q, words = array("b", bytes(count * size)), array("H", bytes(2 * count))
+        for block in range(count):
+            difference = _decode(coder, _SCALES, scale_bits)
+            words[block] = word = (word + (difference << spare)) % (1 << 16)
+            if word >> 15:
+                raise WireError("the payload's scale is negative")
+            if word:
+                for at in range(block * size, (block + 1) * size):
+                    q[at] = _decode(coder, 0, deepest)
+        integers, scales = np.asarray(q, np.int8), np.asarray(words, np.uint16)
+        found.append((integers.reshape(1, count, size), scales.reshape(1, count, 1)))
     coder.finish()
-    return blocks
+    return found
 
 
 def _encode(coder: Encoder, contexts: int, deepest: int, k: int) -> None:

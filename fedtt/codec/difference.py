@@ -27,6 +27,7 @@ __all__ = ["MOST_PLACES", "decode_difference", "encode_difference"]
 
 MOST_PLACES = 24
 _FLOATS = 255
+_OVERHEAD_BYTES = 128  #: of a stream that does not compress; its blocks add less than an eighth
 _WORD = np.dtype("<u4")
 
 Words = NDArray[np.uint32]
@@ -53,19 +54,25 @@ def encode_difference(base: bytes, new: bytes) -> bytes:
 def decode_difference(base: bytes, data: bytes) -> bytes:
     """The inverse, as many bytes as `base`; total over all `data`: a value or a WireError.
 
-    The value is the version that was meant only if its sha256 says so.
+    The value is the version that was meant only if its sha256 says so. It takes at most ten times the bytes
+    of `base` of memory, and 64 KiB, whatever `data` holds and unpacks to.
     """
+    wrong = f"a difference between versions does not unpack to exactly {len(base)} bytes"
+    if len(data) > len(base) + len(base) // 8 + _OVERHEAD_BYTES:
+        raise WireError(wrong)
     places = data[0] if data else _FLOATS
     if places != _FLOATS and not (places <= MOST_PLACES and _fits(base, places)):
         raise WireError(f"a difference between versions is of {places} binary places, the one held is not")
     words = _words(base, places)
     inflate = zlib.decompressobj()
     try:
-        planes = inflate.decompress(data[1:], len(base) + 1)  # one more, so that a longer stream shows
+        planes = inflate.decompress(
+            memoryview(data)[1:], len(base) + 1
+        )  # one more, so that a longer stream shows
     except zlib.error as error:
         raise WireError(f"a difference between versions is not a zlib stream: {error}") from None
     if len(planes) != len(base) or not inflate.eof or inflate.unused_data:
-        raise WireError(f"a difference between versions does not unpack to exactly {len(base)} bytes")
+        raise WireError(wrong)
     zigzag = np.frombuffer(planes, np.uint8).reshape(_WORD.itemsize, -1).T.copy().view(">u4").reshape(-1)
     zigzag = zigzag.astype(np.uint32)
     difference = (zigzag >> 1) ^ (0 - (zigzag & 1))

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from fedtt.codec.quantise import Integers
 from fedtt.errors import WireError
 
-__all__ = ["Words", "decode", "encode", "encoded_bytes"]
+__all__ = ["Decoded", "Run", "Words", "decode", "encode", "encoded_bytes"]
 
 _SCALE_BYTES = 2
 
 Rows = NDArray[np.uint8]
 Words = NDArray[np.uint16]
+Run = tuple[int, int]  #: how many blocks of one size follow each other, and numbers of each
+Decoded = tuple[Integers, Words]  #: a run of n updates: integers (n, count, size) and scales (n, count, 1)
 
 
 def encoded_bytes(levels: int, size: int) -> int:
@@ -35,23 +37,24 @@ def encode(levels: int, blocks: Iterable[tuple[Integers, int]]) -> bytes:
     return b"".join(word.to_bytes(_SCALE_BYTES, "little") + _pack(q, bits) for q, word in blocks)
 
 
-def decode(levels: int, rows: Rows, sizes: Sequence[int]) -> list[tuple[Integers, Words]]:
-    """The inverse for n updates, (n, bytes): for each block integers (n, size) and scales (n, 1).
+def decode(levels: int, rows: Rows, runs: Sequence[Run]) -> list[Decoded]:
+    """The inverse for n updates, (n, bytes), run by run.
 
     Raises WireError for what no encoder writes.
     """
-    bits, blocks, start = _bits(levels), [], 0
-    for size in sizes:
-        end = start + encoded_bytes(levels, size)
-        words = np.ascontiguousarray(rows[:, start : start + _SCALE_BYTES]).view("<u2")
+    bits, found, start = _bits(levels), [], 0
+    for count, size in runs:
+        width = encoded_bytes(levels, size)
+        blocks = rows[:, start : start + count * width].reshape(len(rows), count, width)
+        words = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view("<u2")
         if (words >> 15).any():
             raise WireError("the payload's scale is negative")
-        q = _unpack(rows[:, start + _SCALE_BYTES : end], bits, size)
+        q = _unpack(blocks[..., _SCALE_BYTES:], bits, size)
         if q.size and q.min() < -levels:
             raise WireError(f"the payload holds {q.min()}, which {bits}-bit values never take")
-        blocks.append((q, words))
-        start = end
-    return blocks
+        found.append((q, words))
+        start += count * width
+    return found
 
 
 def _bits(levels: int) -> int:
@@ -64,15 +67,17 @@ def _pack(q: Integers, bits: int) -> bytes:
 
 
 def _unpack(rows: Rows, bits: int, size: int) -> Integers:
+    """Blocks (n, count, bytes) -> (n, count, size)."""
     if bits == 8:
         return rows.view(np.int8)
     if 8 % bits:
-        each = np.unpackbits(rows, axis=1, bitorder="little")
-        loose = each[:, size * bits :]
-        raw = each[:, : size * bits].reshape(len(rows), size, bits) @ (1 << np.arange(bits, dtype=np.uint8))
+        each = np.unpackbits(rows, axis=-1, bitorder="little")
+        loose = each[..., size * bits :]
+        parts = each[..., : size * bits].reshape(*rows.shape[:-1], size, bits)
+        raw = parts @ (1 << np.arange(bits, dtype=np.uint8))
     else:  # several whole numbers a byte
         each = (rows[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
-        raw, loose = np.split(each.reshape(len(rows), -1), [size], axis=1)
+        raw, loose = np.split(each.reshape(*rows.shape[:-1], -1), [size], axis=-1)
     if loose.any():
         raise WireError("the payload's padding is not zero")
     sign = np.uint8(1 << (bits - 1))

@@ -53,9 +53,10 @@ def encode(form: Quantiser, x: Block, step: float, noise: np.random.Generator | 
 
 
 def decode(integers: Integers, words: NDArray[np.uint16]) -> Block:
-    """The numbers that integers (n, size) and scales (n, 1) stand for, float32, possibly not finite."""
+    """The numbers that integers (..., size) and scales (..., 1) stand for, float32, possibly not finite."""
+    values: Block = integers.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        values: Block = integers.astype(np.float32) * _numbers(words)
+        values *= _numbers(words)
     return values
 
 

@@ -91,10 +91,10 @@ def test_integers_and_scales_come_back_whatever_they_are(data: st.DataObject) ->
         for q, word in data.draw(st.lists(st.tuples(numbers, words), max_size=4))
     ]
     stream = coded.encode(levels, scale_bits, blocks)
-    found = coded.decode(levels, scale_bits, stream, [q.size for q, _ in blocks])
+    found = coded.decode(levels, scale_bits, stream, [(1, q.size) for q, _ in blocks])
     for (q, word), (q2, word2) in itertools.zip_longest(blocks, found):
-        np.testing.assert_array_equal(q[None], q2)
-        assert word2.tolist() == [[word]]
+        np.testing.assert_array_equal(q[None, None], q2)
+        assert word2.tolist() == [[[word]]]
 
 
 def laplace(seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

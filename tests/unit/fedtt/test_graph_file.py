@@ -82,9 +82,11 @@ def test_a_field_that_comes_twice_hides_nothing() -> None:
         graph = bytes([1 << 3 | 2, len(fields)]) + fields
         return bytes([7 << 3 | 2, len(graph)]) + graph
 
-    check_graph(node(b"Add", b"Mul"), "twice", ())
-    for operators in ((b"Add", b"Loop"), (b"Loop", b"Add")):
-        with pytest.raises(BundleError, match="'Loop'"):
+    check_graph(node(b"Add") + node(b"Mul"), "twice", ())
+    with pytest.raises(BundleError, match="'Loop'"):
+        check_graph(node(b"Loop") + node(b"Add"), "twice", ())
+    for operators in ((b"Add", b"Loop"), (b"Loop", b"Add"), (b"Add", b"Add")):
+        with pytest.raises(BundleError, match="a message with two operators"):
             check_graph(node(*operators) + node(b"Add"), "twice", ())
 
 
