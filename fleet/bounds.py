@@ -15,6 +15,7 @@ from edge_client.examples import Example, Examples
 from edge_client.inference import Evaluation, Model
 from edge_client.runtime import Scorer
 from edge_client.trainer import TrainingRequest
+from fedtt.algorithms import FedAvg
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.layout import Theta
 from fedtt.messages import Plan
@@ -38,10 +39,14 @@ def trained_alone(
 ) -> Iterator[Theta]:
     """The factors (P,) after `steps` optimiser steps by the task's settings on each shard by itself.
 
-    All rows as one shard make it the centralised bound, with as many steps as all devices take together.
+    All rows as one shard make it the centralised bound, with as many steps as all devices take together. All
+    numbers of the adapters are trained, whatever turns a method has them take, down to `training.depth`;
+    nothing pulls back to the start, as FedProx does, and nothing is coded.
     """
-    layout = bundle.manifest.adapter.layout
-    start, everything = layout.flatten(load_file(bundle.path(bundle.manifest.initial))), layout.everything
+    adapter = bundle.manifest.adapter
+    start = adapter.layout.flatten(load_file(bundle.path(bundle.manifest.initial)))
+    depth, everything = spec.training.depth, adapter.layout.everything
+    live = everything if depth is None else adapter.live_at(depth, everything)
     theta, codec = encode_theta(start), CodecSpec(quantise="fp32")
     plan = Plan(
         task=spec.name,
@@ -50,10 +55,10 @@ def trained_alone(
         version=version_digest(theta),
         version_number=0,
         round=1,
-        live=everything.indices,
-        training=replace(spec.training, local_steps=steps),
+        live=live.indices,
+        training=replace(spec.training, local_steps=steps, proximal=0.0),
         codec=codec,
-        method=spec.method,
+        method=FedAvg(),
         min_examples=1,
     )
     handles = [
@@ -70,7 +75,7 @@ def trained_alone(
     ]
     for handle in handles:
         payload = decode_update(handle.result().frame)[1]
-        yield np.asarray(start + decode_delta(codec, everything, payload), np.float32)
+        yield np.asarray(start + live.scatter(decode_delta(codec, live, payload)), np.float32)
 
 
 def local_only(

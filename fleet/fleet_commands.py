@@ -136,6 +136,8 @@ def _lived(
     from fleet.run import run_fleet
 
     if args.server is not None:
+        if experiment.spec.fleet.bound is not None:
+            raise ConfigError("fleet.bound", experiment.spec.fleet.bound, "none with --server")
         return asyncio.run(live_against(args.server, args.token, experiment, directory, stopped, pool))
     run = partial(run_fleet, experiment, directory, fresh=args.fresh, stopped=stopped, pool=pool)
     if args.json:

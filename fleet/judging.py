@@ -45,18 +45,30 @@ class VersionJudge:
         Nothing where the experiment has no evaluation. What several devices share is judged once. Ends
         early once `stopped` says so.
         """
-        evaluation, population = self._experiment.spec.evaluation, self._experiment.population
-        if evaluation is None:
-            return {}
-        drawn = rng_for(population.seed, Purpose.JUDGED).permutation(population.size)[: evaluation.per_device]
         found: dict[int, Evaluation] = {}
-        for index in sorted(drawn.tolist()):
+        for index in sorted(self.drawn):
             if stopped():
                 break
-            shard = int(population.shard[index])
-            key = f"{version}/{shard}/{evaluation.per_device_examples}"
-            found[index] = self._judged(key, version, partial(self._own, shard))
+            found[index] = self.judge_own(version, index)
         return found
+
+    @property
+    def drawn(self) -> set[int]:
+        """The devices that are judged on their own examples."""
+        evaluation, population = self._experiment.spec.evaluation, self._experiment.population
+        if evaluation is None:
+            return set()
+        order = rng_for(population.seed, Purpose.JUDGED).permutation(population.size)
+        return set(order[: evaluation.per_device].tolist())
+
+    def judge_own(self, version: str, index: int) -> Evaluation:
+        """On some of a device's own examples."""
+        evaluation = self._experiment.spec.evaluation
+        shard, most = (
+            int(self._experiment.population.shard[index]),
+            evaluation and evaluation.per_device_examples,
+        )
+        return self._judged(f"{version}/{shard}/{most}", version, partial(self._own, shard))
 
     def _own(self, number: int) -> list[Example]:
         """Examples of a shard, as many as are wanted."""

@@ -13,6 +13,7 @@ from aggregator.promised import promised
 from edge_client.runtime import Scorer
 from fedtt.errors import ConfigError, FedttError
 from fedtt.messages import Problem, device_id
+from fleet.alone import Alone
 from fleet.computed import Computed, KeepingPool
 from fleet.engine import Fleet, Settings
 from fleet.experiment import START_S, Experiment
@@ -61,8 +62,10 @@ def run_fleet(
         stack.callback(inner.close)
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(experiment.spec)
-        run = _Run(experiment, files, KeepingPool(inner, computed), computed, on_version, judge)
-        return run.live(stopped)
+        made = _Run if experiment.spec.fleet.bound is None else Alone
+        return made(experiment, files, KeepingPool(inner, computed), computed, on_version, judge).live(
+            stopped
+        )
 
 
 def _pool(experiment: Experiment, computed: Computed) -> Pool:

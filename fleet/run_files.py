@@ -104,6 +104,9 @@ class DeviceLine(Struct, frozen=True, kw_only=True):
     examples: int = 0  #: of its own, that the last version was judged on
     loss: float | None = None
     accuracy: float | None = None
+    #: of what it trained by itself (`fleet.bound`), on the evaluation data
+    alone_loss: float | None = None
+    alone_accuracy: float | None = None
 
 
 def spread(counts: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Spread | None:
@@ -166,18 +169,24 @@ class RunFiles:
         outcome: Outcome,
         population: Population,
         judged: Mapping[int, Evaluation] = MappingProxyType({}),
+        alone: Mapping[int, Evaluation] = MappingProxyType({}),
     ) -> None:
-        """judged: device -> the last version on its own examples, where that was asked for."""
+        """judged: device -> the last version on its own examples, where that was asked for.
+
+        alone: device -> what it trained by itself, on the evaluation data.
+        """
         (self.directory / "summary.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(outcome), indent=2) + b"\n"
         )
         with _written(self.directory / "devices.jsonl") as file:
-            for index in sorted({*np.flatnonzero(population.sent_bytes).tolist(), *judged}):
-                line = _device_line(population, index, judged.get(index))
+            for index in sorted({*np.flatnonzero(population.sent_bytes).tolist(), *judged, *alone}):
+                line = _device_line(population, index, judged.get(index), alone.get(index))
                 file.write(msgspec.json.encode(line) + b"\n")
 
 
-def _device_line(population: Population, index: int, judged: Evaluation | None) -> DeviceLine:
+def _device_line(
+    population: Population, index: int, judged: Evaluation | None, alone: Evaluation | None
+) -> DeviceLine:
     return DeviceLine(
         device=index,
         profile=population.profiles[population.profile[index]].name,
@@ -189,6 +198,8 @@ def _device_line(population: Population, index: int, judged: Evaluation | None) 
         examples=judged.examples if judged else 0,
         loss=judged.loss if judged else None,
         accuracy=judged.accuracy if judged else None,
+        alone_loss=alone.loss if alone else None,
+        alone_accuracy=alone.accuracy if alone else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -32,6 +32,7 @@ __all__ = [
     "Zipf",
 ]
 
+_MOST_STEPS = 100_000  #: of one training, `training.local_steps`
 Positive = Annotated[int, Meta(ge=1, le=10**7)]
 Seconds = Annotated[float, Meta(gt=0, le=10**9)]
 
@@ -52,6 +53,7 @@ class Size(_Section, frozen=True, kw_only=True):
     first_visits_s: Seconds | None = None  #: in which all devices come for the first time; None for one pause
     visit_every_s: Seconds | None = None  #: mean between two visits; None comes whenever the server said
     needs_memory_mb: Annotated[int, Meta(ge=0)] = 0  #: of training; devices that say they have less cannot
+    bound: Literal["local-only", "centralised"] | None = None  #: what is lived in place of a federation
 
     @property
     def chosen_trainer(self) -> str:
@@ -169,6 +171,8 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
         if self.task.evaluation is not None and self.task.evaluation.by != "devices":
             by = self.task.evaluation.by
             raise ConfigError("task.evaluation.by", by, "'devices': nobody stands beside an emulated server")
+        if self.fleet.bound is not None:
+            self._check_bound()
         names = [profile.name for profile in self.profiles]
         for name in names:
             if names.count(name) > 1:
@@ -182,6 +186,22 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
         if method.groups > most:
             allowed = f"at most {most} groups of fleet.devices = {self.fleet.devices}"
             raise ConfigError("task.method.groups", method.groups, allowed)
+
+    def _check_bound(self) -> None:
+        """Nothing is said of what a federation alone has."""
+        if self.task.privacy is not None:
+            raise ConfigError(
+                "fleet.bound", self.fleet.bound, "none with [task.privacy], whose noise it has not"
+            )
+        if not 1 <= self.steps_alone <= _MOST_STEPS:
+            allowed = f"such that there are 1 to {_MOST_STEPS} steps, not {self.steps_alone}"
+            raise ConfigError("task.rounds.count", self.task.rounds.count, allowed)
+
+    @property
+    def steps_alone(self) -> int:
+        """Of a bound: in one place as many as all devices take together, of one device its even share."""
+        together = self.task.rounds.count * self.task.rounds.cohort * self.task.training.local_steps
+        return together if self.fleet.bound == "centralised" else together // self.fleet.devices
 
     @property
     def shards(self) -> int:
