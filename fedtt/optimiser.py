@@ -45,13 +45,13 @@ class Optimiser:
         """Move theta (size,) along -grad (size,), in place."""
         spec, eta = self.spec, np.float32(self.spec.learning_rate)
         self.steps += 1
-        theta *= np.float32(1 - spec.learning_rate * spec.weight_decay)
+        theta *= np.float32(1 - spec.learning_rate * spec.weight_decay)  # line 12: - η λ θ
         if spec.optimiser == "sgd":
             self._m = np.float32(spec.momentum) * self._m + grad
             theta -= eta * self._m
             return
         b1, b2 = spec.momentum, spec.second_moment  # 1 - β in float64: in float32 it is 1e-5 off for 0.999
-        self._m = np.float32(b1) * self._m + np.float32(1 - b1) * grad
+        self._m = np.float32(b1) * self._m + np.float32(1 - b1) * grad  # lines 7 to 10, and the rest of 12
         self._v = np.float32(b2) * self._v + np.float32(1 - b2) * grad * grad
         m_hat = self._m / np.float32(1 - b1**self.steps)
         v_hat = self._v / np.float32(1 - b2**self.steps)

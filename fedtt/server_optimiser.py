@@ -88,15 +88,16 @@ def optimiser_step(
         return spec.rate * delta, state
     m = live.gather(state.first).astype(np.float64)
     if spec.optimiser == "momentum":
-        m = spec.momentum * m + delta
+        m = spec.momentum * m + delta  # Hsu et al., FedAvgM: v ← β v + Δ
         return spec.rate * m, _with(state, live, m, None)
-    m = spec.momentum * m + (1 - spec.momentum) * delta
+    m = spec.momentum * m + (1 - spec.momentum) * delta  # Algorithm 2: m_t
     v, square = live.gather(state.second).astype(np.float64), delta**2
     if spec.optimiser == "adam":
-        v = spec.second_moment * v + (1 - spec.second_moment) * square
+        v = spec.second_moment * v + (1 - spec.second_moment) * square  # its v_t of FedAdam
     else:
-        v = v - (1 - spec.second_moment) * square * np.sign(v - square)
-    return spec.rate * m / (np.sqrt(v) + spec.adaptivity), _with(state, live, m, v)
+        v = v - (1 - spec.second_moment) * square * np.sign(v - square)  # its v_t of FedYogi
+    step = spec.rate * m / (np.sqrt(v) + spec.adaptivity)  # its x_{t+1} - x_t
+    return step, _with(state, live, m, v)
 
 
 def published(spec: ServerSpec, theta: NDArray[np.floating[Any]]) -> Theta:

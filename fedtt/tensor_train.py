@@ -180,10 +180,10 @@ def tt_svd(dense: Array, matrix: TTMatrix) -> list[Array]:
     rest = np.asarray(dense, dtype=np.float64).reshape(1, -1)
     cores: list[Array] = []
     for r0, n, r1 in matrix.core_shapes[:-1]:
-        u, s, vt = np.linalg.svd(rest.reshape(r0 * n, -1), full_matrices=False)
-        cores.append(u[:, :r1].reshape(r0, n, r1))
-        rest = s[:r1, None] * vt[:r1]
-    cores.append(rest.reshape(matrix.core_shapes[-1]))
+        u, s, vt = np.linalg.svd(rest.reshape(r0 * n, -1), full_matrices=False)  # lines 4 and 5
+        cores.append(u[:, :r1].reshape(r0, n, r1))  # line 6
+        rest = s[:r1, None] * vt[:r1]  # line 7
+    cores.append(rest.reshape(matrix.core_shapes[-1]))  # line 9
     return cores
 
 
@@ -212,7 +212,7 @@ def tt_round(cores: Sequence[Array], rank: int) -> list[Array]:
     """Lower every rank to at most `rank` (Oseledets 2011, Algorithm 2), computed in float64."""
     if rank < 1:
         raise LayoutError(f"a rank must be at least 1, got {rank}")
-    out = orthogonalise(cores, 0)
+    out = orthogonalise(cores, 0)  # its first loop, from right to left; the second follows
     for k in range(len(out) - 1):
         r0, n, _ = out[k].shape
         u, s, vt = np.linalg.svd(out[k].reshape(r0 * n, -1), full_matrices=False)

@@ -55,11 +55,11 @@ def tt_round_near(dense: Array, matrix: TTMatrix, near: Sequence[Array]) -> Roun
     for (r0, n, r1), frame in zip(matrix.core_shapes[:-1], frames[:-1], strict=True):
         rest = rest.reshape(r0 * n, -1)
         known = np.tensordot(overlap, frame, 1).reshape(r0 * n, -1)
-        u, sigma = _leading(rest, known, r1)
-        cores.append(u.reshape(r0, n, r1))
+        u, sigma = _leading(rest, known, r1)  # line 5 of TT-SVD, at a rank that is given
+        cores.append(u.reshape(r0, n, r1))  # line 6
         spectra.append(sigma)
-        rest, overlap = u.T @ rest, u.T @ known
-    cores.append(rest.reshape(matrix.core_shapes[-1]))
+        rest, overlap = u.T @ rest, u.T @ known  # line 7
+    cores.append(rest.reshape(matrix.core_shapes[-1]))  # line 9
     return Rounded(cores, spectra)
 
 

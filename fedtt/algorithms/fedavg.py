@@ -119,7 +119,9 @@ def local_steps(
     for batch in batches:
         loss, grad = yield current, batch
         pull = live.gather(grad)
-        optimiser.step_(moved, pull + mu * (moved - start) if mu else pull)
+        if mu:
+            pull = pull + mu * (moved - start)  # ∇ of the second term of FedProx, eq. 2
+        optimiser.step_(moved, pull)  # Algorithm 1, ClientUpdate: w ← w - η ∇ℓ(w; b), or what stands for it
         current[live.positions] = moved
         losses.append(loss)
     if not losses:

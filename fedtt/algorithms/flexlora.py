@@ -73,6 +73,7 @@ def _rounded(rank: int, w: Matrix, near: Sequence[Matrix]) -> Cut:
         a, b = np.full((rank, w.shape[1]), np.nan), np.full((w.shape[0], rank), np.nan)
         return Cut((a, b), b[0])
     known = np.linalg.qr(near[0].T)[0].T
+    # §3: U Σ Vᵀ of W̄, cut at r
     v = np.linalg.svd(np.vstack([w, _VANISHED * (size or 1.0) * known]), full_matrices=False)[2][:rank]
     b = w @ v.T
     return Cut((v, b), np.linalg.norm(b, axis=0))

@@ -124,7 +124,7 @@ def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -
     p = Δ + e,  sent = C(p),  e' = p - sent.  Returns the payload and e'; the caller keeps e until the
     payload is acknowledged, so that a refused update loses nothing.
     """
-    target = delta + residual
+    target = delta + residual  # Algorithm 2: p ← Δ + e, then C(p), then e' ← p - C(p)
     payload = encode_delta(codec, live, target, np.random.default_rng(0))
     return payload, target - decode_delta(codec, live, payload)
 

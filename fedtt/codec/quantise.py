@@ -70,11 +70,11 @@ def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | 
     sizes = np.abs(x.astype(np.float64))
     largest = float(sizes.max(initial=0.0))
     if form == "sign":
-        return float(sizes.sum()) / max(1, int(np.count_nonzero(sizes)))
+        return float(sizes.sum()) / max(1, int(np.count_nonzero(sizes)))  # EF-signSGD: ‖p‖₁ / d
     if form == "rms":
         return min(largest, max(step * float(np.sqrt(np.mean(sizes**2))), largest / LEVELS[form]))
     if form == "ternary" and noise is None:
-        return float(np.mean(sizes[sizes >= _TERNARY_THRESHOLD * sizes.mean()]))
+        return float(np.mean(sizes[sizes >= _TERNARY_THRESHOLD * sizes.mean()]))  # TWN, eq. 5-6
     return largest / LEVELS[form]
 
 

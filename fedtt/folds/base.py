@@ -44,7 +44,7 @@ class FoldBase(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
         if self.norm_bound is None:
             return delta
         norm = float(np.linalg.norm(delta))
-        return delta if norm <= self.norm_bound else delta * (self.norm_bound / norm)
+        return delta if norm <= self.norm_bound else delta * (self.norm_bound / norm)  # §4: Δ / max(1, ‖Δ‖/M)
 
     def check(self, updates: int, numbers: int) -> None:
         """Raise ConfigError where a round of so many updates needs more memory than the fold may take."""

@@ -49,6 +49,6 @@ class Krum(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
         np.fill_diagonal(distances, np.inf)
         distances.sort(axis=1)
         neighbours = len(rows) - self.hostile - 2
-        scores = distances[:, :neighbours].sum(axis=1)
+        scores = distances[:, :neighbours].sum(axis=1)  # §4: s(i), of which Krum takes the least
         best = np.argsort(scores, kind="stable")[: self.selected]
         return np.asarray(rows[np.sort(best)].mean(axis=0))

@@ -43,7 +43,7 @@ class Mean(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
         total, weights = np.zeros(size, np.float64), 0.0
         for contribution in contributions:
             weight = self.weight(contribution)
-            discount = (1.0 + contribution.staleness) ** -self.staleness_exponent
-            total += (weight * discount) * self.bounded(contribution)
+            discount = (1.0 + contribution.staleness) ** -self.staleness_exponent  # FedBuff's s(τ)
+            total += (weight * discount) * self.bounded(contribution)  # its Algorithm 1: Δ̄ ← Δ̄ + Δ
             weights += weight
         return total / weights if weights else total

@@ -30,7 +30,7 @@ class Median(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        return np.asarray(np.median(self.stacked(self.least, contributions), axis=0))
+        return np.asarray(np.median(self.stacked(self.least, contributions), axis=0))  # Definition 1
 
 
 class TrimmedMean(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="trimmed-mean"):
@@ -54,4 +54,4 @@ class TrimmedMean(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=T
         """(size,); raises ValueError below `least`."""
         rows = self.stacked(self.least, contributions)
         cut = self.cut(len(rows))
-        return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))
+        return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))  # Definition 2
