@@ -98,15 +98,17 @@ def _refuse_body(request: web.Request, limit_bytes: int) -> None:
 
 
 async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
-    """The body as it comes: at most `limit_bytes` of it, and never decompressed."""
+    """The body as it comes: at most `limit_bytes` of it, and never decompressed; it may not rest for long."""
     _refuse_body(request, limit_bytes)
-    received = 0
+    received, allowed_s = 0, request.app[BODY_S]
     try:
-        async for piece in request.content.iter_any():
+        while piece := await asyncio.wait_for(request.content.readany(), allowed_s):
             received += len(piece)
             if received > limit_bytes:
                 raise ProblemError(too_large(limit_bytes))
             yield piece
+    except TimeoutError:
+        raise ProblemError(malformed(f"no more of the body came within {allowed_s:g} s")) from None
     except (ConnectionError, web.RequestPayloadError):
         raise ProblemError(malformed(f"the body broke off after {received} bytes")) from None
 

@@ -15,13 +15,12 @@ from typing import Any
 from msgspec.structs import astuple
 from sqlalchemy import (
     URL,
-    Column,
+    BigInteger,
     Connection,
     Double,
     Engine,
-    Integer,
     LargeBinary,
-    String,
+    Text,
     create_engine,
     event,
     make_url,
@@ -30,7 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from fedtt.errors import StorageError, UnavailableError
-from storage.rows import Rows
+from storage.rows import Rows, plain
 
 __all__ = ["CONNECTIONS", "PostgresqlBackend", "is_postgresql"]
 
@@ -47,6 +46,7 @@ _NETWORK = {
     "application_name": "fedtt",
 }
 _EXAMPLE = "postgresql+psycopg://fedtt@localhost/fedtt"
+_NAMES = {BigInteger: "int8", Double: "float8", LargeBinary: "bytea", Text: "text"}  #: in its own words
 
 #: classes of SQLSTATE after which the same may well succeed later
 _PASSING = {
@@ -122,7 +122,7 @@ class PostgresqlBackend:
         text = f"COPY {rows.table.name} ({', '.join(fields)}) FROM STDIN (FORMAT BINARY)"
         try:
             with driver.cursor() as cursor, cursor.copy(text) as copy:
-                copy.set_types([_type_of(columns[field]) for field in fields])
+                copy.set_types([_NAMES[type(plain(columns[field].type))] for field in fields])
                 for record in records:
                     copy.write_row(astuple(record))
         except Error as error:
@@ -147,13 +147,6 @@ class PostgresqlBackend:
 def _is_lost(error: DBAPIError, state: str) -> bool:
     """Whether the connection is gone, or never came about."""
     return error.connection_invalidated or (not state and type(error.orig).__name__ == "OperationalError")
-
-
-def _type_of(column: Column[Any]) -> str:
-    for kind, name in ((Integer, "int8"), (Double, "float8"), (LargeBinary, "bytea"), (String, "text")):
-        if isinstance(column.type, kind):
-            return name
-    raise TypeError(f"{column} is no column of plain values")
 
 
 def _checked_url(database: str) -> URL:

@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 from fedtt.errors import FedttError, StorageError
 from storage.models import Base
 
-__all__ = ["Names", "Rows", "Values", "is_among", "json_texts"]
+__all__ = ["Names", "Rows", "Values", "is_among", "json_texts", "plain"]
 
 R = TypeVar("R", bound=msgspec.Struct)
 Values = Callable[[msgspec.Struct], tuple[Any, ...]]
@@ -89,12 +89,14 @@ def _as_array_elements(element: json_texts, compiler: SQLCompiler, **kw: Any) ->
     return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS json))"
 
 
-def _plain(kind: TypeEngine[Any]) -> TypeEngine[Any]:
+def plain(kind: TypeEngine[Any]) -> BigInteger | Double[float] | LargeBinary | Text:
     """How values lie in a column, whatever they stand for."""
-    for plain in (Integer, Double, LargeBinary):
-        if isinstance(kind, plain):
-            return BigInteger() if plain is Integer else plain()
-    return Text()
+    if isinstance(kind, TypeDecorator):
+        kind = kind.impl_instance
+    for given, lies in ((Integer, BigInteger), (Double, Double), (LargeBinary, LargeBinary), (String, Text)):
+        if isinstance(kind, given):
+            return lies()
+    raise TypeError(f"a column of {kind} holds no plain values")
 
 
 class Rows(Generic[R]):
@@ -122,7 +124,7 @@ class Rows(Generic[R]):
     def _from_lists(self) -> Insert:
         """Many rows of different keys at once (PostgreSQL): a parameter is all of a column's values."""
         columns = [self.table.c[field] for field in self.record.__struct_fields__]
-        lists = (bindparam(column.name, type_=ARRAY(_plain(column.type))) for column in columns)
+        lists = (bindparam(column.name, type_=ARRAY(plain(column.type))) for column in columns)
         given = func.unnest(*lists).table_valued(*(column.name for column in columns)).render_derived()
         return insert(self.table).from_select([column.name for column in columns], select(*given.c))
 

@@ -1,11 +1,12 @@
 """Hostile values: what is not finite is refused, what is huge is bounded, who colludes is outvoted.
 
 The colluders' task is real: MiniLM's embeddings of what 60 people said to an assistant, one device a person,
-trained by the server's own fold. A fifth of the devices work together: by sending the opposite of what the
-honest would, ten times as long, or as far from the honest mean as still looks ordinary ("a little is enough",
-Baruch et al., NeurIPS 2019, arXiv 1902.06156). The bound is on the best of the robust folds, in the worse of
-the two attacks, over several divisions of the people into devices and those that the model is tried on: one
-division alone says little, for they differ by ten points. What each fold loses is among the figures.
+trained by the server's own fold until its accuracy rises no more. A fifth of the devices work together: by
+sending the opposite of what the honest would, ten times as long or as long as theirs (Xie et al., UAI 2019,
+arXiv 1903.03936), or as far from the honest mean as still looks ordinary ("a little is enough", Baruch et
+al., NeurIPS 2019, arXiv 1902.06156). The bound is on the best of the robust folds, in the worst of the
+attacks, over several divisions of the people into devices and those that the model is tried on: one division
+alone says little. What each fold loses is among the figures.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ __all__ = ["bounded", "colluding", "refusals", "run"]
 NUMBERS = 100
 _HONEST, _BOUND, _MOST_EXAMPLES = 9, 1.0, 10
 _DIVISIONS = 5  #: of the people into devices and held out
+_ROUNDS = (
+    100  #: at 30 the plain mean still rises by three points, and a fold that is only slower seems to lose
+)
+_FIFTH = 0.2
 Rows = NDArray[np.float64]
 
 
@@ -43,7 +48,7 @@ async def run(setting: Setting) -> Outcome:
     figures = await refusals(setting) | await bounded(setting)
     return Outcome(
         figures=figures
-        | (colluding(setting, 10, 2) if setting.quick else colluding(setting, 30, _DIVISIONS)),
+        | (colluding(setting, 10, 2) if setting.quick else colluding(setting, _ROUNDS, _DIVISIONS)),
         at_most={
             "hostile_taken": 0,
             "server_errors": 0,
@@ -227,9 +232,16 @@ def _embeddings(texts: list[str]) -> Rows:
     return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
 
 
+def _as_long(row: Rows, honest: Rows) -> Rows:
+    """The row (P,) at the median length of the honest (K, P)."""
+    length = float(np.median(np.linalg.norm(honest, axis=1)))
+    return np.asarray(row * (length / np.linalg.norm(row)))
+
+
 Attack = Callable[[Rows], Rows]  #: (K, P) of the honest -> (P,) that every colluder sends
 _ATTACKS: dict[str, Attack] = {
     "opposite": lambda honest: -10.0 * honest.mean(axis=0),
+    "opposite_as_long": lambda honest: _as_long(-honest.mean(axis=0), honest),
     "a_little": lambda honest: honest.mean(axis=0) - 0.7 * honest.std(axis=0),
 }
 
@@ -260,12 +272,16 @@ def colluding(setting: Setting, rounds: int, divisions: int) -> Figures:
 def _lost(setting: Setting, task: Task, rounds: int) -> dict[str, float]:
     """In one division: by the honest alone, and by each fold in each attack."""
     hostile = len(task.devices) // 5
+    few, many = len(task.devices) - 2 * hostile - 2, len(task.devices) - hostile - 2
     folds: dict[str, Fold] = {
         "plain_mean": Mean(),
         "median": Median(),
         "trimmed": TrimmedMean(trim=0.25),
-        "krum_few": Krum(hostile=hostile, selected=len(task.devices) - 2 * hostile - 2),
-        "krum_many": Krum(hostile=hostile, selected=len(task.devices) - hostile - 2),
+        "krum_few": Krum(hostile=hostile, selected=few),
+        "krum_many": Krum(hostile=hostile, selected=many),
+        "mixed_median": Median(mixing=_FIFTH),
+        "mixed_trimmed": TrimmedMean(trim=0.25, mixing=_FIFTH),
+        "mixed_krum_many": Krum(hostile=hostile, selected=many, mixing=_FIFTH),
     }
     clean = _trained(task, task.devices, Mean(), rounds)
     lost = {"accuracy_mean_no_attack": clean, "devices": float(len(task.devices))}

@@ -6,6 +6,7 @@ learning?" 2019, arXiv 1911.07963, §4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -14,11 +15,23 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from fedtt.errors import ConfigError
+from fedtt.folds.mixing import mix
 from fedtt.layout import Theta
 
-__all__ = ["Contribution", "Delta", "FoldBase", "RobustFold"]
+__all__ = ["Contribution", "Delta", "FoldBase", "RobustFold", "fewest", "share"]
 
 Delta = NDArray[np.float64]
+_ROUNDING = 1e-9  #: 0.29 · 100 is 28.999999999999996 in float64
+
+
+def share(part: float, count: int) -> int:
+    """⌊part · count⌋, of what is meant and not of what rounding made of it."""
+    return math.floor(part * count + _ROUNDING)
+
+
+def fewest(part: float) -> int:
+    """⌈1/part⌉, the least count whose share is one."""
+    return math.ceil(1 / part - _ROUNDING)
 
 
 class Contribution(Struct, frozen=True, kw_only=True):
@@ -55,11 +68,27 @@ class RobustFold(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     linear: ClassVar[bool] = False
 
+    mixing: Annotated[float, Meta(ge=0, lt=0.5)] = (
+        0.0  #: share of updates left out of each mean; 0 mixes none
+    )
     memory_mb: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: most that the fold of a round may take
 
+    @property
+    def defined_from(self) -> int:
+        """Fewest updates it is defined for where nothing is mixed."""
+        raise NotImplementedError
+
+    @property
+    def least(self) -> int:
+        """Fewest updates it is defined for; of fewer than ⌈1/mixing⌉ none would be left out."""
+        return max(self.defined_from, fewest(self.mixing) if self.mixing else 0)
+
     def needed_bytes(self, updates: int, numbers: int) -> int:
-        """At the most: each delta as it came in float64, all of them stacked, and a copy that is sorted."""
-        return 3 * 8 * updates * numbers
+        """At the most: each delta as it came in float64, all of them stacked, and a copy that is sorted.
+
+        Where updates are mixed, also the distance of each to each and who is nearest to whom.
+        """
+        return 3 * 8 * updates * numbers + (2 * 8 * updates**2 if self.mixing else 0)
 
     def check(self, updates: int, numbers: int) -> None:
         needed_mb = -(-self.needed_bytes(updates, numbers) // 10**6)
@@ -71,9 +100,13 @@ class RobustFold(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "or a smaller rounds.cohort, or the fold 'mean', which holds a few of them",
             )
 
-    def stacked(self, least: int, contributions: Iterable[Contribution]) -> Delta:
-        """All deltas, (n, size); raises ValueError below `least`, which no quorum allows."""
-        rows = [self.bounded(contribution) for contribution in contributions]
-        if len(rows) < least:
-            raise ValueError(f"this fold needs {least} updates, got {len(rows)}")
-        return np.stack(rows)
+    def stacked(self, contributions: Iterable[Contribution]) -> Delta:
+        """All deltas, mixed where the fold says so, (n, size); raises ValueError below `least`."""
+        bounded = [self.bounded(contribution) for contribution in contributions]
+        if len(bounded) < self.least:
+            raise ValueError(f"this fold needs {self.least} updates, got {len(bounded)}")
+        rows = np.stack(bounded)
+        del bounded
+        if self.mixing:
+            mix(rows, share(self.mixing, len(rows)))
+        return rows

@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Meta
 
 from fedtt.folds.base import Contribution, Delta, RobustFold
+from fedtt.folds.mixing import squared_distances
 
 __all__ = ["Krum"]
 
@@ -30,22 +31,18 @@ class Krum(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     selected: Annotated[int, Meta(ge=1, le=10_000)] = 1  #: m
 
     @property
-    def least(self) -> int:
+    def defined_from(self) -> int:
         """n ≥ 2f + 3 (Proposition 1) and m ≤ n - f - 2 (AggregaThor, Theorem 1)."""
         return max(2 * self.hostile + 3, self.selected + self.hostile + 2)
 
     def needed_bytes(self, updates: int, numbers: int) -> int:
-        """And the distance of each to each, with the product that it is made from."""
-        return super().needed_bytes(updates, numbers) + 2 * 8 * updates**2
+        """And the distance of each to each."""
+        return max(super().needed_bytes(updates, numbers), 8 * updates * (3 * numbers + updates))
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        rows = self.stacked(self.least, contributions)
-        # Σ over nearest ‖Δ_i - Δ_j‖², by one product; what rounding leaves below zero is zero
-        squares = (rows**2).sum(axis=1)
-        distances = squares[:, None] + squares[None, :]
-        distances -= 2 * rows @ rows.T
-        np.maximum(distances, 0.0, out=distances)
+        rows = self.stacked(contributions)
+        distances = squared_distances(rows)
         np.fill_diagonal(distances, np.inf)
         distances.sort(axis=1)
         neighbours = len(rows) - self.hostile - 2

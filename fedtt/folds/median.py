@@ -6,31 +6,28 @@ statistical rates". ICML 2018, arXiv 1803.01498.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 
-from fedtt.folds.base import Contribution, Delta, RobustFold
+from fedtt.folds.base import Contribution, Delta, RobustFold, fewest, share
 
 __all__ = ["Median", "TrimmedMean"]
-
-_ROUNDING = 1e-9  #: 0.29 · 100 is 28.999999999999996 in float64
 
 
 class Median(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="median"):
     """The median of each number (Definition 1); every device counts the same, however stale."""
 
     @property
-    def least(self) -> int:
+    def defined_from(self) -> int:
         """Of two, either moves the median as far as it likes."""
         return 3
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        return np.asarray(np.median(self.stacked(self.least, contributions), axis=0))  # Definition 1
+        return np.asarray(np.median(self.stacked(contributions), axis=0))  # Definition 1
 
 
 class TrimmedMean(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="trimmed-mean"):
@@ -42,16 +39,16 @@ class TrimmedMean(RobustFold, frozen=True, kw_only=True, forbid_unknown_fields=T
     trim: Annotated[float, Meta(ge=0.001, lt=0.5)] = 0.2  #: β: at least the share of hostile devices
 
     @property
-    def least(self) -> int:
+    def defined_from(self) -> int:
         """⌈1/β⌉: of fewer none would be trimmed."""
-        return max(3, math.ceil(1 / self.trim - _ROUNDING))
+        return max(3, fewest(self.trim))
 
     def cut(self, count: int) -> int:
         """⌊β · count⌋, what is dropped at either end."""
-        return min(math.floor(self.trim * count + _ROUNDING), (count - 1) // 2)
+        return min(share(self.trim, count), (count - 1) // 2)
 
     def combine(self, size: int, contributions: Iterable[Contribution]) -> Delta:
         """(size,); raises ValueError below `least`."""
-        rows = self.stacked(self.least, contributions)
+        rows = self.stacked(contributions)
         cut = self.cut(len(rows))
         return np.asarray(np.sort(rows, axis=0)[cut : len(rows) - cut].mean(axis=0))  # Definition 2

@@ -72,8 +72,8 @@ async def test_a_server_whose_writes_fail_or_end_it_loses_and_doubles_nothing(se
     assert wrong(outcome) == {}
     assert (outcome.figures["faults"], outcome.figures["not_recovered"]) == (3, 0)
     met = int(outcome.figures["deaths"]) + int(outcome.figures["struck"])
-    assert met >= 2  # the last call of a round may not come again
-    assert outcome.figures["acknowledged"] == 12  # 3 rounds of 4 devices
+    assert met >= 2  # a call that only some rounds make may not come in any of the tries
+    assert outcome.figures["acknowledged"] == 4 * int(outcome.figures["rounds"])  # of 4 devices each
 
 
 async def test_one_device_moves_the_model_by_its_bounded_norm_and_weight_and_no_further(

@@ -165,6 +165,22 @@ async def test_a_body_that_does_not_come_is_not_waited_for(place: Attacked) -> N
     writer.close()
 
 
+async def test_a_file_of_a_bundle_may_take_its_time_but_not_rest(place: Attacked) -> None:
+    listening = place.server.listening
+    url = URL(listening.admin_url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = f"PUT /v1/admin/blobs/{NOBODY} HTTP/1.1\r\nHost: {url.authority}\r\nContent-Length: 100\r\n"
+    writer.write(f"{head}Authorization: Bearer {listening.admin_token}\r\n\r\n".encode())
+    for _ in range(5):  # longer than a rest may be
+        writer.write(b"piece")
+        await asyncio.sleep(0.1)
+    async with asyncio.timeout(5):
+        said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert b"no more of the body came within 0.3 s" in said
+    writer.close()
+
+
 async def test_a_sender_that_hangs_up_is_no_bug_of_the_server(
     place: Attacked, caplog: pytest.LogCaptureFixture
 ) -> None:

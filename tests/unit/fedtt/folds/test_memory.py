@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fedtt.errors import ConfigError
 from fedtt.folds import Contribution, Krum, Mean, Median, TrimmedMean
@@ -35,11 +36,13 @@ def updates(count: int, numbers: int) -> Iterator[Contribution]:
         yield Contribution(delta=rng.standard_normal(numbers).astype(np.float32), examples=1)
 
 
+@pytest.mark.parametrize("mixing", [0.0, 0.2], ids=["plain", "mixed"])
 @pytest.mark.parametrize("fold", [Median(), TrimmedMean(), Krum()], ids=lambda fold: type(fold).__name__)
 @pytest.mark.parametrize(("count", "numbers"), [(600, 50), (40, 20_000)])
 def test_a_fold_takes_no_more_than_it_says(
-    fold: Median | TrimmedMean | Krum, count: int, numbers: int
+    fold: Median | TrimmedMean | Krum, count: int, numbers: int, mixing: float
 ) -> None:
+    fold = replace(fold, mixing=mixing)
     tracemalloc.start()
     try:
         fold.combine(numbers, updates(count, numbers))
