@@ -92,6 +92,35 @@ def _difference(
     return worst
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where torch computes; what needs a GPU says so where there is none."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("THIS MACHINE HAS NO GPU: batched training on CUDA is NOT tested by this run")
+    return str(request.param)
+
+
+def test_torch_gives_each_device_its_own_update_on_cpu_and_gpu(case: tuple[Bundle, str], device: str) -> None:
+    """On a GPU products are summed in another order: norm-relative to 1e-4."""
+    bundle, model = case
+    requests = requests_of(bundle, WORDS, COUNTS)
+    alone = _updates(OneByOnePool(onnx_runtimes()), requests)
+    backend = TorchBackend(bundle, model=model, device=device)
+    assert backend.device.type == device
+    together = _updates(BatchedPool(bundle, backend), requests)
+    assert _difference(requests, together, alone) < (1e-4 if device == "cuda" else TOLERANCE)
+
+
+def test_torch_takes_a_gpu_where_there_is_one(tiny: tuple[Bundle, str]) -> None:
+    import torch
+
+    bundle, model = tiny
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert TorchBackend(bundle, model=model).device.type == expected
+
+
 def test_every_device_sends_what_it_would_have_sent_alone(case: tuple[Bundle, str]) -> None:
     bundle, model = case
     requests = requests_of(bundle, WORDS, COUNTS)
