@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from msgspec import Struct
 
 from edge_client.aside import Aside
 from fedtt.errors import ConfigError, Declined
 
-__all__ = ["Conditions", "Limits", "Readings", "Watch", "while_holding"]
+__all__ = ["Conditions", "Holding", "Limits", "Readings", "Watch", "while_holding"]
 
 T = TypeVar("T")
 
@@ -84,12 +84,31 @@ def _missing(value: bool | None, wanted: str, otherwise: str) -> str:
     return f"nothing says whether {wanted}" if value is None else otherwise
 
 
+class Holding(Protocol):
+    """How work is done while conditions hold: `while_holding`, or the same under another clock."""
+
+    def __call__(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        broken: Callable[[], Coroutine[Any, Any, str]],
+        every_s: float,
+        /,
+    ) -> Awaitable[T]: ...
+
+
 class Watch:
     """The conditions of one device, held against what its owner asks for; None of them lets all pass."""
 
-    def __init__(self, conditions: Conditions | None, limits: Limits, every_s: float, aside: Aside) -> None:
+    def __init__(
+        self,
+        conditions: Conditions | None,
+        limits: Limits,
+        every_s: float,
+        aside: Aside,
+        hold: Holding,
+    ) -> None:
         self._conditions, self._limits = conditions, limits
-        self._every_s, self._aside = every_s, aside
+        self._every_s, self._aside, self._hold = every_s, aside, hold
 
     async def against_work(self) -> str:
         """Why the device may not work now; "" where it may."""
@@ -109,7 +128,7 @@ class Watch:
             return None
         return (await self._aside(self._conditions.now)).memory_mb
 
-    async def holding(self, work: Callable[[], Coroutine[object, object, T]]) -> T:
+    async def holding(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do work while the conditions hold; raises Declined as soon as they do not.
 
         What is under way is given back, not kept for later: a training begins anew in any case, and the
@@ -117,11 +136,11 @@ class Watch:
         """
         if self._conditions is None:
             return await work()
-        return await while_holding(work, self.against_work, self._every_s)
+        return await self._hold(work, self.against_work, self._every_s)
 
 
 async def while_holding(
-    work: Callable[[], Coroutine[object, object, T]], broken: Callable[[], Awaitable[str]], every_s: float
+    work: Callable[[], Coroutine[Any, Any, T]], broken: Callable[[], Awaitable[str]], every_s: float
 ) -> T:
     """Do the work as long as `broken`, asked every so many seconds, has nothing to say.
 

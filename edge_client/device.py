@@ -16,7 +16,7 @@ from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
 from edge_client.bundle_cache import Bundles
-from edge_client.conditions import Conditions, Watch
+from edge_client.conditions import Conditions, Holding, Watch, while_holding
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Observer, Step
 from edge_client.examples import Examples
@@ -94,6 +94,7 @@ class Device:
         observe: Observer = events.ignore,
         uniform: Callable[[], float] = secure_uniform,
         aside: Aside = beside,
+        hold: Holding = while_holding,
     ) -> None:
         """versions: where those downloaded are kept for the next difference; None keeps them in memory.
 
@@ -103,6 +104,7 @@ class Device:
 
         uniform: where the noise on counts of labels comes from; numbers in [0, 1) that nobody can guess.
         aside: how files and databases are waited for, so that the app's event loop is not held up.
+        hold: how work is done while the conditions hold.
         """
         self.config, self.journal = config, journal
         self._public_key, self._name = public_key, device_id(public_key)
@@ -110,7 +112,7 @@ class Device:
         self._runtime_names = (trainer.runtime,)
         self._is_new = False  #: to the server, as far as this run of the client knows
         self._clock, self._observe, self._aside = clock or SystemClock(), observe, aside
-        self._watch = Watch(conditions, config.limits, config.watch_s, aside)
+        self._watch = Watch(conditions, config.limits, config.watch_s, aside, hold)
         self._training = LocalTraining(
             self._name,
             transport,

@@ -53,7 +53,9 @@ class Nightly:
         from_h: float = 22.5,
         hours: float = 8.0,
         spread_h: float = 1.0,
+        section: str = "availability",
     ) -> None:
+        """section: of the fleet file, which errors name."""
         for field, value, sound, allowed in (
             ("zones_h", zones_h, 0 <= zones_h <= 24, "hours from 0 to 24"),
             ("from_h", from_h, 0 <= from_h < 24, "an hour of the day, from 0, below 24"),
@@ -61,19 +63,24 @@ class Nightly:
             ("spread_h", spread_h, 0 <= 4 * spread_h < hours, f"from 0, below a quarter of {hours:g} hours"),
         ):
             if not sound:
-                raise ConfigError(f"availability.{field}", value, allowed)
+                raise ConfigError(f"{section}.{field}", value, allowed)
         self._seed, self._on_battery, self._zones_h = seed, on_battery, zones_h
         self._from_h, self._hours, self._spread_h = from_h, hours, spread_h
 
     def window(self, index: int, now: float) -> Window | None:
         if not self._on_battery[index]:
             return (-math.inf, math.inf)
-        night = math.floor(now / DAY_S) - 2  # zones and spread move a night by less than two days
-        while (found := self._night(index, night))[1] <= now:
+        night = self.day(now)
+        while (found := self.night(index, night))[1] <= now:
             night += 1
         return found
 
-    def _night(self, index: int, day: int) -> Window:
+    @staticmethod
+    def day(now: float) -> int:
+        """A day whose night is over for every device."""
+        return math.floor(now / DAY_S) - 2  # zones and spread move a night by less than two days
+
+    def night(self, index: int, day: int) -> Window:
         """When this device charges in the night that begins on `day`, counted from 1970 in its own zone."""
         zone_h = self._zones_h * (rng_for(self._seed, Purpose.ARRIVALS, 0, index).random() - 0.5)
         drawn = rng_for(self._seed, Purpose.ARRIVALS, day, index).standard_normal(2)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from msgspec import Struct
@@ -26,18 +26,22 @@ from edge_client.examples import Examples
 from edge_client.journal import Idle, Journal, Leased
 from edge_client.runtime import Runtimes
 from fedtt.errors import FedttError
+from fedtt.messages import FailureCode
 from fedtt.rng import Purpose, rng_for, uniform_at
 from fedtt.seams import Clock, Transport
 from fleet.availability import Always, Availability
+from fleet.conditions import Daily, OfDevice
 from fleet.emulated import EmulatedTrainer, SharedBundle, SharedVersions, Vanished
 from fleet.faults import FaultSpec, Faulty
 from fleet.link import DeviceClock, Link
 from fleet.participation import Participation, Participations
 from fleet.pool import Pool
 from fleet.population import Population, StatePlace, device_key
+from fleet.profiles import Profile
 
 __all__ = ["Fleet", "Settings", "Timeline"]
 
+T = TypeVar("T")
 _log = logging.getLogger("fedtt.fleet")
 _REBOOT_S = 60.0  #: after which a device that vanished is there again
 _AWAITED = 4096  #: arrivals that wait in the clock's own queue; the others wait in an array
@@ -65,6 +69,15 @@ class Timeline(Clock, Protocol):
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Running: ...
 
     def call_at(self, at: float, call: Callable[[], None]) -> None: ...
+
+    def held(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        broken: Callable[[], Coroutine[Any, Any, str]],
+        every_s: float,
+    ) -> Awaitable[T]:
+        """What `edge_client.conditions.while_holding` does, in this time."""
+        ...
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -96,6 +109,7 @@ class Fleet:
         connect: Callable[[bytes], tuple[bytes, Transport]],
         *,
         availability: Availability | None = None,
+        conditions: Daily | None = None,
         faults: FaultSpec | None = None,
         participations: Participations | None = None,
         judges: Runtimes | None = None,
@@ -106,23 +120,26 @@ class Fleet:
         self.left_out: Counter[str] = Counter()  #: devices that cannot take part, by reason
         self._shards, self._bundle, self._pool, self._connect = shards, bundle, pool, connect
         self._availability, self._faults = availability or Always(), faults
+        self._conditions = conditions
         self._versions, self._aside, self._judges = SharedVersions(), aside, judges
-        self._configs = [
-            DeviceConfig(
-                token=settings.token,
-                client=settings.client,
-                memory_mb=profile.memory_mb,
-                label_epsilon=profile.label_epsilon,
-                judges=judges is not None,
-                seed=settings.seed,
-            )
-            for profile in population.profiles
-        ]
+        self._configs = [self._config(profile) for profile in population.profiles]
         self._awake: dict[int, tuple[Running, Journal]] = {}
         self._closed = False  #: to whoever arrives
         self._gone = 0  #: devices that come no more
         self.last_waited_for = ""  #: why the server last had a device wait
         self._horizon = -np.inf  #: arrivals up to here wait in the clock's own queue
+
+    def _config(self, profile: Profile) -> DeviceConfig:
+        config = DeviceConfig(
+            token=self.settings.token,
+            client=self.settings.client,
+            memory_mb=profile.memory_mb,
+            label_epsilon=profile.label_epsilon,
+            judges=self._judges is not None,
+            limits=profile.limits,
+            seed=self.settings.seed,
+        )
+        return config if self._conditions is None else self._conditions.looked_at(config)
 
     @property
     def is_over(self) -> bool:
@@ -268,10 +285,18 @@ class Fleet:
                 aside=self._aside,
             ),
             clock=clock,
+            conditions=self._conditions_of(index, clock),
+            hold=self.time.held,
             observe=partial(self._observe, index, participation, link),
             uniform=_label_noise(settings.seed, index).__next__,
             aside=at_once,
         )
+
+    def _conditions_of(self, index: int, clock: DeviceClock) -> OfDevice | None:
+        if self._conditions is None:
+            return None
+        profile = self.population.profiles[self.population.profile[index]]
+        return OfDevice(self._conditions, index, profile, clock)
 
     def _rests(self, journal: Journal, step: events.Step) -> bool:
         """Whether a client could as well be started anew after its pause."""
@@ -299,7 +324,7 @@ class Fleet:
             self.population.participations[index] += 1
         elif type(event) is events.Waiting:
             self.last_waited_for = event.reason
-        elif type(event) is events.GaveUp:
+        elif type(event) is events.GaveUp and event.code is not FailureCode.CONDITIONS:
             self.population.failures[index] += 1
             if self.population.failures[index] >= _FAILURES:
                 self._leave_out(index, event.detail)

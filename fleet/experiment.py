@@ -16,11 +16,12 @@ from edge_client.files import file_digest
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.runtime import Runtimes
 from fleet.availability import Always, Availability, Nightly, Trace, read_trace
+from fleet.conditions import Daily
 from fleet.data import RowShard, deal, read_labelled
 from fleet.emulated import SharedBundle
 from fleet.pools import check_pool
 from fleet.population import Population
-from fleet.spec import AlwaysSpec, FleetSpec, NightlySpec, TraceSpec
+from fleet.spec import AlwaysSpec, FleetSpec, NightlySpec, NoneSpec, TraceSpec
 
 __all__ = ["START_S", "Experiment", "prepare"]
 
@@ -37,6 +38,7 @@ class Experiment:
     evaluation: Sequence[Example] | None
     population: Population
     availability: Availability
+    conditions: Daily | None  #: what devices read of themselves
     fingerprint: str  #: equal where two runs give the same bits
 
     def shared_bundle(self) -> SharedBundle:
@@ -65,6 +67,7 @@ def prepare(spec: FleetSpec) -> Experiment:
         evaluation=read_labelled(spec.evaluation.data, labels) if spec.evaluation else None,
         population=population,
         availability=_availability(spec, population),
+        conditions=_conditions(spec, population),
         fingerprint=_fingerprint(spec, bundle),
     )
 
@@ -84,6 +87,12 @@ def _availability(spec: FleetSpec, population: Population) -> Availability:
             )
         case TraceSpec() as trace:
             return Trace(read_trace(trace.file, spec.fleet.devices), START_S)
+
+
+def _conditions(spec: FleetSpec, population: Population) -> Daily | None:
+    if isinstance(spec.conditions, NoneSpec):
+        return None
+    return Daily(spec.conditions, seed=spec.fleet.seed, on_battery=_OnBattery(population))
 
 
 class _OnBattery(Sequence[bool]):

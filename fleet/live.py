@@ -64,6 +64,7 @@ async def live_against(
             clock,
             http_connect(server, clock),
             availability=experiment.availability,
+            conditions=experiment.conditions,
             faults=None if spec.faults == FaultSpec() else spec.faults,
             participations=Participations(started, files.participation),
             judges=experiment.judges(),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from edge_client.conditions import Limits
 from fedtt.errors import ConfigError
 from fedtt.messages import Plan
 
@@ -28,7 +29,9 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     down_bps: float = 50e6  #: and from it
     latency_s: float = 0.05  #: from a request's last bit to its answer's first
     dropout: float = 0.0  #: probability to vanish in the middle of a training, as in a crash
-    power: Literal["mains", "battery"] = "mains"  #: on battery it takes part while it charges
+    power: Literal["mains", "battery"] = "mains"  #: on battery it may have nights in which it charges
+    network: Literal["home", "metered"] = "home"  #: home: nobody counts its bytes while it is there
+    limits: Limits = Limits()  #: what its owner asks for before it works, of what conditions say
 
     def __post_init__(self) -> None:
         for field in ("share", "step_s", "up_bps", "down_bps"):
@@ -38,11 +41,14 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self._check("reference_batch", self.reference_batch >= 1, "1 or more")
         self._check("memory_mb", self.memory_mb >= 0, "0 or more")
         self._check("label_epsilon", 0 <= self.label_epsilon <= 100, "a number from 0 to 100")
+        hot = self.limits.max_temperature_c
+        self._check("limits.max_temperature_c", hot is None, "left out: nothing here has a temperature", hot)
         self._check("dropout", 0 <= self.dropout < 1, "a probability from 0, below 1")
 
-    def _check(self, field: str, sound: bool, allowed: str) -> None:
+    def _check(self, field: str, sound: bool, allowed: str, value: object = None) -> None:
         if not sound:
-            raise ConfigError(f"profiles.{self.name}.{field}", getattr(self, field), allowed)
+            found = getattr(self, field) if value is None else value
+            raise ConfigError(f"profiles.{self.name}.{field}", found, allowed)
 
     def up_s(self, size_bytes: int) -> float:
         """Seconds in which a body of this size leaves the device, its head with it."""

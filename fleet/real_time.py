@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_client.bundle import RuntimeName
+from edge_client.conditions import while_holding
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
 from edge_client.trainer import TrainingRequest
@@ -39,6 +40,14 @@ class RealTime(SystemClock):
 
     def call_at(self, at: float, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(max(0.0, at - self.now()), call)
+
+    def held(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        broken: Callable[[], Coroutine[Any, Any, str]],
+        every_s: float,
+    ) -> Awaitable[T]:
+        return while_holding(work, broken, every_s)
 
     async def close(self) -> None:
         """Wait for what was stopped."""

@@ -119,6 +119,7 @@ class _Run:
             self._time,
             lambda key: (key, self._server.transport(device_id(key))),
             availability=experiment.availability,
+            conditions=experiment.conditions,
             faults=None if spec.faults == FaultSpec() else spec.faults,
             participations=Participations(START_S, files.participation),
             judges=experiment.judges(),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from edge_client.conditions import Limits
 from fedtt.algorithms.hier_fedlora import Hierarchical
 from fedtt.errors import ConfigError
 from fedtt.task import TaskSpec
@@ -17,6 +18,8 @@ __all__ = [
     "AlwaysSpec",
     "AvailabilitySpec",
     "ByUser",
+    "ConditionsSpec",
+    "DailySpec",
     "DataSpec",
     "Dirichlet",
     "EvaluationSpec",
@@ -26,6 +29,7 @@ __all__ = [
     "Iid",
     "Lognormal",
     "NightlySpec",
+    "NoneSpec",
     "PartitionSpec",
     "Size",
     "TraceSpec",
@@ -143,6 +147,27 @@ class TraceSpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="trac
 AvailabilitySpec = AlwaysSpec | NightlySpec | TraceSpec
 
 
+class NoneSpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="none"):
+    """Devices read nothing of themselves, and no limit holds them back."""
+
+
+class DailySpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="daily"):
+    """Devices read power, battery and network as their days go (`fleet.conditions.Daily`)."""
+
+    zones_h: float = 24.0
+    from_h: float = 22.5
+    hours: float = 8.0
+    spread_h: float = 1.0
+    charge_h: float = 3.0  #: in which an empty battery is full
+    drain_h: float = 30.0  #: in which a full one is empty
+    home_h: float = 3.0  #: at home before it plugs in
+    rest_s: float = 600.0  #: before a device looks again whether its owner's limits hold
+    watch_s: float = 60.0  #: how often it looks while it works
+
+
+ConditionsSpec = NoneSpec | DailySpec
+
+
 class FleetFile(_Section, frozen=True, kw_only=True):
     """What the file holds beside the task."""
 
@@ -152,6 +177,7 @@ class FleetFile(_Section, frozen=True, kw_only=True):
     evaluation: EvaluationSpec | None = None
     profiles: Annotated[tuple[Profile, ...], Meta(min_length=1, max_length=1000)] = (Profile(),)
     availability: AvailabilitySpec = AlwaysSpec()
+    conditions: ConditionsSpec = NoneSpec()
     faults: FaultSpec = FaultSpec()
 
 
@@ -173,6 +199,7 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
             raise ConfigError("task.evaluation.by", by, "'devices': nobody stands beside an emulated server")
         if self.fleet.bound is not None:
             self._check_bound()
+        self._check_conditions()
         names = [profile.name for profile in self.profiles]
         for name in names:
             if names.count(name) > 1:
@@ -186,6 +213,16 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
         if method.groups > most:
             allowed = f"at most {most} groups of fleet.devices = {self.fleet.devices}"
             raise ConfigError("task.method.groups", method.groups, allowed)
+
+    def _check_conditions(self) -> None:
+        """Limits have something to be held against, and one section says when devices charge."""
+        for profile in self.profiles:
+            if isinstance(self.conditions, NoneSpec) and profile.limits != Limits():
+                field = f"profiles.{profile.name}.limits"
+                raise ConfigError(field, profile.limits, "given with conditions.kind = 'daily' alone")
+        if isinstance(self.conditions, DailySpec) and isinstance(self.availability, NightlySpec):
+            allowed = "another kind with conditions, which say when devices charge"
+            raise ConfigError("availability.kind", "nightly", allowed)
 
     def _check_bound(self) -> None:
         """Nothing is said of what a federation alone has."""

@@ -11,9 +11,11 @@ import gc
 import heapq
 from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import coroutine
 from typing import Any, TypeVar
+
+from fedtt.errors import Declined
 
 __all__ = ["Life", "VirtualTime", "at_once"]
 
@@ -67,6 +69,39 @@ class VirtualTime:
         """Hand the time to wake at to the life that awaits this."""
         if seconds > 0:
             yield self._now + seconds
+
+    @coroutine
+    def held(
+        self, work: Callable[[], Awaited[T]], broken: Callable[[], Awaited[str]], every_s: float
+    ) -> Generator[float, None, T]:
+        """Do the work as long as `broken`, asked every so many seconds, has nothing to say.
+
+        As `edge_client.conditions.while_holding`: raises Declined with what it said, once the work has ended,
+        unless that came to its end meanwhile.
+        """
+        if why := at_once(broken()):
+            raise Declined(why)
+        life, look_at = work(), self._now + every_s
+        try:
+            wake_at = life.send(None)
+            while True:
+                yield min(wake_at, look_at)
+                if wake_at <= look_at:
+                    wake_at = life.send(None)
+                    continue
+                look_at += every_s
+                if why := at_once(broken()):
+                    _cancel(life)
+                    raise Declined(why)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        except CancelledError:
+            with suppress(StopIteration):
+                _cancel(life)
+            raise
+        finally:
+            life.close()
 
     def start(self, coroutine: Awaited[None]) -> Life:
         """Run a coroutine to its first sleep, and on from there when its time comes."""
@@ -133,6 +168,13 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _cancel(life: Awaited[Any]) -> None:
+    """Cancel a coroutine where it sleeps; raises StopIteration where it has a result all the same."""
+    with suppress(CancelledError):
+        life.throw(CancelledError())
+        raise RuntimeError("what was cancelled went to sleep again")
 
 
 def at_once(coroutine: Awaited[T]) -> T:

@@ -13,6 +13,7 @@ from fedtt.optimiser import TrainingSpec
 from fedtt.seams import Transport
 from fedtt.task import RoundSpec, TaskSpec
 from fleet.availability import Availability
+from fleet.conditions import Daily
 from fleet.emulated import SharedBundle
 from fleet.engine import Fleet, Settings
 from fleet.faults import FaultSpec
@@ -22,6 +23,7 @@ from fleet.pool import NoopPool, Pool
 from fleet.population import Population
 from fleet.profiles import Profile
 from fleet.server import TOKEN, FleetServer
+from fleet.spec import DailySpec
 from fleet.virtual_time import VirtualTime
 from storage.blobs import MemoryBlobs
 from storage.memory import MemoryStore
@@ -54,6 +56,7 @@ class SmallFleet:
         profiles: Sequence[Profile] = (Profile(),),
         pool: Pool | None = None,
         availability: Availability | None = None,
+        conditions: DailySpec | None = None,
         spread_s: float = 20.0,
         faults: FaultSpec | None = None,
         visit_every_s: float | None = None,
@@ -76,6 +79,8 @@ class SmallFleet:
             on_version=self.versions.append,
         )
         self.population = Population(size=devices, shards=1, profiles=profiles, seed=seed)
+        on_battery = [profiles[kind].power == "battery" for kind in self.population.profile]
+        self.daily = Daily(conditions, seed=seed, on_battery=on_battery) if conditions else None
         self.fleet = Fleet(
             Settings(
                 seed=seed,
@@ -91,6 +96,7 @@ class SmallFleet:
             self.time,
             lambda key: (key, self._connect(device_id(key), framed=framed)),
             availability=availability,
+            conditions=self.daily,
             faults=faults,
             participations=Participations(self.time.now(), self.rows.append),
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -57,8 +58,9 @@ def test_without_zones_everybody_charges_at_the_same_hours() -> None:
     ("field", "value"), [("zones_h", 25.0), ("from_h", 24.0), ("hours", 0.0), ("spread_h", 2.0)]
 )
 def test_a_night_that_makes_no_sense_is_refused_by_name(field: str, value: float) -> None:
+    given_: dict[str, Any] = {field: value}
     with pytest.raises(ConfigError) as caught:
-        Nightly(seed=0, on_battery=[True], **{field: value})
+        Nightly(seed=0, on_battery=[True], **given_)
     assert caught.value.field == f"availability.{field}"
 
 

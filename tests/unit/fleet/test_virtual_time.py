@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtt.errors import Declined
 from fleet.virtual_time import VirtualTime, at_once
 
 
@@ -114,3 +115,103 @@ def test_a_coroutine_run_at_once_may_not_sleep() -> None:
     assert at_once(three()) == 3
     with pytest.raises(RuntimeError, match="without sleeping"):
         at_once(time.sleep(1))
+
+
+# work while conditions hold, as `edge_client.conditions.while_holding` does it on a real loop
+
+
+def held(
+    time: VirtualTime, naps: list[float], breaks_at: float, *, result_on_cancel: bool = False
+) -> list[object]:
+    """What becomes of work with these naps under conditions that are asked for every 5 s: (what, when)."""
+    seen: list[object] = []
+
+    async def work() -> str:
+        try:
+            for nap in naps:
+                await time.sleep(nap)
+        except asyncio.CancelledError:
+            seen.append(("cancelled", time.now()))
+            if result_on_cancel:
+                return "all the same"
+            raise
+        finally:
+            seen.append(("over", time.now()))
+        return "done"
+
+    async def broken() -> str:
+        return "hot" if time.now() >= breaks_at else ""
+
+    async def life() -> None:
+        try:
+            seen.append((await time.held(work, broken, 5.0), time.now()))
+        except Declined as error:
+            seen.append((str(error), time.now()))
+
+    time.start(life())
+    time.run(forever)
+    return seen
+
+
+def test_work_whose_conditions_hold_comes_to_its_end_in_its_own_time() -> None:
+    assert held(VirtualTime(), [3.0, 4.0, 2.5], 100.0) == [("over", 9.5), ("done", 9.5)]
+    assert held(VirtualTime(), [], 100.0) == [("over", 0.0), ("done", 0.0)]
+    assert held(VirtualTime(), [5.0, 5.0], 10.0) == [("over", 10.0), ("done", 10.0)]
+
+
+def test_work_ends_at_the_first_look_after_conditions_broke() -> None:
+    cancelled = [("cancelled", 15.0), ("over", 15.0), ("hot", 15.0)]
+    assert held(VirtualTime(), [100.0], 12.0) == cancelled
+    assert held(VirtualTime(), [1.0] * 100, 12.0) == cancelled
+
+
+def test_work_is_not_begun_where_they_do_not_hold() -> None:
+    assert held(VirtualTime(), [1.0], 0.0) == [("hot", 0.0)]
+
+
+def test_work_that_has_a_result_when_it_is_cancelled_keeps_it() -> None:
+    found = held(VirtualTime(), [100.0], 12.0, result_on_cancel=True)
+    assert found == [("cancelled", 15.0), ("over", 15.0), ("all the same", 15.0)]
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_who_is_ended_while_it_works_ends_the_work(end: str) -> None:
+    time, seen = VirtualTime(), []
+
+    async def work() -> None:
+        try:
+            await time.sleep(100.0)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+        finally:
+            seen.append("over")
+
+    async def broken() -> str:
+        return ""
+
+    async def life() -> None:
+        await time.held(work, broken, 5.0)
+
+    running = time.start(life())
+    time.call_at(12.0, getattr(running, end))
+    time.run(forever)
+    assert seen == (["cancelled", "over"] if end == "stop" else ["over"])
+
+
+def test_an_error_of_the_work_comes_out() -> None:
+    time = VirtualTime()
+
+    async def work() -> None:
+        await time.sleep(1.0)
+        raise ValueError("disk full")
+
+    async def broken() -> str:
+        return ""
+
+    async def life() -> None:
+        await time.held(work, broken, 5.0)
+
+    time.start(life())
+    with pytest.raises(ValueError, match="disk full"):
+        time.run(forever)
