@@ -16,7 +16,7 @@ from typing import Protocol
 from fedtt.errors import ConfigError
 from fedtt.rng import Purpose, rng_for
 
-__all__ = ["Always", "Availability", "Nightly", "Trace", "read_trace"]
+__all__ = ["Always", "Availability", "Nightly", "Trace", "Window", "read_trace"]
 
 DAY_S = 86400.0
 _HOUR_S = 3600.0
