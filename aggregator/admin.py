@@ -107,9 +107,12 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Tas
 def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tuple[str, dict[int, str]]:
     """Store the bundle's initial factors as theta's canonical bytes, at each of the method's ranks.
 
-    Returns their sha256, and those of the other ranks. Raises ConfigError where the method cannot train them.
+    Returns their sha256, and those of the other ranks. Raises ConfigError where the method cannot train them,
+    or devices' verdicts would lack what the task goes by.
     """
     spec.check(manifest.adapter)
+    if spec.evaluation and spec.evaluation.measure == "accuracy" and manifest.task == "causal-lm":
+        raise ConfigError("evaluation.measure", "accuracy", "'loss' with a bundle that predicts tokens")
     factors = load(load_blob(service.blobs, manifest.files[manifest.initial].sha256))
     theta = published(spec.server, manifest.adapter.layout.flatten(factors))
     if not np.isfinite(theta).all():

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from aggregator.problems import conflict, stale, unknown_lease
 from aggregator.promised import promised
-from fedtt.evaluation import EvaluationSpec
+from fedtt.evaluation import EvaluationSpec, counts
 from fedtt.messages import Judge, Problem, Verdict
 from storage.records import (
     MAIN,
@@ -26,9 +26,9 @@ from storage.store import Transaction
 __all__ = ["Evaluations", "is_judged", "judged_until", "verdicts"]
 
 
-def verdicts(evaluations: list[Evaluation]) -> list[Verdict]:
-    """What came of them, in their order; nothing of devices that were erased since."""
-    return [e.verdict for e in evaluations if e.state is EvaluationState.DONE and e.verdict]
+def verdicts(spec: EvaluationSpec, evaluations: list[Evaluation]) -> list[Verdict]:
+    """Those that count, in their order; none of devices that were erased since."""
+    return [e.verdict for e in evaluations if e.verdict and counts(spec, e.verdict)]
 
 
 def is_judged(tx: Transaction, task: Task) -> bool:
@@ -142,6 +142,6 @@ class Evaluations:
 
 
 def _wanted(spec: EvaluationSpec, asked: list[Evaluation], now: float) -> bool:
-    """Whether one more is to be asked; those that failed or ran out of time have left their places."""
+    """Whether one more is to be asked: a place is free again without a verdict in time that counts."""
     busy = (e.state is EvaluationState.ACTIVE and now < e.expires_at for e in asked)
-    return sum(busy) + sum(e.state is EvaluationState.DONE for e in asked) < spec.devices
+    return sum(busy) + len(verdicts(spec, asked)) < spec.devices

@@ -6,7 +6,7 @@ devices see nothing go backward, and the newest version that is no candidate is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -15,7 +15,7 @@ from aggregator.grouping import Grouping
 from aggregator.lifecycle import Lifecycle
 from aggregator.problems import conflict_version, not_found
 from aggregator.promised import promised
-from fedtt.evaluation import total, worse
+from fedtt.evaluation import measured, worse
 from fedtt.messages import Problem, Verdict
 from storage.records import MAIN, Round, RoundState, Task, TaskState, Version, VersionState, rank_branch
 from storage.store import Transaction
@@ -51,12 +51,12 @@ class Releases(Lifecycle):
         Returns what has become of it; None while it waits.
         """
         spec = promised(task.spec.evaluation, "how a candidate is judged")
-        found = verdicts(tx.evaluations(task.id, MAIN, version.number))
+        found = verdicts(spec, tx.evaluations(task.id, MAIN, version.number))
         is_late = now >= judged_until(task, version, spec)
-        if len(found) >= (spec.quorum if is_late else spec.devices):
-            return self._decide(tx, now, task, version, total(found, most_examples=spec.examples))
+        if len(found) >= (spec.least if is_late else spec.devices):
+            return self._decide(tx, now, task, version, found)
         if is_late:
-            judges = f"{len(found)} of at least {spec.quorum} devices" if spec.by == "devices" else "nobody"
+            judges = f"{len(found)} of at least {spec.least} devices" if spec.by == "devices" else "nobody"
             resumed = task.resumed_at > version.created_at
             since = "the task was resumed" if resumed else "its fold"
             why = f"{judges} had judged it {spec.deadline_s:g} s after {since}"
@@ -71,7 +71,7 @@ class Releases(Lifecycle):
         if isinstance(found, Problem):
             return found
         task, version = found
-        return self._decide(tx, now, task, version, verdict)
+        return self._decide(tx, now, task, version, [verdict])
 
     def release(self, tx: Transaction, now: float, name: str, number: int) -> Version | Problem:
         """Release a candidate without a verdict, or allow a version that was held to be brought back."""
@@ -101,10 +101,13 @@ class Releases(Lifecycle):
             return conflict_version(name, number, f"{version.state.value} already")
         return task, version
 
-    def _decide(self, tx: Transaction, now: float, task: Task, version: Version, verdict: Verdict) -> Version:
+    def _decide(
+        self, tx: Transaction, now: float, task: Task, version: Version, found: Sequence[Verdict]
+    ) -> Version:
         spec = promised(task.spec.evaluation, "how a candidate is judged")
-        version = replace(version, report=version.report | _measured(verdict))
-        if why := worse(spec, verdict):
+        report = measured(spec, found)
+        version = replace(version, report=version.report | report)
+        if why := worse(spec, report):
             return self._hold(tx, now, task, version, why)
         return self._release(tx, now, task, version)
 
@@ -196,16 +199,3 @@ class Releases(Lifecycle):
         }
         self._add(tx, again, variants)
         return again
-
-
-def _measured(verdict: Verdict) -> dict[str, float]:
-    """What people read of a verdict in a version's report."""
-    found = {
-        "judged_examples": float(verdict.examples),
-        "judged_loss_before": verdict.before.loss,
-        "judged_loss": verdict.after.loss,
-    }
-    if verdict.before.right is not None and verdict.after.right is not None:
-        found["judged_accuracy_before"] = verdict.before.right / verdict.examples
-        found["judged_accuracy"] = verdict.after.right / verdict.examples
-    return found

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["register_judge"]
 
-_COLUMNS = ("number", "state", "judged_loss_before", "judged_loss", "judged_accuracy", "reason")
+_COLUMNS = (
+    "number",
+    "state",
+    "judged_worse_by",
+    "judged_loss_before",
+    "judged_loss",
+    "judged_accuracy",
+    "reason",
+)
 _ENDED = {"finished", "stopped"}
 
 

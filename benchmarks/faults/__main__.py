@@ -32,6 +32,7 @@ ROWS = {
     "soak": "an hour under steady load",
     "schemathesis": "10,000 requests made up from the OpenAPI document, over files and object storage",
     "hostile": "NaN, infinities, wrong layouts, huge norms; a fifth colluding against the best robust fold",
+    "judges": "three of ten judges who lie as far as they can, and one without the measure",
     "postgresql": "PostgreSQL killed and crashed under two servers, one of them stopped and resumed",
 }
 

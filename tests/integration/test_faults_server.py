@@ -12,6 +12,7 @@ from benchmarks.faults.fold import folded
 from benchmarks.faults.full_disk import filled
 from benchmarks.faults.herd import herd
 from benchmarks.faults.hostile import bounded, colluding, refusals
+from benchmarks.faults.judges import run as judged
 from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
 from benchmarks.faults.power import cut
@@ -88,6 +89,13 @@ async def test_hostile_values_are_all_refused_and_an_honest_update_is_taken_afte
     figures = await refusals(setting)
     assert (figures["hostile_sent"], figures["hostile_taken"], figures["server_errors"]) == (14, 0, 0)
     assert sum(int(count) for name, count in figures.items() if name.startswith("refused_")) == 14
+
+
+async def test_three_of_ten_judges_neither_hold_a_good_version_nor_release_a_worse_one(
+    setting: Setting,
+) -> None:
+    outcome = await judged(setting)
+    assert outcome.figures == {"good_held": 0, "good_released": 2, "worse_held": 2, "worse_released": 0}
 
 
 def test_a_fifth_of_colluding_devices_costs_a_robust_fold_little_and_the_plain_mean_much(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
 
 from edge_client import events
 from edge_client.bundle import open_bundle
@@ -19,7 +20,9 @@ from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
 from edge_client.session import open_device
 from fedtt.cli import main
+from fedtt.manifest import MANIFEST, decode_manifest, encode_manifest
 from fedtt.messages import Code, Wait
+from tests.support.edge import write_small_bundle
 from tests.support.served import CHECK_IN, Peer, Served, frame_of, refused, served, task_text, until
 
 EVALUATION = '\n[evaluation]\nby = "file"\nbound = 0.05\n'
@@ -87,7 +90,7 @@ async def test_a_version_that_ruins_the_model_is_held_and_a_harmless_one_is_rele
         assert await command(server, tmp_path, *judge) == 0
         ruined = json.loads(capsys.readouterr().out)
         assert (ruined["number"], ruined["state"]) == (2, "held")
-        assert ruined["reason"].startswith("its loss rose from")
+        assert ruined["reason"].startswith("its loss rose by")
         assert await changes(server) == [("judge", 1), ("judge", 2)]
         work = await peer.work()
     assert work.plan.version_number == 3
@@ -141,6 +144,19 @@ async def test_verdicts_of_nonsense_are_refused_and_settle_nothing(
     assert await changes(server) == []
     assert await command(server, tmp_path, "judge", "lights", "--data", "no-such-file") == 2
     assert capsys.readouterr().err.startswith("fedtt: error: no-such-file")
+
+
+async def test_a_task_that_goes_by_accuracy_is_refused_where_no_verdict_can_have_one(
+    server: Served, tmp_path: Path
+) -> None:
+    directory = tmp_path / "language"
+    write_small_bundle(directory)
+    manifest = replace(decode_manifest((directory / MANIFEST).read_bytes()), task="causal-lm")
+    (directory / MANIFEST).write_bytes(encode_manifest(manifest))
+    digest = await server.admin.send_bundle(directory)
+    text = task_text("language") + '\n[evaluation]\nmeasure = "accuracy"\n'
+    answer = await server.people("POST", f"/tasks?bundle={digest}", text.encode())
+    refused(answer, Code.MALFORMED, "evaluation.measure = 'accuracy' is not allowed", "'loss' with a bundle")
 
 
 async def test_a_real_device_judges_a_version_on_its_own_examples(

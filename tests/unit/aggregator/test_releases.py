@@ -119,7 +119,9 @@ def test_no_device_trains_from_a_version_before_it_is_released() -> None:
     assert released.state is VersionState.RELEASED
     assert released.report == {
         "kept": 1.0,
+        "judged_verdicts": 1.0,
         "judged_examples": 10.0,
+        "judged_worse_by": 0.9 - 1.0,
         "judged_loss_before": 1.0,
         "judged_loss": 0.9,
         "judged_accuracy_before": 0.5,
@@ -144,7 +146,7 @@ def test_what_stood_before_a_held_version_follows_it_and_the_next_round_folds_on
     held = server.judge(2, WORSE)
     assert isinstance(held, Version)
     assert held.state is VersionState.HELD
-    assert held.reason == "its loss rose from 1.0000 to 1.2000 on 10 examples, by more than 0.1"
+    assert held.reason == "its loss rose by 0.2000 on 10 examples, more than 0.1: from 1.0000 to 1.2000"
     first, good, bad, again = server.versions()
     assert (again.number, again.sha256, again.state) == (3, good.sha256, VersionState.RELEASED)
     assert again.server_state == good.server_state
@@ -407,6 +409,39 @@ def test_what_devices_find_worse_is_held() -> None:
         assert answer(server, device, asked(server, device).lease, WORSE) is None
     advance(server, 3.0)
     assert [v.state.value for v in server.versions()] == ["released", "held", "released"]
+
+
+def test_at_the_deadline_three_are_needed_unless_the_task_says_otherwise() -> None:
+    server = Server(EvaluationSpec(deadline_s=30.0))
+    server.train()
+    for device in (1, 2):
+        assert answer(server, device, asked(server, device).lease, BETTER) is None
+    advance(server, 30.0)
+    assert server.versions()[1].reason == "2 of at least 3 devices had judged it 30 s after its fold"
+
+
+@pytest.mark.parametrize(
+    "useless",
+    [
+        Verdict(examples=1, before=Judged(loss=1.0), after=Judged(loss=1.0)),
+        Verdict(examples=257, before=Judged(loss=1.0, right=0), after=Judged(loss=1.0, right=0)),
+    ],
+    ids=["without the measure", "on more examples than asked"],
+)
+def test_the_place_of_a_device_whose_verdict_does_not_count_goes_to_another(useless: Verdict) -> None:
+    server = Server(EvaluationSpec(devices=2, measure="accuracy"))
+    server.train()
+    one, other = asked(server, 1), asked(server, 2)
+    assert isinstance(server.check_in(3, 1.0, judges=True), Wait)
+    assert answer(server, 1, one.lease, useless) is None
+    assert answer(server, 2, other.lease, BETTER) is None
+    advance(server, 3.0)
+    assert server.versions()[1].state is VersionState.CANDIDATE
+    assert isinstance(server.check_in(1, 3.0, judges=True), Wait)  # it was asked
+    assert answer(server, 3, asked(server, 3).lease, BETTER) is None
+    advance(server, 3.0)
+    released = server.versions()[1]
+    assert (released.state, released.report["judged_verdicts"]) == (VersionState.RELEASED, 2.0)
 
 
 @pytest.mark.parametrize(("verdicts", "state"), [(0, VersionState.HELD), (1, VersionState.RELEASED)])
