@@ -23,7 +23,7 @@ ROWS = {
     "kill-one-of-two": "the same of one of two servers on one SQLite file",
     "flips": "every prefix and single-bit flip of a valid upload in each of four codecs",
     "syscalls": "death, EIO and ENOSPC at the Nth write or sync of a whole round",
-    "client": "kill -9 of a client at random points of its rounds",
+    "client": "kill -9 of clients in each phase of their lives; each frame against an unharmed one's",
     "fold": "the sum of 10,000 updates of 20,000 numbers, bounded where they have 8 bits",
     "herd": "10,000 check-ins at the same moment, and the times at which they are told to return",
     "full-disk": "the disk full under load, then with room again",

@@ -17,7 +17,7 @@ ROWS = [
 
 
 @pytest.mark.slow
-async def test_a_client_killed_ten_times_trains_no_round_twice_and_loses_no_update(
+async def test_a_client_killed_in_each_phase_sends_what_it_would_have_sent_unharmed(
     tmp_path: Path, tiny_bundle: Path
 ) -> None:
     setting = Setting(report=Report("faults", None), directory=tmp_path)
