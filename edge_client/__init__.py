@@ -2,6 +2,7 @@
 
 An app keeps examples and runs the device beside its other work:
 
+    prepare()                                                       # where the app starts, before its loop
     store = ExampleStore(home / "examples.db")
     store.add("wake me at seven", "set_alarm")                      # whenever the app learns something
     config = DeviceConfig(token=token)
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from edge_client.examples import Example, ExampleLimits, ExampleStore
     from edge_client.http_transport import HttpTransport
     from edge_client.inference import Evaluation, Model, Prediction
+    from edge_client.preparation import prepare
     from edge_client.session import forget, leave, open_device
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "forget",
     "leave",
     "open_device",
+    "prepare",
     "read_examples",
 ]
 
@@ -62,6 +65,7 @@ _HOMES = {
     "forget": "session",
     "leave": "session",
     "open_device": "session",
+    "prepare": "preparation",
     "read_examples": "example_files",
 }
 

@@ -1,0 +1,75 @@
+"""A real client in a process of its own whose loop is watched: `python -m tests.support.beside_a_loop`.
+
+Arguments: home, server's address, "prepared" or not. Prints one JSON object when its update is acknowledged:
+the longest that the loop was held up in milliseconds, and the extension modules that were imported meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Set
+from pathlib import Path
+
+from edge_client.device_config import DeviceConfig
+from edge_client.events import Acknowledged, Step
+from edge_client.examples import Example, Shard
+from edge_client.preparation import prepare
+from edge_client.session import open_device
+from tests.support.in_process import TOKEN
+
+EXAMPLES = Shard([Example(text, text) for text in ("alarm", "lights off", "pay", "weather")])
+
+
+async def live(home: Path, url: str) -> float:
+    """Seconds: the longest pause of the loop, as far as this process used the processor in it.
+
+    Where other programs keep it from running, or a thread runs beside the loop without holding it up, one of
+    the two clocks stands nearly still.
+    """
+    worst_s = 0.0
+
+    async def tick() -> None:
+        nonlocal worst_s
+        while True:
+            began, used = time.perf_counter(), time.process_time()
+            await asyncio.sleep(0.001)
+            pause_s = min(time.perf_counter() - began, time.process_time() - used)
+            worst_s = max(worst_s, pause_s)
+
+    ticking = asyncio.create_task(tick())
+    config = DeviceConfig(token=TOKEN)
+    async with open_device(home, server=url, examples=EXAMPLES, config=config) as device:
+        await device.consent()
+        await device.run(until=_acknowledged)
+    ticking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await ticking
+    return worst_s
+
+
+def _acknowledged(step: Step) -> bool:
+    return isinstance(step, Acknowledged)
+
+
+def extensions() -> Set[str]:
+    """Modules of compiled code that are imported by now."""
+    return {
+        name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).endswith(".so")
+    }
+
+
+def main() -> None:
+    home, url, prepared = sys.argv[1:]
+    if prepared == "prepared":
+        prepare()
+    before = extensions()
+    worst_s = asyncio.run(live(Path(home), url))
+    print(json.dumps({"held_up_ms": 1e3 * worst_s, "imported": sorted(extensions() - before)}))
+
+
+if __name__ == "__main__":
+    main()
