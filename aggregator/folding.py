@@ -33,7 +33,7 @@ from storage.store import Store, Transaction
 __all__ = ["server_state", "sum_round"]
 
 _DECODED = 64  #: updates that are decoded together
-_BASES_KEPT = 16  #: factors of versions, each at one rank: nine ranks at most, and some that are older
+_OLDER_KEPT = 4  #: factors of versions before the newest, each at one rank
 _WEIGHT = "weight"  #: what a version of a group says of the examples behind it
 
 
@@ -96,15 +96,16 @@ class _Round:
         return _Bases(partial(self._base, self._round.version_number - staleness), tuple(self._lives))
 
     def _base(self, number: int, rank: int | None) -> Theta:
-        place = (number, rank)
-        if place not in self._read:
-            while len(self._read) >= _BASES_KEPT:
+        """Those asked for last are kept: each rank's of the newest version, and a few that are older."""
+        found = self._read.pop((number, rank), None)
+        if found is None:
+            while len(self._read) >= len(self._lives) + _OLDER_KEPT:
                 del self._read[next(iter(self._read))]
             branch = self._round.branch if rank is None else rank_branch(rank)
             base = promised(self._tx.version(self._round.task_id, branch, number), "a round's version")
-            layout = self._lives[rank].layout
-            self._read[place] = decode_theta(load(self._blobs, base.sha256), layout, base.sha256)
-        return self._read[place]
+            found = decode_theta(load(self._blobs, base.sha256), self._lives[rank].layout, base.sha256)
+        self._read[number, rank] = found
+        return found
 
     def state(self) -> ServerState | None:
         """What the fold before left for this one."""

@@ -200,6 +200,17 @@ def test_moments_do_not_depend_on_which_factors_stand_for_the_matrices(
 
 
 @every_case
+def test_a_task_that_ran_before_moments_were_of_matrices_goes_on(case: Case) -> None:
+    """Its state knows the norm of each factor, of which there are more than matrices."""
+    factors = len(case.adapter.layout.factors)
+    empty = np.zeros(0, np.float32)
+    before = ServerState(first=empty, second=empty, norms=np.ones(factors, np.float32))
+    theta, given = start(case), some_devices(case)
+    found = step(case, theta, given, state=before)
+    assert found.theta.tobytes() == step(case, theta, given).theta.tobytes()
+
+
+@every_case
 @pytest.mark.parametrize("fold", ROBUST, ids=lambda f: type(f).__name__)
 def test_idle_devices_of_low_ranks_change_nothing_under_a_robust_fold_however_many(
     case: Case, fold: Fold
