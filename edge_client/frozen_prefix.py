@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from edge_client.activations import Activations, Half, kept_bytes
-from edge_client.bundle import Bundle, RuntimeName
+from edge_client.bundle import Bundle
 from edge_client.runtime import Hidden, Runtime
 from edge_client.tokens import Batch, Ids
 from fedtt.adapter import AdapterSpec
 from fedtt.layout import LiveSet, Theta
-from fedtt.manifest import Manifest
 
 __all__ = ["FrozenPrefix", "least_depth"]
 
@@ -50,10 +48,11 @@ class FrozenPrefix:
         self._runtime, self._depth, self._activations = runtime, depth, activations
         self._least = manifest.tokenization.min_tokens
         self._below = manifest.adapter.size_below(depth)
-        self._hidden = _width(manifest, runtime.name, depth)
-        # runtimes differ in the last bits
-        parts = (runtime.name, manifest.model.base_sha256, depth, replace(manifest.adapter, head=None))
-        self._parts = msgspec.json.encode(parts) if manifest.adapter.depth else msgspec.json.encode(parts[:3])
+        cut = next(cut for cut in manifest.graphs[runtime.name].depths if cut.depth == depth)
+        self._hidden = manifest.adapter.hidden * cut.states
+        # the graph says depth, adapters, precision and order of sums; runtimes differ in the last bits
+        graph = manifest.files[cut.prefix].sha256
+        self._parts = msgspec.json.encode((runtime.name, manifest.model.base_sha256, graph))
         self._frozen: Theta | None = None
         self._hash = hashlib.blake2b()
         self._ahead, self._unread = ahead, set[str]()  #: names of rows that were computed ahead
@@ -74,7 +73,7 @@ class FrozenPrefix:
             yield batch.ids[row, :width], batch.mask[row, :width]
 
     def _begin(self, theta: Theta) -> None:
-        """Names are those of the factors below the cut."""
+        """Names say base, runtime, graph and the factors below the cut, of which all of a row follows."""
         below = theta[: self._below]
         if self._frozen is None or not np.array_equal(below, self._frozen):
             self._frozen = below.copy()
@@ -128,9 +127,3 @@ class FrozenPrefix:
         if self._activations:
             self._activations.put(key, half)
         return half
-
-
-def _width(manifest: Manifest, runtime: RuntimeName, depth: int) -> int:
-    """Numbers a token of what enters the step at a depth, W."""
-    states = {cut.depth: cut.states for cut in manifest.graphs[runtime].depths}
-    return manifest.adapter.hidden * states[depth]

@@ -15,7 +15,7 @@ from edge_client.runtime import Hidden
 from edge_client.tokens import Batch
 from fedtt.adapter import AdapterSpec
 from fedtt.layout import LiveSet, Theta
-from fedtt.manifest import DepthGraphs
+from fedtt.manifest import DepthGraphs, FileEntry
 from tests.support.adapters import small_adapter
 from tests.support.edge import WholeSteps, small_bundle
 from tests.support.tiny import tiny_manifest, tiny_spec
@@ -25,6 +25,11 @@ THETA = np.arange(SPEC.layout.size, dtype=np.float32)
 BELOW = SPEC.size_below(1)
 CUT = DepthGraphs(depth=1, prefix="prefix-1.onnx", step="step-1.onnx")
 GRAPHS = {"onnxruntime": replace(tiny_manifest().graphs["onnxruntime"], depths=(CUT,))}
+
+
+def cut_bundle(directory: Path, **changes: object) -> Bundle:
+    files = {**tiny_manifest().files, CUT.prefix: FileEntry("a" * 64, 1)}
+    return small_bundle(directory, **{"adapter": SPEC, "graphs": GRAPHS, "files": files, **changes})
 
 
 class Counting(WholeSteps):
@@ -63,7 +68,7 @@ class Counting(WholeSteps):
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return small_bundle(tmp_path / "bundle", adapter=SPEC, graphs=GRAPHS)
+    return cut_bundle(tmp_path / "bundle")
 
 
 def batch(*rows: list[int]) -> Batch:
@@ -123,16 +128,20 @@ def test_a_change_of_anything_the_prefix_depends_on_computes_it_anew(tmp_path: P
     step(runtime, bundle, tmp_path, THETA, [5, 6, 7])
     lower = THETA.copy()
     lower[BELOW - 1] += 1
-    other_base = small_bundle(
-        tmp_path / "other",
-        adapter=SPEC,
-        graphs=GRAPHS,
-        model=replace(bundle.manifest.model, base_sha256="1" * 64),
-    )
-    deeper = small_bundle(tmp_path / "deeper", adapter=replace(SPEC, layers=4), graphs=GRAPHS)
-    for theta, of in ((lower, bundle), (THETA, other_base), (THETA, deeper)):
+    other_base = cut_bundle(tmp_path / "other", model=replace(bundle.manifest.model, base_sha256="1" * 64))
+    files = bundle.manifest.files | {CUT.prefix: FileEntry("b" * 64, 1)}
+    other_graph = cut_bundle(tmp_path / "again", files=files)  # the same base, exported anew
+    for theta, of in ((lower, bundle), (THETA, other_base), (THETA, other_graph)):
         assert step(runtime, of, tmp_path, theta, [5, 6, 7]).computed == 1
-    assert step(runtime, bundle, tmp_path, THETA, [5, 6, 7]).reused == 1
+    elsewhere = Counting()
+    elsewhere.name = "executorch"
+    both = cut_bundle(tmp_path / "both", graphs=GRAPHS | {"executorch": GRAPHS["onnxruntime"]})
+    assert step(elsewhere, both, tmp_path, THETA, [5, 6, 7]).computed == 1
+    other_step = cut_bundle(
+        tmp_path / "step", files=bundle.manifest.files | {CUT.step: FileEntry("c" * 64, 1)}
+    )
+    for of in (bundle, other_step):
+        assert step(runtime, of, tmp_path, THETA, [5, 6, 7]).reused == 1
 
 
 def test_values_are_rounded_alike_whether_they_were_kept_or_not(tmp_path: Path, bundle: Bundle) -> None:
