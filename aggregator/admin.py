@@ -40,9 +40,15 @@ __all__ = [
     "list_devices",
     "list_rounds",
     "list_tasks",
+    "note_blob",
     "open_task",
     "show_task",
 ]
+
+
+async def note_blob(service: Service, sha256: str, size_bytes: int) -> None:
+    """Log that a file was sent, which nothing deletes."""
+    await audited(service, "blob.add", sha256, lambda _: None, bytes=size_bytes)
 
 
 async def add_bundle(service: Service, manifest_bytes: bytes) -> SentBundle | Problem:

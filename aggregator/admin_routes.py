@@ -108,8 +108,9 @@ async def has_blob(request: web.Request) -> web.Response:
 async def put_blob(request: web.Request) -> web.Response:
     """Store one file of a bundle under its sha256; sending it again is harmless."""
     sha256 = request.match_info["sha256"]
-    pieces = body_pieces(request, _BLOB_LIMIT_BYTES)
-    await request.app[SERVICE].blobs.receive(sha256, pieces, limit_bytes=_BLOB_LIMIT_BYTES)
+    service, pieces = request.app[SERVICE], body_pieces(request, _BLOB_LIMIT_BYTES)
+    size_bytes = await service.blobs.receive(sha256, pieces, limit_bytes=_BLOB_LIMIT_BYTES)
+    await admin.note_blob(service, sha256, size_bytes)
     return json_answer(SentBlob(sha256=sha256), 201)
 
 

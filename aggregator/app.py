@@ -23,7 +23,7 @@ from aggregator.connections import ConnectionLimits, Connections
 from aggregator.data_directory import server_directory
 from aggregator.device_routes import add_device_routes
 from aggregator.enrolment import no_standing_token, standing_token
-from aggregator.handling import BODY_S, KEYS, RENDER, SERVICE, answer, limited, problems
+from aggregator.handling import AUTHORITIES, BODY_S, KEYS, RENDER, SERVICE, answer, limited, problems
 from aggregator.limits import Buckets, Rates
 from aggregator.logs import tell_request
 from aggregator.request_meter import meter
@@ -66,6 +66,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
     rates: Rates = Rates()  #: of requests to the devices' listener
     connections: ConnectionLimits = ConnectionLimits()  #: to the devices' listener
+    authorities: tuple[str, ...] = ()  #: HOST[:PORT]s for which devices may sign; none for any
     forwarded: bool = False  #: whether a proxy in front says in X-Forwarded-For whom it stands for
     tls_cert: Path | None = None  #: chain in PEM, for both listeners; None leaves TLS to a proxy
     tls_key: Path | None = None  #: its key in PEM
@@ -89,11 +90,13 @@ def device_app(
     body_s: float = BODY_LIMIT_S,
     rates: Rates = Rates(),  # noqa: B008  # a frozen value
     forwarded: bool = False,
+    authorities: tuple[str, ...] = (),
 ) -> web.Application:
     limit = limited(rates, forwarded=forwarded)
     app = web.Application(middlewares=[*_spans(service, joined=forwarded), problems(candid=False), limit])
     app.on_response_prepare.append(tell_request)
     app[SERVICE], app[BODY_S], app[KEYS] = service, body_s, Buckets(rates.key)
+    app[AUTHORITIES] = frozenset(name.lower() for name in authorities)
     app[RENDER] = answer
     add_device_routes(app)
     return app
@@ -140,7 +143,13 @@ async def serving(config: ServerConfig, tracer: Tracer = UNTRACED) -> AsyncItera
             enrolment_token = await standing_token(service, token_file)
         else:
             await no_standing_token(service, token_file)
-        devices = device_app(service, body_s=config.body_s, rates=config.rates, forwarded=config.forwarded)
+        devices = device_app(
+            service,
+            body_s=config.body_s,
+            rates=config.rates,
+            forwarded=config.forwarded,
+            authorities=config.authorities,
+        )
         people = admin_app(service, admin_token, body_s=config.body_s)
         listen = partial(_listen, stack, idle_s=config.idle_s, tls=tls)
         counted = partial(meter, service.metrics)

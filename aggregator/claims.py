@@ -13,6 +13,7 @@ from storage.store import Store, Transaction
 __all__ = ["TAKE_OVER_S", "Claims"]
 
 TAKE_OVER_S = 3.0  #: for which the server that claimed a round is left alone with its sum
+_LONGEST_PAUSE_S = 60.0  #: before a sum that failed is tried again
 
 T = TypeVar("T")
 _Key = tuple[int, str, int]
@@ -28,6 +29,7 @@ class Claims:
         self._is_shared, self._lifecycle, self._clock = store.is_shared, lifecycle, clock
         self._mine: set[_Key] = set()
         self._seen_at: dict[_Key, float] = {}
+        self._failed: dict[_Key, tuple[float, float]] = {}  #: how long it pauses, and until when
 
     def noting(self, change: Callable[[Transaction], T]) -> Callable[[Transaction], tuple[T, set[_Key]]]:
         """The change, and the rounds that it claims; to be `noted` once it is durable."""
@@ -44,14 +46,25 @@ class Claims:
     def noted(self, claimed: set[_Key]) -> None:
         self._mine |= claimed
 
+    def failed(self, round_: Round) -> None:
+        """Its sum met a mistake of ours: it pauses, each time for twice as long, and the updates stay."""
+        pause_s, _ = self._failed.get(_key(round_), (0.5, 0.0))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        self._failed[_key(round_)] = pause_s, self._clock.now() + pause_s
+
     def due(self, folding: list[Round]) -> list[Round]:
         """Of the rounds that wait for their sums, those to be summed here and now."""
-        if not self._is_shared:
-            return folding
         now, waiting = self._clock.now(), {_key(round_) for round_ in folding}
-        self._mine &= waiting
-        self._seen_at = {key: self._seen_at.get(key, now) for key in waiting}
-        return [r for r in folding if _key(r) in self._mine or now - self._seen_at[_key(r)] >= TAKE_OVER_S]
+        self._failed = {key: pause for key, pause in self._failed.items() if key in waiting}
+        if self._is_shared:
+            self._mine &= waiting
+            self._seen_at = {key: self._seen_at.get(key, now) for key in waiting}
+        return [round_ for round_ in folding if self._is_due(_key(round_), now)]
+
+    def _is_due(self, key: _Key, now: float) -> bool:
+        _, until = self._failed.get(key, (0.0, now))
+        mine = not self._is_shared or key in self._mine or now - self._seen_at[key] >= TAKE_OVER_S
+        return mine and now >= until
 
 
 def _key(round_: Round) -> _Key:

@@ -1,4 +1,4 @@
-"""The server's sub-commands: serve, task, version, device, token, admin-token, audit, doctor and openapi."""
+"""The server's sub-commands: from serve and task to doctor, migrate and openapi."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def register(commands: Commands) -> None:
     device_commands.register(commands)
     people_commands.register(commands)
     _register_doctor(commands)
+    _register_migrate(commands)
     _register_openapi(commands)
 
 
@@ -44,6 +45,23 @@ def _register_doctor(commands: Commands) -> None:
         run=run,
     )
     serve_command.place_arguments(doctor)
+
+
+def _register_migrate(commands: Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from aggregator.migrate_command import run
+
+        run(args)
+
+    migrate = add_command(
+        commands,
+        "migrate",
+        about="take a ledger to this program's schema, or back to an older program's; back it up first",
+        examples="fedtt migrate --data /var/lib/fedtt\nfedtt migrate --data /var/lib/fedtt --to 0008",
+        run=run,
+    )
+    serve_command.ledger_arguments(migrate)
+    migrate.add_argument("--to", metavar="REVISION", help="a schema's number (default: this program's own)")
 
 
 def _register_openapi(commands: Commands) -> None:

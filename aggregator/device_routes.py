@@ -8,7 +8,16 @@ from aiohttp import web
 
 from aggregator.auth import claim_of, verify, verify_key
 from aggregator.blob_answers import blob_answer
-from aggregator.handling import KEYS, SERVICE, ProblemError, answer, checked, read_body, read_message
+from aggregator.handling import (
+    AUTHORITIES,
+    KEYS,
+    SERVICE,
+    ProblemError,
+    answer,
+    checked,
+    read_body,
+    read_message,
+)
 from aggregator.problems import bad_signature, busy, not_found, too_many
 from aggregator.service import Proof, Service
 from fedtt.manifest import MANIFEST, decode_manifest
@@ -32,7 +41,9 @@ __all__ = ["add_device_routes", "serve_bundle_file"]
 
 def _claim(request: web.Request) -> tuple[Signed, bytes]:
     """Who says to have sent this request, and with which signature; not verified yet."""
-    authority = request.headers.get("Host", "")
+    authority, known = request.headers.get("Host", ""), request.app[AUTHORITIES]
+    if known and authority.lower() not in known:
+        raise ProblemError(bad_signature(f"Host is {authority[:100]!r}, which is no name of this server"))
     return checked(claim_of(request.method, authority, request.rel_url.raw_path, request.headers))
 
 

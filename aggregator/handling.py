@@ -31,6 +31,7 @@ from fedtt.errors import FedttError, StorageError, WireError
 from fedtt.messages import MEDIA_TYPE, STATUS, Code, Message, Problem, encode
 
 __all__ = [
+    "AUTHORITIES",
     "BODY_S",
     "KEYS",
     "RENDER",
@@ -52,6 +53,7 @@ SERVICE = web.AppKey("service", Service)
 KEYS = web.AppKey("keys", Buckets)  #: what each device's key may still send
 RENDER: web.AppKey[Render] = web.AppKey("render")  #: how the listener writes a Problem
 BODY_S = web.AppKey("body_s", float)
+AUTHORITIES = web.AppKey("authorities", frozenset)  #: for which requests may be signed; empty for any
 _BUSY_RETRY_S = (1, 2, 3)  #: drawn, so that those who came together do not come back together
 _CONTROL = re.compile("%(?:[01][0-9a-f]|7f)", re.IGNORECASE)  #: in a path or query as it came
 _log = logging.getLogger("fedtt.aggregator")
@@ -80,8 +82,9 @@ def limited(rates: Rates, *, forwarded: bool) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        told = request.headers.get("X-Forwarded-For") if forwarded else None
-        name = address_range(request.remote, told)
+        # a proxy writes behind what it was sent, some on a line of their own
+        told = request.headers.getall("X-Forwarded-For", []) if forwarded else []
+        name = address_range(request.remote, told[-1] if told else None)
         if name is not None and (wait_s := buckets.take(name, time.monotonic())):
             raise ProblemError(too_many(name), wait_s)
         return await handler(request)

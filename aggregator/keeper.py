@@ -56,13 +56,19 @@ class Keeper:
         self._news.set()
 
     async def tick(self) -> None:
-        """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled."""
-        if any(round_.branch != MAIN for round_ in await self._advance()):
-            await self._advance()  # the last group's fold may be what the sum of all groups waits for
-        await self._writer.maintain()  # where a reader is in the way the next tick tries again
+        """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled.
 
-    async def _advance(self) -> list[Round]:
-        """Returns the rounds that waited for their sums."""
+        Raises ExceptionGroup of what went wrong in sums by a mistake of ours, once all else is done.
+        """
+        mistakes: list[Exception] = []
+        if any(round_.branch != MAIN for round_ in await self._advance(mistakes)):
+            await self._advance(mistakes)  # the last group's fold may be what the sum of all groups waits for
+        await self._writer.maintain()  # where a reader is in the way the next tick tries again
+        if mistakes:
+            raise ExceptionGroup("rounds wait for their sums", mistakes)
+
+    async def _advance(self, mistakes: list[Exception]) -> list[Round]:
+        """Returns the rounds that waited for their sums; one that cannot be made keeps no other waiting."""
 
         def change(tx: Transaction) -> tuple[list[Round], list[Version]]:
             decided: list[Version] = []
@@ -70,6 +76,7 @@ class Keeper:
 
         waiting, decided = await self._move_on(change)
         for version in decided:
+            self._metrics.versions_decided.labels(version.state.value).inc()
             with self._tracer.span("release" if version.state is VersionState.RELEASED else "hold") as span:
                 span.set({"fedtt.version": version.number, "fedtt.state": version.state.value})
         folding = self._claims.due(waiting)
@@ -78,8 +85,12 @@ class Keeper:
                 with self._tracer.span("fold") as span:
                     span.set({"fedtt.branch": round_.branch, "fedtt.round": round_.number})
                     await self._fold(round_)
-            except StorageError as error:  # other tasks go on
-                _log.error("round %d waits for its sum: %s", round_.number, error)
+            except Exception as error:
+                self._metrics.fold_failures.inc()
+                if not (known := isinstance(error, StorageError)):
+                    self._claims.failed(round_)
+                    mistakes.append(error)
+                _log.error("round %d waits for its sum: %s", round_.number, error, exc_info=not known)
         return folding
 
     async def _move_on(self, change: Callable[[Transaction], T]) -> T:
@@ -114,6 +125,8 @@ class Keeper:
             except StorageError as error:
                 _log.error("rounds wait: %s", error)
                 await self._clock.sleep(interval_s)
+            except ExceptionGroup:
+                pass  # each was said where it happened; its round pauses
             except Exception:
                 _log.exception("a tick failed; the ledger is as before and the next tick tries again")
                 await self._clock.sleep(interval_s)

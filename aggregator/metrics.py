@@ -19,6 +19,7 @@ from prometheus_client import (
 )
 
 from fedtt.messages import CheckInAnswer, Code, FailureCode, Judge, Retired, Tell, UpdateState, Wait, Work
+from storage.records import VersionState
 
 __all__ = ["PEOPLE", "Metrics", "totals"]
 
@@ -123,8 +124,19 @@ class Metrics:
             buckets=_FOLD_S,
             registry=registry,
         )
+        self.fold_failures = Counter(
+            "fedtt_fold_failures_total",
+            "Sums that could not be made: their rounds wait and are tried again.",
+            registry=registry,
+        )
         self.fold_updates = Histogram(
             "fedtt_fold_updates", "Updates that made one version.", buckets=_UPDATES, registry=registry
+        )
+        self.versions_decided = Counter(
+            "fedtt_versions_decided_total",
+            "Candidates that this server released or held by what they were judged.",
+            ("state",),
+            registry=registry,
         )
         self._start_at_zero()
 
@@ -132,6 +144,8 @@ class Metrics:
         """Show the closed sets from the first scrape on, so that a first refusal is a rise from 0."""
         for code in Code:
             self.refusals.labels(code.value)
+        for version_state in (VersionState.RELEASED, VersionState.HELD):
+            self.versions_decided.labels(version_state.value)
         self._answers = {
             kind: self.check_ins.labels(kind.__name__.lower()) for kind in (Work, Judge, Wait, Retired, Tell)
         }

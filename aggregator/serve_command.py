@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aggregator.member import Said
     from fedtt.cli import Commands
 
-__all__ = ["place_arguments", "reachable", "register"]
+__all__ = ["ledger_arguments", "place_arguments", "reachable", "register"]
 
 _MOST_PROCESSES = 64
 
@@ -54,8 +54,8 @@ def register(commands: Commands) -> None:
     )
 
 
-def place_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where a server's data, keys and certificates lie: the same for serving and for checking."""
+def ledger_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a server's ledger lies."""
     parser.add_argument(
         "--data",
         type=Path,
@@ -68,6 +68,11 @@ def place_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the ledger lies, as postgresql+psycopg://USER@HOST/NAME "
         "(default $FEDTT_DATABASE or SQLite in the data directory)",
     )
+
+
+def place_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a server's data, keys and certificates lie: the same for serving and for checking."""
+    ledger_arguments(parser)
     parser.add_argument(
         "--blobs",
         default=os.environ.get("FEDTT_BLOBS"),
@@ -108,6 +113,15 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
         "--reuse-port",
         action="store_true",
         help="share the devices' port and the ledger with other servers on this machine",
+    )
+    serve.add_argument(
+        "--authority",
+        dest="authorities",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="a name of this server, as devices have it in its URL (several times for several): requests "
+        "that were signed for another are refused (default: any name)",
     )
     serve.add_argument(
         "--behind-proxy",
@@ -157,6 +171,7 @@ def _serve(args: argparse.Namespace) -> int:
         blobs=args.blobs,
         server_key=args.server_key,
         standing_token=args.standing_token,
+        authorities=tuple(args.authorities),
         forwarded=args.behind_proxy,
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,

@@ -63,7 +63,7 @@ def register(commands: Commands) -> None:
 
     for name, about in {
         "release": "let devices train from a version that waits for its verdict, or one held be brought back",
-        "hold": "let no device train from it: what stood before it follows under the next number",
+        "hold": "let no device train from a candidate: what stood before it follows under the next number",
         "rollback": "publish an earlier version again under the next number",
     }.items():
         steering = admin_command(

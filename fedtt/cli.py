@@ -17,7 +17,7 @@ import msgspec
 
 from fedtt.errors import FedttError
 
-__all__ = ["Commands", "Run", "add_command", "add_group", "main", "print_json"]
+__all__ = ["Commands", "Run", "add_command", "add_group", "main", "make_parser", "print_json"]
 
 GROUP = "fedtt.commands"
 OURS = {"aggregator", "edge_client", "export", "fedtt", "fleet", "storage"}
@@ -57,7 +57,7 @@ def print_json(value: object) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedtt",
         description="Fine-tune small language models on data that never leaves people's devices.",
@@ -91,7 +91,7 @@ def _add_missing(commands: Commands, extra: str, module: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what went wrong is one line on stderr and status 2, Ctrl-C is status 130."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         status = args.run(args) or 0
         sys.stdout.flush()  # here, where it can still be said that this failed

@@ -13,7 +13,7 @@ from fedtt.errors import StorageError
 if TYPE_CHECKING:  # importing it takes a fifth of a start, and an up-to-date ledger needs none of it
     from alembic.config import Config
 
-__all__ = ["Schema", "downgrade", "newest_schema", "schema_of", "upgrade"]
+__all__ = ["Schema", "downgrade", "newest_schema", "revisions", "schema_of", "upgrade"]
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -26,9 +26,14 @@ class Schema(Struct, frozen=True, kw_only=True):
     behind: int | None  #: migrations that are missing; None where another program made it
 
 
+def revisions() -> list[str]:
+    """That this program knows, in order: migrations are files whose names begin with their revisions."""
+    return sorted(path.name.partition("_")[0] for path in _MIGRATIONS.glob("versions/[0-9]*_*.py"))
+
+
 def newest_schema() -> str:
-    """This program's: migrations are files whose names begin with their revisions, in order."""
-    return max(path.name.partition("_")[0] for path in _MIGRATIONS.glob("versions/[0-9]*_*.py"))
+    """This program's."""
+    return revisions()[-1]
 
 
 def _is_newest(connection: Connection) -> bool:
@@ -48,8 +53,8 @@ def schema_of(connection: Connection) -> Schema:
     return Schema(current=current, head=newest_first[0], behind=behind)
 
 
-def upgrade(connection: Connection, where: Path | str) -> None:
-    """Migrate to the newest schema within the caller's transaction; raises StorageError.
+def upgrade(connection: Connection, where: Path | str, revision: str = "head") -> None:
+    """Migrate to a newer schema, or the newest, within the caller's transaction; raises StorageError.
 
     A database of a newer schema, or one that holds another program's tables, is left untouched.
     """
@@ -65,7 +70,7 @@ def upgrade(connection: Connection, where: Path | str) -> None:
         raise StorageError(
             f"{where}: its schema {current!r} is newer than this program: use the newer fedtt that made it"
         )
-    command.upgrade(_config(connection), "head")
+    command.upgrade(_config(connection), revision)
 
 
 def downgrade(connection: Connection, revision: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from aggregator.limits import Rate, Rates, raise_file_limit
 from fedtt.errors import Refused
 from fedtt.messages import Code
-from tests.support.served import CHECK_IN, frame_of, refused, served, task_text
+from tests.support.served import CHECK_IN, Served, frame_of, refused, served, task_text
 
 
 async def test_a_device_that_asks_too_often_is_told_when_and_others_are_not_slowed(tmp_path: Path) -> None:
@@ -64,6 +64,10 @@ async def test_a_range_of_addresses_is_refused_before_its_body_is_read(tmp_path:
         assert head.startswith(b"HTTP/1.1 429 ")
         assert b"Retry-After: 10\r\n" in head or b"Retry-After: 9\r\n" in head
         assert (await server.raw("GET", "/healthz", None, there)).status == 200
+        own_line = ((b"X-Forwarded-For", b"127.0.0.1"), (b"X-Forwarded-For", b"198.51.100.8"))
+        assert (
+            await _status(server, *own_line) == b"429"
+        )  # the proxy's is the last, on a line of its own, too
     async with served(tmp_path, None, rates=rates) as server:  # a header of a stranger counts for nothing
         assert [(await server.raw("GET", "/healthz", None, here)).status for _ in range(4)] == [200] * 4
 
@@ -107,3 +111,13 @@ async def test_a_server_that_is_about_to_stop_is_alive_and_not_ready(tmp_path: P
         refused(await server.raw("GET", "/readyz"), Code.BUSY, "about to stop")
         assert (await server.raw("GET", "/healthz")).status == 200
         await device.work()  # who came before is served to the end
+
+
+async def _status(server: Served, *fields: tuple[bytes, bytes]) -> bytes:
+    reader, writer = await server.connect()
+    lines = b"".join(b"%s: %s\r\n" % field for field in fields)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
+    async with asyncio.timeout(5):
+        line = await reader.readline()
+    writer.close()
+    return line.split()[1]

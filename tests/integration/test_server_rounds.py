@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from prometheus_client import Counter
 
 from aggregator.folding import sum_round
-from aggregator.lifecycle import Lifecycle
+from aggregator.lifecycle import Fold, Lifecycle
 from edge_client import events
 from edge_client.device_config import DeviceConfig
 from edge_client.examples import ExampleStore
@@ -195,6 +198,45 @@ async def test_a_sum_that_cannot_be_stored_waits_until_it_can(
         incoming.mkdir()
         start = np.zeros(LAYOUT.size, np.float32)
         assert await version(server, 1) == (1, weighted_sum([(moved(1), 5)], start))
+
+
+@pytest.mark.parametrize("mistake", [MemoryError("no room for 9 GB"), RuntimeError("a mistake of ours")])
+async def test_a_sum_that_meets_a_mistake_keeps_no_other_task_waiting_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mistake: Exception
+) -> None:
+    met = 0
+
+    def mistaken(*given: Any) -> Fold:
+        nonlocal met
+        if given[-1].task_id == 1 and met < 2:
+            met += 1
+            raise mistake
+        return sum_round(*given)
+
+    monkeypatch.setattr("aggregator.keeper.sum_round", mistaken)
+    async with served(tmp_path, task_text(cohort=1, count=1)) as server, server.device() as peer:
+        failures = server.service.metrics.fold_failures
+        bundle = (await server.admin.task("lights"))["bundle"]
+        first = await peer.update(moved(1))
+        await until(partial(_counted, failures, 1))
+        await server.admin.create_task(task_text("blinds", cohort=1, count=1), bundle)
+        await peer.update(moved(2))
+
+        async def finished() -> bool:
+            return str((await server.admin.task("blinds"))["state"]) == "finished"
+
+        await until(finished)
+        assert (await server.admin.task("lights"))["version"] == 0  # it pauses for a second
+        start = np.zeros(LAYOUT.size, np.float32)
+        assert await version(server, 1) == (1, weighted_sum([(moved(1), 5)], start))
+        assert (await peer.transport.receipt(first.lease)).state is UpdateState.FOLDED
+        assert await _counted(failures, 2)
+    assert caplog.text.count(f"round 1 waits for its sum: {mistake}") == 2
+
+
+async def _counted(counter: Counter, times: int) -> bool:
+    (metric,) = counter.collect()
+    return [int(s.value) for s in metric.samples if s.name.endswith("_total")] == [times]
 
 
 def claim(data: Path, *, summed: bool) -> None:

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from aggregator.metrics import totals
 from aggregator.open_telemetry import OpenTelemetry
 from aggregator.service import Service
 from aggregator.tracing import UNTRACED, open_tracer
@@ -97,6 +98,7 @@ async def test_what_a_tick_decides_about_a_candidate_is_a_span() -> None:
     await service.tick()  # nobody has judged it since 1970
     (hold,) = named(exporter, "hold")
     assert hold.attributes == {"fedtt.version": 1, "fedtt.state": "held"}
+    assert totals(service.metrics.versions_decided, "state") == {"released": 0, "held": 1}
 
 
 class Collector:

@@ -69,3 +69,24 @@ def test_a_server_that_is_alone_sums_at_once_what_another_left(store: Shared) ->
     claims = Claims(alone, Lifecycle(), VirtualClock())
     assert claims.due([CLAIMED]) == [CLAIMED]
     alone.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_sum_that_met_a_mistake_pauses_for_longer_each_time_and_keeps_no_other(shared: bool) -> None:
+    store, clock = (Shared if shared else MemoryStore)(), VirtualClock(jump=False)
+    claims, other = Claims(store, Lifecycle(), clock), ledger.round_(2, state=RoundState.FOLDING)
+    claims.noted({(r.task_id, r.branch, r.number) for r in (CLAIMED, other)})
+    folding = [CLAIMED, other]
+    assert claims.due(folding) == folding
+    for pause_s in (1, 2, 4, 8, 16, 32, 60, 60):
+        claims.failed(CLAIMED)
+        assert claims.due(folding) == [other]
+        await clock.advance(pause_s - 0.1)
+        assert claims.due(folding) == [other]
+        await clock.advance(0.1)
+        assert claims.due(folding) == folding
+    claims.failed(CLAIMED)
+    assert claims.due([other]) == [other]  # the round is over
+    claims.noted({(CLAIMED.task_id, CLAIMED.branch, CLAIMED.number)})
+    assert claims.due([CLAIMED]) == [CLAIMED]
+    store.close()

@@ -39,7 +39,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 def test_every_name_says_whose_it_is_and_ends_in_its_unit_or_in_what_it_counts() -> None:
     ours = {name: family for name, family in families(Metrics()).items() if not name.startswith("process_")}
-    assert len(ours) == 17
+    assert len(ours) == 19
     for name, family in ours.items():
         assert re.fullmatch("fedtt(_[a-z]+)+", name)
         assert name.endswith(UNITS + COUNTED), name
