@@ -133,7 +133,7 @@ class Metrics:
             "fedtt_fold_updates", "Updates that made one version.", buckets=_UPDATES, registry=registry
         )
         self.versions_decided = Counter(
-            "fedtt_versions_decided_total",
+            "fedtt_decided_versions_total",
             "Candidates that this server released or held by what they were judged.",
             ("state",),
             registry=registry,

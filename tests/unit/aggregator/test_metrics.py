@@ -20,6 +20,7 @@ COUNTED = (
     "_updates",
     "_changes",
     "_length",
+    "_versions",
     "_connections",
     "_handshakes",
     "_failures",
