@@ -123,7 +123,7 @@ class Alone:
             task=spec.task.name,
             state=state,
             reason=reason,
-            versions=line.version if line else 0,
+            versions=None if line else 0,
             sha256=line.sha256 or None if line else None,
             accuracy=line.accuracy if line else None,
             loss=line.loss if line else None,

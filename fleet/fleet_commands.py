@@ -184,14 +184,20 @@ def _print_fleet(outcome: run_files.Outcome, file: Path) -> None:
     accuracy = "" if outcome.accuracy is None else f", accuracy {outcome.accuracy:.1%}"
     versions = "" if outcome.versions is None else f": {outcome.versions} versions"
     say(f"task {outcome.task} {outcome.state}{accuracy}{versions}", end="")
-    say(f" in {outcome.virtual_s / 3600:.2f} h of the devices' time, {outcome.wall_s:.0f} s of ours")
+    theirs = f"{outcome.virtual_s / 3600:.2f} h of the devices' time, " if outcome.virtual_s else ""
+    say(f" in {theirs}{outcome.wall_s:.0f} s of ours")
     if outcome.reason:
         say(f"because {outcome.reason}")
+    if outcome.sent_bytes or outcome.left_out:
+        _print_work(outcome, say)
+    say(f"everything lies in {outcome.directory}, and {Path(outcome.directory) / 'report.html'} shows it")
+
+
+def _print_work(outcome: run_files.Outcome, say: Callable[..., None]) -> None:
     say(f"{outcome.took_part} of {outcome.devices} devices took part; what came of their work:")
     for name, count in sorted(outcome.outcomes.items()):
         say(f"  {count:8d} {name}")
     for reason, count in outcome.left_out.items():
         say(f"  {count:8d} devices left out: {reason}")
     say(f"{outcome.sent_bytes / 1e6:.2f} MB up, {outcome.received_bytes / 1e6:.2f} MB down", end="")
-    say(f", bundles {outcome.bundle_bytes / 1e6:.1f} MB; everything lies in {outcome.directory},")
-    say(f"and {Path(outcome.directory) / 'report.html'} shows it")
+    say(f", bundles {outcome.bundle_bytes / 1e6:.1f} MB")

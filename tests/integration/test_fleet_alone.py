@@ -140,6 +140,16 @@ def test_the_result_is_read_as_any_version_is(place: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
 
 
+def test_people_are_told_what_each_came_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(place, "local-only")
+    assert main(["fleet", "run", str(file), "--dir", str(place / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "task words finished, accuracy 50.0% in " in said
+    assert "because each device trained by itself, for 60 steps" in said
+    assert "took part" not in said
+    assert "single devices" in (place / "run" / "report.html").read_text()
+
+
 def test_a_run_that_was_cut_short_goes_on_to_the_same_lines(place: Path) -> None:
     file = written(place, "local-only")
     _, cut = lived(place, file, until=1)
