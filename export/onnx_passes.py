@@ -74,6 +74,27 @@ def _is_wider(_context: Any, a: ir.Value, b: ir.Value, **_: Any) -> bool:
     return isinstance(width, int) and isinstance(other, int) and width > other
 
 
+def _turned_back(op: Any, x: Any) -> Any:
+    return op.Transpose(op.Transpose(x, perm=[1, 0]), perm=[1, 0])
+
+
+def _unturned(op: Any, x: Any) -> Any:
+    return op.Identity(x)
+
+
+def _by_turned(op: Any, a: Any, w: Any, b: Any) -> Any:
+    return op.Gemm(a, op.Transpose(w, perm=[1, 0]), b, alpha=1.0, beta=1.0, transA=0, transB=0)
+
+
+def _by_frozen(op: Any, a: Any, w: Any, b: Any) -> Any:
+    """Without a copy of W, which ONNX Runtime makes where the product has several uses, and makes first of all."""
+    return op.Gemm(a, w, b, transB=1)
+
+
+def _is_frozen(_context: Any, w: ir.Value, **_: Any) -> bool:
+    return w.is_initializer()
+
+
 def _twice(op: Any, x: Any, first: Any, shape: Any) -> Any:
     return op.Reshape(op.Reshape(x, first), shape, allowzero=1, _outputs=["reshaped"])
 
@@ -122,6 +143,8 @@ _RULES = RewriteRuleSet(
         RewriteRule(_added, _adding, _is_flat, remove_nodes=False),
         RewriteRule(_narrow_product, _wide_product, _is_wider, remove_nodes=False),
         RewriteRule(_scaled_scores, _scores, _is_number, remove_nodes=False),
+        RewriteRule(_turned_back, _unturned, remove_nodes=False),
+        RewriteRule(_by_turned, _by_frozen, _is_frozen, remove_nodes=False),
     ]
 )
 _RESHAPES = RewriteRuleSet([RewriteRule(_twice, _once, remove_nodes=False)])

@@ -84,7 +84,7 @@ def _products(value: ir.Value, *, transposed: bool) -> Iterator[tuple[ir.Node, b
         if node.op_type == "Transpose":
             yield from _products(node.outputs[0], transposed=not transposed)
         elif node.op_type in ("MatMul", "Gemm") and index == 1:
-            yield node, transposed
+            yield node, transposed != bool(node.attributes.get_int("transB", 0))
         else:
             use = f"{value.name} is input {index} of {node.op_type}, which is no product by it"
             raise ConfigError("products", "int8", f"fp32 for this model: {use}")

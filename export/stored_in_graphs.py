@@ -19,7 +19,8 @@ __all__ = ["store"]
 def store(model: ir.Model, stored: dict[str, Stored]) -> None:
     """Put what is stored in the place of each matrix of a graph; each use computes it again.
 
-    So no float32 copy of int8 outlives the product it is for. Of embeddings only rows looked up are computed.
+    So no float32 copy of int8 outlives the product it is for. It comes first in the file: ONNX Runtime goes back
+    from the outputs, to what stands later before what stands earlier, so that it runs right before its use. Of embeddings only rows looked up are computed.
     Where integers are multiplied there is none at all.
     """
     graph = model.graph
@@ -34,7 +35,7 @@ def store(model: ir.Model, stored: dict[str, Stored]) -> None:
                 _replace_gather(graph, node, codes, scale)
             else:
                 value = _value(codes, scale)
-                graph.insert_before(node, value)
+                graph.insert_before(graph[0], value)
                 node.replace_input_with(index, value.outputs[0])
         del graph.initializers[name]
     graph.sort()
