@@ -8,7 +8,8 @@ torch eager with the same adapters, and LoRA in PEFT where that is installed (`p
 Each row is a process of one thread. `matmul` is the best rate of torch, numpy and ONNX Runtime on the step's
 own shape.
 
-Rows with limits come first, and --main measures them alone. A row that was measured here before, of the
+Rows with limits come first, and --main measures them alone; --part client measures the memory of
+whole clients and no times, so that it may run beside other work. A row that was measured here before, of the
 same bundle, machine, packages and seed, is not measured again, so a run that was cut off goes on where it
 stopped; --fresh measures all.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -33,7 +35,7 @@ from msgspec import to_builtins
 
 from benchmarks.device_client import client_peak_mb
 from benchmarks.device_processes import measured
-from benchmarks.device_rows import BASES, PRODUCTS, SHAPES, Kept, Kind, Row, bases_of, has_limit, rows
+from benchmarks.device_rows import BASES, PRODUCTS, SHAPES, Kept, Kind, Row, has_limit, rows
 from benchmarks.device_torch import matmul_gflops, step_gflop
 from benchmarks.harness import ROOT, Report, arguments, minilm_directory, reporting
 
@@ -49,12 +51,20 @@ SUFFIX = {"onnxruntime": "onnx", "executorch": "executorch"}
 def main() -> None:
     parser = arguments("device", "cold start of a client, its training steps and rounds against torch eager")
     parser.add_argument("--runtime", default="onnxruntime,executorch", help="what is measured (%(default)s)")
+    parser.add_argument("--part", choices=("all", "client"), default="all", help="(%(default)s)")
     parser.add_argument("--main", action="store_true", help="only rows that limits are set for")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured here before")
     args = parser.parse_args()
     with reporting("device", args.out) as report:
         both = "executorch" in args.runtime.split(",") and executorch_library(report) is not None
         runtimes: list[RuntimeName] = ["onnxruntime", "executorch"] if both else ["onnxruntime"]
+        if args.part == "client":
+            bundles = {base: exported_minilm(base, runtimes, depths="2") for base in BASES if base != "fp16"}
+            figures = whole_clients(report, args, runtimes, bundles)
+            report.summary(
+                figures, {name: AGAINST[name] for name in ("client_peak_rss_mb_k2_*", "bundle_mb_int8_*")}
+            )
+            return
         cold: dict[str, float] = {}
         for runtime in runtimes:
             cold |= asyncio.run(cold_starts(report, runtime, runs=3 if args.quick else 7))
@@ -177,11 +187,7 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
     }
     for runtime in runtimes:
         figures |= asked(runtime, eager, found)
-        for base in (base for base in bundles if base in bases_of(runtime)):
-            of_base, suffix = "" if base == "fp32" else f"_{base}", SUFFIX[runtime]
-            figures[f"bundle_mb_{base}_{suffix}"] = download_mb(bundles[base], runtime)
-            peak_mb = client_peak_mb(report, bundles[base], base, runtime, args.seed)
-            figures[f"client_peak_rss_mb_k2{of_base}_{suffix}"] = peak_mb
+    figures |= whole_clients(report, args, runtimes, bundles)
     for name, ms in eager.items():
         figures[f"step_{name}_cpu_ms"] = ms
         figures[f"step_{name}_over_eager_cpu"] = ms / eager["torch_fp32_full_" + name.rsplit("_", 1)[1]]
@@ -189,6 +195,19 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
         figures[f"round_{name}_cpu_s"] = seconds
     for part in ("step", "round"):
         figures |= {f"{part}_{name}_peak_mb": mb for name, mb in medians(found, part, "peak_mb").items()}
+    return figures
+
+
+def whole_clients(
+    report: Report, args: argparse.Namespace, runtimes: list[RuntimeName], bundles: dict[str, Path]
+) -> dict[str, float]:
+    """What each downloads, and takes of memory."""
+    figures: dict[str, float] = {}
+    for runtime, base in itertools.product(runtimes, bundles):
+        of_base, suffix = "" if base == "fp32" else f"_{base}", SUFFIX[runtime]
+        figures[f"bundle_mb_{base}_{suffix}"] = download_mb(bundles[base], runtime)
+        peak_mb = client_peak_mb(report, bundles[base], base, runtime, args.seed)
+        figures[f"client_peak_rss_mb_k2{of_base}_{suffix}"] = peak_mb
     return figures
 
 

@@ -20,6 +20,7 @@ from edge_client.events import Event, Step
 from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
 from edge_client.executorch_runtime import executorch_runtimes
+from edge_client.freed_memory import give_freed_memory_back
 from edge_client.home import Home
 from edge_client.journal import read_state
 from edge_client.local_trainer import LocalTrainer
@@ -36,6 +37,7 @@ __all__ = ["add", "forget", "leave", "pause", "resume", "run", "status"]
 
 def run(args: Namespace) -> int:
     """Take part until stopped, retired, or with --once until one participation has ended."""
+    give_freed_memory_back()
     home = Home(args.home)
     known = read_state(home)
     server = args.server or (known.server if known else "")

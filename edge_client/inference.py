@@ -50,7 +50,7 @@ class Model:
     """A version's factors on the frozen base of its bundle."""
 
     def __init__(self, bundle: Bundle, theta: Theta, runtime: Scorer, tokens: Tokens | None = None) -> None:
-        """tokens: of the bundle, where they are at hand; raises BundleError where they cannot be read."""
+        """tokens: of the bundle, where they are at hand; reading texts texts raises BundleError."""
         self.manifest = bundle.manifest
         self._theta, self._runtime, self._tokens = theta, runtime, tokens or Tokens(bundle)
 
@@ -122,10 +122,10 @@ class Model:
         )
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[Batch, list[bool], Sequence[Text]]]:
+        rows, cuts = self._tokens.rows(texts)
         for start in range(0, len(texts), _BATCH):
-            chunk = texts[start : start + _BATCH]
-            rows, cuts = self._tokens.rows(chunk)
-            yield self._tokens.padded(*rows), cuts, chunk
+            part = slice(start, start + _BATCH)
+            yield self._tokens.padded(*rows[part]), cuts[part], texts[part]
 
 
 def _config(version: Path) -> VersionConfig:

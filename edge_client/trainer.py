@@ -210,6 +210,9 @@ def train(
     training = Training(request, tokens)
     mechanism, manifest = training.mechanism, request.bundle.manifest
     depth, prefix = None if mechanism else training.depth(runtime.depths), None
+    if depth is not None and not training.batches.are_known:
+        runtime.release()  # a tokenizer takes their place; for what is new they would go as it is
+    training.batches.read()
     if depth is not None:
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
@@ -250,14 +253,28 @@ def _short(step: FrozenPrefix | Runtime, manifest: Manifest, limits: PassLimits)
 
 
 class _Batches:
-    """The batches of one training; tokenised as they are asked for."""
+    """The batches of one training, whose texts are read all at once, before the first."""
 
     def __init__(
         self, plan: Plan, device: str, manifest: Manifest, tokens: Tokens, examples: Sequence[Example]
     ) -> None:
-        self._plan, self._device, self._tokens, self._examples = plan, device, tokens, examples
+        self._plan, self._device, self._tokens, self._count = plan, device, tokens, len(examples)
         self._labels = [label_index(e, manifest.labels) for e in examples] if manifest.labels else None
+        self._texts = {row: examples[row].words for rows in self._order() for row in rows.tolist()}
+        self._rows: dict[int, tuple[NDArray[np.int32], bool]] = {}  #: token ids, and whether they were cut
         self.cut_texts = 0
+
+    @property
+    def are_known(self) -> bool:
+        """Whether no tokenizer has to be read for them."""
+        return self._tokens.know(list(self._texts.values()))
+
+    def read(self) -> None:
+        """Read the texts; afterwards no tokenizer is needed."""
+        if not self._rows:
+            rows, cuts = self._tokens.rows(list(self._texts.values()))
+            found = zip(self._texts, rows, cuts, strict=True)
+            self._rows = {row: (np.array(ids, np.int32), cut) for row, ids, cut in found}
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, cut in self._made():
@@ -269,11 +286,16 @@ class _Batches:
         return (batch for batch, _ in self._made())
 
     def _made(self) -> Iterator[tuple[Batch, int]]:
+        self.read()
+        for rows in self._order():
+            labels = None if self._labels is None else [self._labels[row] for row in rows]
+            found = [self._rows[row] for row in rows.tolist()]
+            yield self._tokens.padded(*(ids for ids, _ in found), labels=labels), sum(cut for _, cut in found)
+
+    def _order(self) -> Iterator[NDArray[np.intp]]:
         training = self._plan.training
         rng = rng_for(self._plan.seed, Purpose.BATCHES, self._plan.round, address(self._device))
-        for rows in batch_rows(len(self._examples), training.batch_size, training.local_steps, rng):
-            labels = None if self._labels is None else [self._labels[row] for row in rows]
-            yield self._tokens.batch([self._examples[row].words for row in rows], labels)
+        return batch_rows(self._count, training.batch_size, training.local_steps, rng)
 
 
 def batch_rows(count: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:

@@ -87,7 +87,7 @@ def _by_turned(op: Any, a: Any, w: Any, b: Any) -> Any:
 
 
 def _by_frozen(op: Any, a: Any, w: Any, b: Any) -> Any:
-    """Without a copy of W, which ONNX Runtime makes where the product has several uses, and makes first of all."""
+    """Without a turned W: ONNX Runtime makes one in each run where there are several uses, all at first."""
     return op.Gemm(a, w, b, transB=1)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.passes import PassLimits
-from edge_client.tokens import Batch
+from edge_client.tokens import Batch, RememberedTokens
 from edge_client.trainer import Training, TrainingRequest
 from fedtt.algorithms import LocalResult
 from fedtt.errors import BundleError, ConfigError, FedttError
@@ -22,7 +22,6 @@ from fleet.activations import Activations
 from fleet.backends import Backend, OnnxBackend, TorchBackend
 from fleet.gradients import Ask, Counts, Gradients
 from fleet.pool import Outstanding
-from fleet.token_cache import RememberedTokens
 
 __all__ = ["BatchedPool", "onnx_pool", "torch_pool"]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from safetensors.numpy import save
@@ -23,7 +26,15 @@ from fedtt.layout import Theta
 from fedtt.manifest import MANIFEST, FileEntry, Manifest, bundle_digest, encode_manifest
 from tests.support.tiny import tiny_manifest, tiny_spec
 
-__all__ = ["MeanTarget", "WholeSteps", "locked_home", "small_bundle", "write_small_bundle"]
+__all__ = [
+    "Living",
+    "MeanTarget",
+    "WholeSteps",
+    "living_tokenizers",
+    "locked_home",
+    "small_bundle",
+    "write_small_bundle",
+]
 
 WORDS = ("[PAD]", "[UNK]", "lights", "on", "off", "please", "now")
 
@@ -106,3 +117,40 @@ def locked_home(directory: Path) -> Iterator[Home]:
     home = Home(directory)
     with home.lock():
         yield home
+
+
+class Living:
+    """The tokenizers that are in memory."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []  #: files, in their order
+        self._now = weakref.WeakSet[_Seen]()
+
+    @property
+    def count(self) -> int:
+        return len(self._now)
+
+    def from_file(self, path: str) -> _Seen:
+        self.read.append(path)
+        seen = _Seen(Tokenizer.from_file(path))
+        self._now.add(seen)
+        return seen
+
+
+class _Seen:
+    """A tokenizer as it is, of which it can be told when it goes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@contextmanager
+def living_tokenizers() -> Iterator[Living]:
+    """Those that are read meanwhile."""
+    living = Living()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tokenizers.Tokenizer", living)
+        yield living

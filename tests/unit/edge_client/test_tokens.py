@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from edge_client.tokens import KeptTokens, Tokens
 from fedtt.errors import BundleError
-from tests.support.edge import small_bundle
+from tests.support.edge import living_tokenizers, small_bundle
 from tests.support.tiny import tiny_manifest
 
 SPEC = tiny_manifest().tokenization  # min_tokens 3, max_tokens 16, pad_id 0
@@ -77,17 +77,17 @@ def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path)
     bundle.path("tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer.json is not a tokenizer this program can read"):
-        Tokens(bundle)
+        Tokens(bundle).rows(["on"])
 
 
 def test_a_tokenizer_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path)
     os.truncate(bundle.path(SPEC.file), 1 << 40)
     with pytest.raises(BundleError, match="has 1099511627776 bytes, a tokenizer has at most"):
-        Tokens(bundle)
+        Tokens(bundle).rows(["on"])
 
 
-def test_the_tokenizers_of_the_bundle_opened_last_are_kept_and_few_of_them(tmp_path: Path) -> None:
+def test_what_is_remembered_is_of_the_bundle_opened_last_and_of_few_limits(tmp_path: Path) -> None:
     one, other = (
         small_bundle(tmp_path / "one"),
         dataclasses.replace(small_bundle(tmp_path / "other"), digest="1" * 64),
@@ -101,3 +101,17 @@ def test_the_tokenizers_of_the_bundle_opened_last_are_kept_and_few_of_them(tmp_p
     assert kept.open(one) is not plain, "the longest unused went"
     assert kept.open(other) is not kept.open(one)
     assert kept.open(one, 5) is not short, "another bundle took the place of all"
+
+
+def test_a_device_holds_a_tokenizer_only_while_it_reads_new_texts(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    tokens = KeptTokens().open(bundle)
+    with living_tokenizers() as living:
+        assert not tokens.know(["on"])
+        rows = tokens.rows(["on", "off"])
+        assert (len(living.read), living.count) == (1, 0)
+        assert tokens.know(["off", "on"])
+        assert tokens.rows(["on", "off"]) == rows
+        assert not tokens.know(["on", "now"])
+        tokens.rows(["on", "now"])
+        assert (len(living.read), living.count) == (2, 0)

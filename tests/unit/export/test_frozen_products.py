@@ -1,10 +1,9 @@
-"""ONNX Runtime multiplies by frozen matrices as they lie in the file; of those stored in int8 it computes one at a
-time.
-"""
+"""ONNX Runtime multiplies by frozen matrices as they lie in the file, and computes those in int8 singly."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,7 +21,7 @@ PRODUCTS = {"Gemm", "MatMul", "FusedMatMul"}
 
 
 class Blocks(nn.Module):
-    """x (N, 8) and shift (8,) -> the gradient in it of a loss over two blocks; the second reads both products."""
+    """x (N, 8), shift (8,) -> the gradient in shift of a loss over two blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +33,10 @@ class Blocks(nn.Module):
             y = x + shift
             y = second(torch.tanh(first(y))) * y
             y = last(torch.tanh(third(y))) * y
-            return (y**2).sum()
+            return torch.sum(y**2)
 
-        found: Tensor = torch.func.grad(loss)(shift)
-        return found
+        gradient: Tensor = torch.func.grad(loss)(shift)
+        return gradient
 
 
 def ran(blocks: Blocks, stored: dict[str, Stored], directory: Path) -> tuple[list[str], list[str]]:
@@ -74,6 +73,6 @@ def test_a_matrix_in_int8_is_computed_right_before_each_product_by_it(tmp_path: 
     torch.manual_seed(0)
     blocks = Blocks()
     _, order = ran(blocks, quantise(blocks, "int8"), tmp_path)
-    next_to = [after for before, after in zip(order, order[1:], strict=False) if before == "DequantizeLinear"]
+    next_to = [after for before, after in pairwise(order) if before == "DequantizeLinear"]
     assert len(next_to) == 8
     assert set(next_to) <= PRODUCTS

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.examples import Text
-from edge_client.tokens import Tokens
-from fleet.token_cache import RememberedTokens
+from edge_client.tokens import RememberedTokens, Tokens
 from tests.support.edge import small_bundle
 
 TEXTS: list[Text] = [
