@@ -14,7 +14,7 @@ _LARGE_BYTES = 128 * 1024  #: where glibc begins
 def give_freed_memory_back() -> None:
     """Have threads of the process share one heap, and large blocks go to the system when freed.
 
-    Else each thread keeps what it freed from the others, and blocks up to the largest that was freed are kept.
+    Else each thread keeps what it freed from the others, and blocks up to the largest freed so far are kept.
     For programs that own their process: this concerns all that is in it.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -210,10 +210,9 @@ def train(
     training = Training(request, tokens)
     mechanism, manifest = training.mechanism, request.bundle.manifest
     depth, prefix = None if mechanism else training.depth(runtime.depths), None
-    if depth is not None and not training.batches.are_known:
-        runtime.release()  # a tokenizer takes their place; for what is new they would go as it is
-    training.batches.read()
     if depth is not None:
+        if not training.batches.are_known:
+            runtime.release()  # a tokenizer comes; and for new texts graphs would go in any case
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
     limits = dataclasses.replace(PASSES, rows=runtime.rows)
@@ -269,7 +268,7 @@ class _Batches:
         """Whether no tokenizer has to be read for them."""
         return self._tokens.know(list(self._texts.values()))
 
-    def read(self) -> None:
+    def _read(self) -> None:
         """Read the texts; afterwards no tokenizer is needed."""
         if not self._rows:
             rows, cuts = self._tokens.rows(list(self._texts.values()))
@@ -286,7 +285,7 @@ class _Batches:
         return (batch for batch, _ in self._made())
 
     def _made(self) -> Iterator[tuple[Batch, int]]:
-        self.read()
+        self._read()
         for rows in self._order():
             labels = None if self._labels is None else [self._labels[row] for row in rows]
             found = [self._rows[row] for row in rows.tolist()]

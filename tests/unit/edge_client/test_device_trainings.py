@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from edge_client import events, tokens
-from edge_client.bundle import Bundle
+from edge_client import events
 from edge_client.examples import ExampleStore
 from edge_client.journal import Idle, Leased, Trained
-from edge_client.tokens import Batch, Tokens
+from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure, Unreachable, WireError
 from fedtt.layout import Theta
 from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Code, FailureCode, Work
@@ -29,7 +28,7 @@ from tests.support.device_world import (
     lease_of,
     refusal,
 )
-from tests.support.edge import MeanTarget
+from tests.support.edge import MeanTarget, living_tokenizers
 
 
 class Failing(MeanTarget):
@@ -252,21 +251,14 @@ def test_the_frame_is_on_disk_before_it_is_sent(tmp_path: Path) -> None:
     in_world(tmp_path, test)
 
 
-def test_the_tokenizer_is_read_once_however_many_rounds_are_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = list[int | None]()
-
-    class Counted(Tokens):
-        def __init__(self, bundle: Bundle, max_tokens: int | None = None) -> None:
-            read.append(max_tokens)
-            super().__init__(bundle, max_tokens)
-
+def test_the_tokenizer_is_read_once_however_many_rounds_are_trained(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         device, _ = world.device()
-        await device.run(until=acknowledged)
-        await device.run(until=acknowledged)
-        assert len(read) == 1
+        with living_tokenizers() as living:
+            await device.run(until=acknowledged)
+            await device.run(until=acknowledged)
+            assert (len(living.read), living.count) == (1, 0)
 
-    monkeypatch.setattr(tokens, "Tokens", Counted)
-    in_world(tmp_path, test)
+    in_world(
+        tmp_path, test, replace(SPEC, training=TrainingSpec(local_steps=1, batch_size=100))
+    )  # of all texts
