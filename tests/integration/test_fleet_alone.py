@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,16 @@ def test_the_result_is_read_as_any_version_is(place: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Handlers as they were, once a command has set its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_people_are_told_what_each_came_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(place, "local-only")
     assert main(["fleet", "run", str(file), "--dir", str(place / "run")]) == 0
@@ -179,6 +191,7 @@ def test_what_makes_no_sense_is_refused(
         read_fleet(written(place, bound, **changes))
 
 
+@pytest.mark.usefixtures("own_signals")
 def test_noise_of_devices_and_a_server_elsewhere_are_refused(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
