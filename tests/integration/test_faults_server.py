@@ -127,6 +127,7 @@ async def test_power_cuts_lose_nothing_that_was_acknowledged(setting: Setting) -
         pytest.skip(outcome.skipped)
     assert wrong(outcome) == {}
     assert int(outcome.figures["expected"]) > 25
+    assert int(outcome.figures["spoiled_without_syncs"]) >= 1
 
 
 async def test_a_herd_of_check_ins_is_answered_and_comes_back_spread_out(setting: Setting) -> None:
