@@ -15,7 +15,7 @@ from fedtt.algorithms import FedTT
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.errors import DataError, LayoutError, RuntimeFailure, WireError
 from fedtt.layout import Theta
-from fedtt.manifest import DepthGraphs
+from fedtt.manifest import DepthGraphs, FileEntry
 from fedtt.messages import Plan
 from fedtt.optimiser import TrainingSpec
 from fedtt.wire import decode_update, encode_theta, layout_tag, version_digest
@@ -218,7 +218,8 @@ class Halves(MeanTarget):
 def test_no_tokenizer_is_in_memory_beside_a_graph(tmp_path: Path) -> None:
     cut = DepthGraphs(depth=1, prefix="prefix-1.onnx", step="step-1.onnx")
     graphs = {"onnxruntime": replace(tiny_manifest().graphs["onnxruntime"], depths=(cut,))}
-    bundle, kept = small_bundle(tmp_path, graphs=graphs), KeptTokens()
+    files = tiny_manifest().files | {cut.prefix: FileEntry("0" * 64, 1)}
+    bundle, kept = small_bundle(tmp_path, graphs=graphs, files=files), KeptTokens()
     with living_tokenizers() as living:
         runtime = Halves(living)
         for examples in (EXAMPLES, EXAMPLES, [*EXAMPLES, Example("now", 1)]):
