@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.attacks import attacked
+from benchmarks.faults.colluding import colluding
 from benchmarks.faults.flips import damaged
 from benchmarks.faults.fold import folded
 from benchmarks.faults.full_disk import filled
 from benchmarks.faults.herd import herd
-from benchmarks.faults.hostile import bounded, colluding, refusals
+from benchmarks.faults.hostile import bounded, refusals
 from benchmarks.faults.judges import run as judged
 from benchmarks.faults.kill import killed
 from benchmarks.faults.ledger import NOTHING_WRONG
