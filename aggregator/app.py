@@ -33,6 +33,7 @@ from aggregator.tls import server_tls
 from aggregator.token_files import secret_file, token_sha256
 from aggregator.traced_requests import traced
 from aggregator.tracing import UNTRACED, TracedStore, Tracer
+from aggregator.unread import keep_little_unsent
 from aggregator.unreadable import Protocol
 from fedtt.errors import ConfigError
 from fedtt.seams import SystemClock
@@ -63,7 +64,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     database: str | None = None  #: SQLAlchemy URL; None for fedtt.db in the data directory
     blobs: str | None = None  #: directory or s3://BUCKET/PREFIX; None for blobs in the data directory
     idle_s: float = 30.0  #: after which a connection without a whole request is closed
-    body_s: float = BODY_LIMIT_S  #: for a request's body to arrive
+    body_s: float = BODY_LIMIT_S  #: for a request's body to arrive, and for more of an answer to be taken
     rates: Rates = Rates()  #: of requests to the devices' listener
     connections: ConnectionLimits = ConnectionLimits()  #: to the devices' listener
     authorities: tuple[str, ...] = ()  #: HOST[:PORT]s for which devices may sign; none for any
@@ -234,6 +235,7 @@ async def _listen(
         stack.callback(server.close)
         bound = server.sockets[0].getsockname()[1]
         for listener in connections.listen(server.sockets):
+            keep_little_unsent(listener)
             stack.callback((await create(sock=listener)).close)
         server.close()
     except OSError as error:

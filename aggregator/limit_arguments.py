@@ -59,7 +59,7 @@ def limit_arguments(serve: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=60.0,
         metavar="S",
-        help="for a request's body to arrive (default %(default)s)",
+        help="for a request's body to arrive, and for more of an answer to be taken (default %(default)s)",
     )
 
 

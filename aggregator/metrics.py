@@ -76,7 +76,8 @@ class Metrics:
         )
         self.connections_idle = Counter(
             "fedtt_idle_connections_total",
-            "Connections closed because what was awaited, a TLS handshake or one whole request, was late.",
+            "Connections closed because what was awaited was late: a TLS handshake, a whole request, or the reading "
+            "of an answer.",
             ("awaited",),
             registry=registry,
         )
@@ -157,7 +158,7 @@ class Metrics:
             self.queue_refusals.labels(whose)
         for limit in ("total", "addresses"):
             self.connections_refused.labels(limit)
-        for awaited in ("handshake", "request"):
+        for awaited in ("handshake", "request", "reading"):
             self.connections_idle.labels(awaited)
 
     def watch_queue(self, length: Callable[[], int]) -> None:

@@ -1,24 +1,28 @@
-"""Requests whose head is no HTTP, or longer than it may be: refused like all others, in a typed problem."""
+"""Connections: requests that are no HTTP are refused like all others, and those that wait for ever closed."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, LineTooLong
 
 from aggregator.connections import Connections
-from aggregator.handling import SERVICE, refuse
+from aggregator.handling import BODY_S, SERVICE, refuse
 from aggregator.problems import malformed
+from aggregator.unread import Unread, hold_little
 
 __all__ = ["Protocol"]
+
+web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests read ahead; 32 have 0.7 MB of fields
 
 
 class Protocol(web.RequestHandler):
     """One connection. What aiohttp says of a request that it cannot read echoes it, and logs a traceback."""
 
-    __slots__ = ("_app", "_connections")
+    __slots__ = ("_app", "_connections", "_unread")
 
     def __init__(
         self, app: web.Application, server: web.Server, connections: Connections, **settings: Any
@@ -29,7 +33,11 @@ class Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Over TLS, once hands are shaken."""
         super().connection_made(transport)
-        self._connections.begun(transport.get_extra_info("socket").fileno())
+        connection = transport.get_extra_info("socket")
+        self._connections.begun(connection.fileno())
+        hold_little(transport)
+        late = partial(self._app[SERVICE].metrics.connection_idle, "reading")
+        self._unread = Unread(connection, self._app[BODY_S], late)
 
     def handle_error(
         self,
@@ -55,17 +63,25 @@ class Protocol(web.RequestHandler):
     def _process_keepalive(self) -> None:
         """Its timer, which closes a connection that has waited too long for a whole request.
 
-        One that has brought a request before only rested, as a proxy's do.
+        One that has brought a request before, and nothing of another, only rested, as a proxy's do.
         """
         closed_before = self._force_close
         super()._process_keepalive()
-        if self._force_close and not closed_before and not self._request_count:
+        if self._force_close and not closed_before and (not self._request_count or self._head_has_begun()):
             self._app[SERVICE].metrics.connection_idle("request")
+
+    def _head_has_begun(self) -> bool:
+        """What the parser makes of an end that comes now; nothing else shows what it holds."""
+        try:
+            return self._parser is not None and self._parser.feed_eof() is not None
+        except Exception:  # it may end anywhere, even within the method
+            return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of what was read: each piece behind the first error has failed too, and its error's frames
         hold it in a cycle that is collected seldom (0.5 MB for each head of 1 MB)."""
         super().connection_lost(exc)
+        self._unread.stop()
         for message, _ in self._messages:
             if error := getattr(message, "exc", None):
                 error.with_traceback(None)
@@ -75,4 +91,8 @@ class Protocol(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
             resp = refuse(self._app, malformed("Expect may ask for 100-continue alone"))
-        return await super().finish_response(request, resp, start_time)
+        self._unread.watch()
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._unread.answering = False

@@ -155,6 +155,34 @@ async def test_a_connection_without_a_whole_request_is_closed(place: Attacked, b
     assert after["handshake"] == 0  # without TLS there is none
 
 
+ASKED = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+AFTER = {  # a whole request -> what comes then, and whether that is the beginning of another
+    "nothing": (b"", 0),
+    "an empty line": (b"\r\n", 0),
+    "a method": (b"POST", 1),
+    "a field": (b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Slow: ", 1),
+}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("what", AFTER)
+async def test_a_head_that_never_ends_counts_on_a_connection_that_brought_a_request_before_and_rest_does_not(
+    place: Attacked, what: str, at_once: bool
+) -> None:
+    then, counts = AFTER[what]
+    idle = place.server.service.metrics.connections_idle
+    reader, writer = await place.server.connect()
+    writer.write(ASKED + (then if at_once else b""))
+    async with asyncio.timeout(5):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        before = totals(idle, "awaited")
+        writer.write(b"" if at_once else then)
+        await reader.read()
+    writer.close()
+    after = totals(idle, "awaited")
+    assert after == before | {"request": before["request"] + counts}
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for(place: Attacked) -> None:
     reader, writer = await place.server.connect()
     writer.write(enrolling(place, "Content-Length: 100") + b"half")

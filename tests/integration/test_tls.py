@@ -68,7 +68,8 @@ async def test_devices_and_people_speak_tls_with_the_authority_they_trust_and_no
         with pytest.raises(Unreachable):
             await _checked_in(plain, identity, "", listening.enrolment_token)
         await until(lambda: _counted(failed, 4))  # people's, and what was no TLS
-        assert totals(listening.service.metrics.connections_idle, "awaited") == {"handshake": 0, "request": 0}
+        idle = listening.service.metrics.connections_idle
+        assert totals(idle, "awaited") == {"handshake": 0, "request": 0, "reading": 0}
 
 
 async def test_a_connection_holds_little_before_and_after_its_handshake(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ async def test_a_connection_that_never_shakes_hands_is_closed_and_counted(tmp_pa
                 async with asyncio.timeout(5):
                     assert await reader.read() == b""
                 writer.close()
-            assert totals(idle, "awaited") == {"handshake": 2 * number, "request": 0}
+            assert totals(idle, "awaited") == {"handshake": 2 * number, "request": 0, "reading": 0}
 
 
 async def test_a_handshake_that_is_never_finished_counts_as_a_connection(tmp_path: Path) -> None:

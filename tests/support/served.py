@@ -171,8 +171,8 @@ async def send(url: URL, method: str, body: Body, headers: Headers) -> Answer:
 class Served:
     """A server with one task on a small bundle, and who may reach it."""
 
-    def __init__(self, listening: Listening, admin: AdminClient, bundle: Path) -> None:
-        self.listening, self.admin, self.bundle = listening, admin, bundle
+    def __init__(self, listening: Listening, admin: AdminClient, bundle: Path, ca: Path | None) -> None:
+        self.listening, self.admin, self.bundle, self.ca = listening, admin, bundle, ca
         self.url, self.token = listening.url, listening.enrolment_token
         self.service = listening.service
         self._numbers = iter(range(1, 10_000))
@@ -180,7 +180,8 @@ class Served:
     @asynccontextmanager
     async def device(self, number: int | None = None, clock: Clock | None = None) -> AsyncIterator[Peer]:
         """A new device, enrolled; or one that is known by its number."""
-        async with Peer(self.url, number or next(self._numbers), clock) as peer:
+        ca = str(self.ca or "")
+        async with Peer(self.url, number or next(self._numbers), clock, ca) as peer:
             await peer.enroll(self.token)
             yield peer
 
@@ -211,20 +212,29 @@ class Attacked:
 
 @asynccontextmanager
 async def served(
-    directory: Path, text: str | None = None, *, tracer: Tracer = UNTRACED, **config: Any
+    directory: Path,
+    text: str | None = None,
+    *,
+    tracer: Tracer = UNTRACED,
+    ca: Path | None = None,
+    base_bytes: int = 1000,
+    **config: Any,
 ) -> AsyncIterator[Served]:
-    """A server in this process over real sockets, with the task `text` unless it is None or exists."""
+    """A server in this process over real sockets, with the task `text` unless it is None or exists.
+
+    ca: the authority of its certificate, where `config` has one. base_bytes: of the task's bundle.
+    """
     settings: dict[str, Any] = {"data": directory / "data", "port": 0, "admin_port": 0}
     bundle = directory / "bundle"
-    digest = write_small_bundle(bundle, base_bytes=1000)
+    digest = write_small_bundle(bundle, base_bytes=base_bytes)
     async with (
         serving(ServerConfig(**settings | config), tracer) as listening,
-        AdminClient(listening.admin_url, listening.admin_token) as admin,
+        AdminClient(listening.admin_url, listening.admin_token, ca=ca) as admin,
     ):
         if text is not None and not await admin.rows("/tasks"):
             assert await admin.send_bundle(bundle) == digest
             await admin.create_task(text, digest)
-        yield Served(listening, admin, bundle)
+        yield Served(listening, admin, bundle, ca)
 
 
 async def until(found: Any, within_s: float = 10.0) -> Any:

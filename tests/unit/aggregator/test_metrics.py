@@ -72,9 +72,9 @@ def test_every_refusal_is_shown_before_it_happens_so_that_the_first_is_a_rise(co
 
 def test_connections_that_are_closed_are_counted_by_why() -> None:
     metrics = Metrics()
-    assert totals(metrics.connections_idle, "awaited") == {"handshake": 0, "request": 0}
+    assert totals(metrics.connections_idle, "awaited") == {"handshake": 0, "request": 0, "reading": 0}
     metrics.connection_idle("handshake")
-    assert totals(metrics.connections_idle, "awaited") == {"handshake": 1, "request": 0}
+    assert totals(metrics.connections_idle, "awaited") == {"handshake": 1, "request": 0, "reading": 0}
 
 
 def test_check_ins_are_counted_by_their_answer() -> None:
