@@ -14,8 +14,10 @@ __all__ = ["Unread", "hold_little", "keep_little_unsent"]
 
 _READ_BYTES = 1 << 14  #: of requests at a time; they wait where the one before is not answered yet
 _UNSENT_BYTES = 1 << 17  #: that the kernel takes beyond what is on its way
-_LOOKS = 4  #: at a connection, in the time after which it is cut off
-_TOLD = struct.Struct("=24xI92xQ16xI")  #: tcp_info of linux/tcp.h: unacked (packets), bytes_acked, notsent_bytes
+_LOOKS = 10  #: at a connection, in the time after which it is cut off
+_TOLD = struct.Struct(
+    "=24xI92xQ16xI"
+)  #: tcp_info of linux/tcp.h: unacked (packets), bytes_acked, notsent_bytes
 _AT_ONCE = struct.pack("ii", 1, 0)  #: SO_LINGER: what is unsent is forgotten, and the other end told so
 
 

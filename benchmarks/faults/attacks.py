@@ -1,11 +1,12 @@
-"""Bombs, deep nesting, header floods, endless bodies and 2,000 slow connections, while honest devices go on.
+"""Bombs, deep nesting, header floods, endless bodies and 2,050 slow connections, while honest devices go on.
 
 Attackers repeat themselves as fast as they are answered, up to 20 times a second each. Their bodies are those
 of enrolments signed by a key of their own, so they are read as far as any body is. Each attack has one answer
 that it must get: none is `cut_off`, for whoever is refused is read on for a moment and so sees it. What an
 attack costs is bounded: the time that it and honest devices wait for their answers, and the memory of the
 server. Half of the slow connections bring heads that never end, and are closed without a word, there being
-no request to answer; the other half bring slow bodies, and are refused. Both are opened again.
+no request to answer; the other half bring slow bodies, and are refused. 50 more bring whole requests, as many
+as are taken, and read no answer; they are reset. All are opened again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import gzip
 import resource
+import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,6 +38,8 @@ _NUMBERS = 1000
 _POST = b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\n"
 _ANSWER_S = 40.0  #: longer than a body may take that the server does not wait for
 _CLOSED_S = 10.0  #: in which a slow connection must be gone once its time is over
+_SLOW_A_READER = 40  #: slow senders for each slow reader, which costs the server hundreds of answers
+_ASKED = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 100
 _ATTACKER = Identity(Ed25519PrivateKey.generate())
 _BOMB = gzip.compress(bytes(100 << 20))[:16_000]
 _SLOW_BYTES = 16_000
@@ -59,7 +63,8 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
     idle_s = seconds / 3  # so that each slow connection is closed, and closed again
     options = ("--idle-s", f"{idle_s:g}", "--body-s", f"{idle_s:g}")
     server = ServerProcess(setting.directory / "data", options=options)
-    over, counts = asyncio.Event(), Counter({f"slow_{kind}_otherwise": 0 for kind in _SLOW})
+    over, counts = asyncio.Event(), Counter({f"slow_{kind}_otherwise": 0 for kind in (*_SLOW, "reader")})
+    readers = max(1, slow // _SLOW_A_READER)
     times_s: defaultdict[str, list[float]] = defaultdict(list)
     habits = Habits(pause_s=0.05, retry_s=0.1)
     async with server.running(), devices(20, server.url, _NUMBERS, habits) as (peers, notes):
@@ -71,6 +76,9 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             asyncio.create_task(_slow(kind, server, over, counts, times_s["slow"]))
             for kind in _SLOW
             for _ in range(slow // 2)
+        ]
+        attackers += [
+            asyncio.create_task(_slow_reader(server, over, counts, times_s["slow"])) for _ in range(readers)
         ]
         for name, attack in _ATTACKS.items():
             attackers += [
@@ -94,7 +102,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
         figures={
             **found.figures(),
             "seconds": seconds,
-            "slow_connections": slow,
+            "slow_connections": slow + readers,
             "died": int(not lived),
             "server_errors": counts["5xx"],
             "honest_p50_s": round(float(np.quantile(waits, 0.5)), 4),
@@ -114,7 +122,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             "honest_p99_s": 1.0,
             "slowest_refused_p99_s": 1.0,
             "slow_held_max_s": idle_s + _CLOSED_S,
-            **{f"slow_{kind}_otherwise": 0 for kind in _SLOW},
+            **{f"slow_{kind}_otherwise": 0 for kind in (*_SLOW, "reader")},
             "peak_mb_grown": 256.0,
             **{f"{name}_{how}": 0 for how in ("cut_off", "otherwise") for name in _ATTACKS},
         },
@@ -122,6 +130,7 @@ async def attacked(setting: Setting, *, slow: int, seconds: float) -> Outcome:
             "acknowledged": 10,
             "slow_head_closed": slow // 2,
             "slow_body_refused": slow // 2,
+            "slow_reader_reset": readers,
             **{f"{name}_refused": seconds for name in _ATTACKS},
         },
     )
@@ -160,6 +169,31 @@ async def _trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             with contextlib.suppress(TimeoutError):
                 said = await asyncio.wait_for(reader.read(100), 2.0)
     return said
+
+
+async def _slow_reader(
+    server: ServerProcess, over: asyncio.Event, counts: Counter[str], held_s: list[float]
+) -> None:
+    """Requests one upon the other, for as many as there is room, and no answer read."""
+    while not over.is_set():
+        began, at = time.perf_counter(), 0
+        with socket.socket() as ours, contextlib.suppress(OSError):
+            for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                ours.setsockopt(socket.SOL_SOCKET, buffer, 8192)
+            ours.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(ours, ("127.0.0.1", server.port))
+            counts["slow_reader_opened"] += 1
+            try:
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        at = (at + ours.send(_ASKED[at:])) % len(_ASKED)
+                    await asyncio.sleep(0.02)
+            except OSError as error:
+                reset = isinstance(error, ConnectionResetError | BrokenPipeError)
+                counts["slow_reader_reset" if reset else "slow_reader_otherwise"] += 1
+            finally:
+                held_s.append(time.perf_counter() - began)
+        await asyncio.sleep(0.1)
 
 
 async def _again(
