@@ -28,7 +28,7 @@ _log = logging.getLogger("fedtt.aggregator")
 async def blob_answer(
     request: web.Request, sha256: str, *, checked: bool = False, **headers: str
 ) -> web.StreamResponse:
-    """All of a blob, or what Range asks of it: a reader may be slow, but not stand still (`aggregator.unread`).
+    """All of a blob, or what Range asks of it: a reader may be slow, but must move (`aggregator.unread`).
 
     A whole object is checked while it is sent. checked: a whole file is, too, which costs a second reading.
     Whoever asks for parts checks the whole. Raises StorageError where it is missing or damaged.

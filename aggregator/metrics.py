@@ -76,8 +76,8 @@ class Metrics:
         )
         self.connections_idle = Counter(
             "fedtt_idle_connections_total",
-            "Connections closed because what was awaited was late: a TLS handshake, a whole request, or the reading "
-            "of an answer.",
+            "Connections closed because what was awaited was late: a TLS handshake, a whole request, or "
+            "that an answer is read.",
             ("awaited",),
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Answers that nobody reads: what a connection holds of them is bounded, and so is the time that they wait."""
+"""Answers that nobody reads: what a connection holds of them is bounded, and so is the time they wait."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def hold_little(transport: Any) -> None:
     """
     transport.set_write_buffer_limits(high=1)
     if transport.get_extra_info("sslcontext") is not None:
-        transport = transport._ssl_protocol._transport  # noqa: SLF001  # nothing else leads there
+        transport = transport._ssl_protocol._transport  # nothing else leads there
         transport.set_write_buffer_limits(high=0)
     transport.max_size = _READ_BYTES
 
 
 class Unread:
-    """Cuts a connection off whose other end takes none of what there is for it, be it closed on this side or not.
+    """Cuts a connection off whose other end takes none of what there is for it, be it closed here or not.
 
     The kernel is asked, who alone knows: of files that it sends, of TLS and of other answers alike. Only
     Linux tells; elsewhere nothing is cut off.

@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 
 from aggregator.connections import Connections
 from aggregator.handling import BODY_S, SERVICE, refuse
@@ -16,19 +17,25 @@ from aggregator.unread import Unread, hold_little
 
 __all__ = ["Protocol"]
 
+_HEAD_BYTES = 1 << 14  #: of all fields; what comes together with a head's end is not counted
 web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests read ahead; 32 have 0.7 MB of fields
+
+
+class _HeadTooLong(HttpProcessingError):
+    """All fields together."""
 
 
 class Protocol(web.RequestHandler):
     """One connection. What aiohttp says of a request that it cannot read echoes it, and logs a traceback."""
 
-    __slots__ = ("_app", "_connections", "_unread")
+    __slots__ = ("_app", "_body", "_connections", "_head_bytes", "_unread")
 
     def __init__(
         self, app: web.Application, server: web.Server, connections: Connections, **settings: Any
     ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **settings)
         self._app, self._connections = app, connections
+        self._head_bytes, self._body = 0, EMPTY_PAYLOAD  #: of what is not whole yet; of the newest that is
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Over TLS, once hands are shaken."""
@@ -38,6 +45,26 @@ class Protocol(web.RequestHandler):
         hold_little(transport)
         late = partial(self._app[SERVICE].metrics.connection_idle, "reading")
         self._unread = Unread(connection, self._app[BODY_S], late)
+
+    def data_received(self, data: bytes) -> None:
+        """aiohttp bounds each field and their number, but not their sum, which could be half a megabyte."""
+        count = self._request_count
+        super().data_received(data)
+        if self._request_count != count:
+            self._head_bytes, self._body = 0, self._messages[-1][1]
+        elif self._body.is_eof():
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        """As what the parser refuses; what came before is answered first."""
+        self._head_bytes = 0
+        self._request_count += 1
+        told = web_protocol._ErrInfo(status=400, exc=_HeadTooLong(), message="")
+        self._messages.append((told, EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def handle_error(
         self,
@@ -56,6 +83,8 @@ class Protocol(web.RequestHandler):
     def _wrong(self, error: HttpProcessingError) -> str:
         if isinstance(error, LineTooLong):
             return f"a line or field of the request's head is longer than {self.max_field_size} bytes"
+        if isinstance(error, _HeadTooLong):
+            return f"the request's head is longer than {_HEAD_BYTES} bytes"
         if isinstance(error, BadStatusLine):
             return "the request does not begin with a method, a path and a version of HTTP"
         return f"the request's head is no valid HTTP, or has more than {self.max_headers} fields"

@@ -226,6 +226,7 @@ async def test_a_sender_that_hangs_up_is_no_bug_of_the_server(
 HEADS = {
     "longer than 4096 bytes": b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Long: " + b"secret" * 4000,
     "longer than 4096 bytes ": b"GET /" + b"secret" * 4000,
+    "head is longer than 16384 bytes": b"GET / HTTP/1.1\r\n" + (b"X-secret: " + b"y" * 4000 + b"\r\n") * 10,
     "more than 128 fields": b"GET / HTTP/1.1\r\n" + b"X-secret: y\r\n" * 200 + b"\r\n",
     "no valid HTTP": b"GET / HTTP/1.1\r\nsecret\r\n\r\n",
     "does not begin with a method": b"\x16\x03secret\r\n\r\n",
