@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["blob_answer"]
 
 _log = logging.getLogger("fedtt.aggregator")
+_PIECE_BYTES = 1 << 14  #: of a file that is sent over TLS
 
 
 async def blob_answer(
@@ -42,7 +44,7 @@ async def blob_answer(
             return _past_end(request, size)
         if checked and not is_part and request.method == "GET":
             await beside(check, blobs, sha256)
-        return web.FileResponse(blobs.path(sha256), headers=headers)
+        return _File(blobs.path(sha256), headers=headers)
     opened: ExitStack[None] = ExitStack()
     with opened:
         file = opened.enter_context(await beside(blobs.open, sha256))
@@ -78,6 +80,25 @@ def _past_end(request: web.Request, size: int) -> web.Response:
 async def _brought(beside: Aside, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
     while piece := await beside(next, pieces, b""):
         yield piece
+
+
+class _File(web.FileResponse):
+    """Sent by the kernel, but not over TLS, where asyncio's own way ends in a traceback if a reader goes."""
+
+    async def _sendfile(
+        self, request: web.BaseRequest, fobj: IO[Any], offset: int, count: int
+    ) -> AbstractStreamWriter:
+        if request.transport is None or request.transport.get_extra_info("sslcontext") is None:
+            return await super()._sendfile(request, fobj, offset, count)
+        writer = await web.StreamResponse.prepare(self, request)
+        if writer is None:
+            raise ConnectionResetError
+        await asyncio.to_thread(fobj.seek, offset)
+        while piece := await asyncio.to_thread(fobj.read, min(count, _PIECE_BYTES)):
+            await writer.write(piece)
+            await writer.drain()
+            count -= len(piece)
+        return writer
 
 
 class _Pieces(web.StreamResponse):

@@ -30,10 +30,11 @@ def keep_little_unsent(listener: socket.socket) -> None:
 def hold_little(transport: Any) -> None:
     """Let whoever writes wait until the kernel has taken all, and read a little at a time.
 
-    asyncio by itself lets 64 KiB wait, twice that over TLS, and reads 256 KiB.
+    asyncio by itself lets 64 KiB wait, twice that over TLS, and reads 256 KiB, over TLS also ahead.
     """
     transport.set_write_buffer_limits(high=1)
     if transport.get_extra_info("sslcontext") is not None:
+        transport.set_read_buffer_limits(high=4 * _READ_BYTES, low=2 * _READ_BYTES)  # more than a record each
         transport = transport._ssl_protocol._transport  # nothing else leads there
         transport.set_write_buffer_limits(high=0)
     transport.max_size = _READ_BYTES

@@ -48,11 +48,11 @@ class Protocol(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """aiohttp bounds each field and their number, but not their sum, which could be half a megabyte."""
-        count = self._request_count
+        count, is_head = self._request_count, self._body.is_eof()
         super().data_received(data)
         if self._request_count != count:
             self._head_bytes, self._body = 0, self._messages[-1][1]
-        elif self._body.is_eof():
+        elif is_head:
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self._refuse_head()
