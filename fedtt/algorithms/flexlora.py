@@ -37,10 +37,11 @@ class FlexLoRA(MixedRanks, frozen=True, kw_only=True, forbid_unknown_fields=True
     gradient, and nothing depends on how a library fills up singular vectors of zero. A product whose change
     is zero keeps its A and B.
 
-    Ours is what the paper does not have: W̄ - B A is what server optimisers see; a stale update brings
-    s(τ) (n_k / n) (B_k A_k - B A), B A of the version that it was trained from; and folds that are no mean
-    compare changes of products, each against its device's own base, for by their products devices would look
-    alike that have the same rank, and a majority of low ranks would cut the matrices down in one round.
+    Ours is what the paper does not have: W̄ - B A is what server optimisers see; a stale update brings s(τ)
+    (n_k / n) (B_k A_k - B A), B A of the version that it was trained from; `fold.norm_bound` bounds what a
+    device changed of its own base's products; and folds that are no mean compare changes of products, each
+    against its device's own base, for by their products devices would look alike that have the same rank, and
+    a majority of low ranks would cut the matrices down in one round.
     """
 
     averages_products: ClassVar[bool] = True
@@ -59,6 +60,7 @@ class FlexLoRA(MixedRanks, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def _product(pair: Sequence[Matrix]) -> Matrix:
+    """B A (d_out, d_in) of A (rank, d_in) and B (d_out, rank)."""
     a, b = pair
     return b @ a
 

@@ -127,7 +127,8 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ) -> Folded:
         """The fold of D_k = W(θ_{r_k} + Δ_k) - W(θ_{r_k}), θ_{r_k} the base that device k trained from, of
         its own rank and version. Where a mean `averages_products`, of W(θ_{r_k} + Δ_k) - W(θ), θ of the same
-        version at the adapter's rank.
+        version at the adapter's rank; but what `norm_bound` bounds are the D_k, for what a smaller rank
+        cannot hold of W(θ) is none of the device's doing.
         """
         of_products = fold.linear and self.averages_products
         at: dict[int | None, Dense] = {None: Dense(adapter, self.products(adapter), live.indices)}
@@ -135,18 +136,26 @@ class MixedRanks(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
             small = adapter.at_rank(rank)
             at[rank] = Dense(small, self.products(small), live.indices)
 
+        newest: dict[int | None, Vector] = {}  # W of the bases that most devices have
+
+        def before(sent: Contribution, rank: int | None) -> Vector:
+            if sent.bases is not None:
+                return at[rank].of(sent.bases[rank])
+            if rank not in newest:
+                newest[rank] = at[rank].of(bases[rank])
+            return newest[rank]
+
         def changes() -> Iterator[Contribution]:
-            newest: dict[int | None, Vector] = {}  # W of the bases that most devices have
             for sent in contributions:
-                against, known = None if of_products else sent.rank, sent.bases or bases
-                if sent.bases is None and against not in newest:
-                    newest[against] = at[against].of(known[against])
-                before = newest[against] if sent.bases is None else at[against].of(known[against])
-                change = at[sent.rank].after(known[sent.rank], sent.delta)
-                change -= before
+                change = at[sent.rank].after((sent.bases or bases)[sent.rank], sent.delta)
+                if of_products and fold.norm_bound is not None:
+                    own = before(sent, sent.rank)
+                    change = fold.bounded(replace(sent, delta=_limited(change - own))) + own
+                change -= before(sent, None if of_products else sent.rank)
                 yield replace(sent, delta=_limited(change))
 
-        return Folded(delta=fold.combine(at[None].space.size, changes()))
+        unbounded = replace(fold, norm_bound=None) if of_products else fold  # is bounded above
+        return Folded(delta=unbounded.combine(at[None].space.size, changes()))
 
     def moved(self, adapter: AdapterSpec, theta: Theta, live: LiveSet, step: Vector) -> Moved:
         """The factors of W(θ) + step at the adapter's rank; a matrix that stays keeps its factors to the bit.

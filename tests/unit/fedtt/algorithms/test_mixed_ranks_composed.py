@@ -96,15 +96,27 @@ def meaning(case: Case, adapter: AdapterSpec, theta: NDArray[np.floating[Any]]) 
 
 
 def changes(case: Case, theta: Theta, given: Sequence[Contribution], fold: Fold) -> list[Vector]:
-    """W(θ_{r_k} + Δ_k) less W(θ_{r_k}), or for FlexLoRA's mean less W(θ) at the adapter's own rank."""
+    """W(θ_{r_k} + Δ_k) less W(θ_{r_k}), or for FlexLoRA's mean less W(θ) at the adapter's own rank.
+
+    Of the latter the former is what a bound bounds.
+    """
     found = []
     for c in given:
         bases: Mapping[int | None, Theta] = c.bases or bases_of(case.method, case.adapter, theta)
         after = meaning(case, at_rank(case.adapter, c.rank), bases[c.rank].astype(np.float64) + c.delta)
-        whole = isinstance(case.method, FlexLoRA) and isinstance(fold, Mean)
-        against = None if whole else c.rank
-        found.append(after - meaning(case, at_rank(case.adapter, against), bases[against]))
+        change = after - meaning(case, at_rank(case.adapter, c.rank), bases[c.rank])
+        if fold.norm_bound is not None:
+            change = change * min(1.0, fold.norm_bound / max(float(np.linalg.norm(change)), 1e-30))
+        if isinstance(case.method, FlexLoRA) and isinstance(fold, Mean):
+            change = change + meaning(case, at_rank(case.adapter, c.rank), bases[c.rank])
+            change = change - meaning(case, case.adapter, bases[None])
+        found.append(change)
     return found
+
+
+def folded_changes(case: Case, theta: Theta, given: Sequence[Contribution], fold: Fold) -> Vector:
+    rows = [change.tolist() for change in changes(case, theta, given, fold)]
+    return np.array(folded_by_hand(replace(fold, norm_bound=None), rows, given))
 
 
 def check_moved(case: Case, before: Theta, change: Vector, after: Theta) -> None:
@@ -154,10 +166,30 @@ def test_a_fold_is_of_the_changes_of_matrices_each_against_its_own_base(
     given = some_devices(case, 1, older)
     assert len({c.staleness for c in given}) >= (3 if stale else 1)
     theta = start(case)
-    rows = [change.tolist() for change in changes(case, theta, given, fold)]
-    expected = np.array(folded_by_hand(fold, rows, given))
+    expected = folded_changes(case, theta, given, fold)
     assert np.abs(expected).max() > 1e-3
     check_moved(case, theta, expected, step(case, theta, given, fold).theta)
+
+
+@every_case
+def test_a_bound_is_of_what_a_device_trained_and_not_of_what_its_rank_cannot_hold(case: Case) -> None:
+    theta, bound = start(case), Mean(norm_bound=0.5)
+    honest = [device(case.adapter, rank, seed, 0.001) for seed, rank in enumerate([None, 1, 2])]
+    trained = changes(case, theta, honest, Median())
+    assert max(map(np.linalg.norm, trained)) < 0.25
+    free, bounded = step(case, theta, honest, Mean()), step(case, theta, honest, bound)
+    np.testing.assert_allclose(bounded.theta, free.theta, rtol=1e-4, atol=1e-5)
+    for rank in (None, 1):
+        hostile = device(case.adapter, rank, 9, 5.0)
+        idle = device(case.adapter, rank, 9, 0.0)
+        moved = folded_changes(case, theta, [hostile], bound) - folded_changes(case, theta, [idle], bound)
+        assert np.linalg.norm(moved) == pytest.approx(0.5)
+        check_moved(
+            case,
+            theta,
+            folded_changes(case, theta, [hostile], bound),
+            step(case, theta, [hostile], bound).theta,
+        )
 
 
 @every_case
@@ -169,8 +201,7 @@ def test_a_server_optimiser_goes_its_way_with_every_entry_of_the_matrices(
     theta, state, folds = start(case), None, list[list[float]]()
     for number in range(3):
         given = some_devices(case, number)
-        rows = [change.tolist() for change in changes(case, theta, given, fold)]
-        folds.append(folded_by_hand(fold, rows, given))
+        folds.append(folded_changes(case, theta, given, fold).tolist())
         expected = np.array([one_number(server, column)[-1] for column in zip(*folds, strict=True)])
         found = step(case, theta, given, fold, server, state)
         check_moved(case, theta, expected, found.theta)
