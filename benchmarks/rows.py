@@ -110,9 +110,9 @@ def passes_over_one_piece(count: int, turns: int, seed: int) -> dict[str, float]
 
 
 def utterances(opened: Bundle, count: int, seed: int) -> list[Batch]:
+    from edge_client.batches import batch_rows
     from edge_client.example_files import read_examples
     from edge_client.tokens import Tokens
-    from edge_client.trainer import batch_rows
 
     texts = [example.words for example in read_examples(UTTERANCES)]
     rows = batch_rows(len(texts), ROWS, count, np.random.default_rng(seed))

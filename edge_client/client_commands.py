@@ -101,7 +101,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         release_key=parse_public_key(args.release_key, "--release-key") if args.release_key else b"",
         cache=args.cache,
         cache_limit_bytes=args.cache_limit_mb << 20,
-        trainer=LocalTrainer(_RUNTIMES[args.runtime](args.threads)),
+        trainer=LocalTrainer(_RUNTIMES[args.runtime](args.threads), keeps_tokenizers=False),
         observe=show,
     ) as device:
         await device.consent()

@@ -15,6 +15,7 @@ from edge_client import events
 from edge_client.activations import Activations
 from edge_client.aside import Aside, beside
 from edge_client.backoff import Backoff
+from edge_client.batches import address
 from edge_client.bundle_cache import Bundles
 from edge_client.conditions import Conditions, Holding, Watch, while_holding
 from edge_client.device_config import DeviceConfig
@@ -24,7 +25,7 @@ from edge_client.journal import Idle, Journal, Leased, Trained
 from edge_client.label_counts import secure_uniform
 from edge_client.leased_work import LeasedWork, LeaseOverError
 from edge_client.local_training import LocalTraining
-from edge_client.trainer import Trainer, address
+from edge_client.trainer import Trainer
 from edge_client.version_cache import MemoryVersions, VersionCache
 from fedtt.errors import (
     BundleError,

@@ -50,7 +50,7 @@ class Model:
     """A version's factors on the frozen base of its bundle."""
 
     def __init__(self, bundle: Bundle, theta: Theta, runtime: Scorer, tokens: Tokens | None = None) -> None:
-        """tokens: of the bundle, where they are at hand; reading texts texts raises BundleError."""
+        """tokens: of the bundle, where they are at hand; reading texts raises BundleError."""
         self.manifest = bundle.manifest
         self._theta, self._runtime, self._tokens = theta, runtime, tokens or Tokens(bundle)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from edge_client.batches import address
 from edge_client.bundle import Bundle
 from edge_client.examples import Example, Examples
 from edge_client.inference import Model
 from edge_client.runtime import Runtime
 from edge_client.tokens import Tokens
-from edge_client.trainer import address
 from fedtt.errors import DataError
 from fedtt.messages import Judge, Judged, Verdict
 from fedtt.rng import Purpose, rng_for
@@ -36,7 +36,7 @@ class JudgingRequest:
 def judge(request: JudgingRequest, runtime: Runtime, tokens: Tokens | None = None) -> Verdict:
     """Judge here and now, on as many of the examples as are asked for, drawn by seed, version and device.
 
-    tokens: of the bundle, where they are at hand.
+    tokens: of the bundle, where they are at hand; before they read what is new the runtime's graphs go.
     Raises DataError (no or unusable examples), LayoutError or WireError (a version is another one),
     RuntimeFailure (graph).
     """
@@ -46,6 +46,8 @@ def judge(request: JudgingRequest, runtime: Runtime, tokens: Tokens | None = Non
         raise DataError("this device has no example to judge a version by")
 
     def judged(version: bytes, sha256: str) -> Judged:
+        if tokens is not None and not tokens.know([example.words for example in examples]):
+            runtime.release()  # a tokenizer comes, and does not lie in memory beside a graph
         model = Model(request.bundle, decode_theta(version, layout, sha256), runtime, tokens)
         found = model.evaluate(examples)
         loss = min(found.loss, _MOST_LOSS) if math.isfinite(found.loss) else _MOST_LOSS

@@ -33,18 +33,25 @@ class Interrupted(Exception):
 
 
 class LocalTrainer:
-    """A Trainer that runs the bundle's graph in a thread; one may serve all devices of a process."""
+    """A Trainer that runs the bundle's graph in a thread; one may serve all devices of a process.
 
-    def __init__(self, runtimes: Runtimes, executor: Executor | None = None) -> None:
-        self._runtimes, self._executor, self._tokens = runtimes, executor, KeptTokens()
+    keeps_tokenizers: reading one holds up all threads of the process; without, each is read again for new
+    texts, and lies in memory beside no graph.
+    """
+
+    def __init__(
+        self, runtimes: Runtimes, executor: Executor | None = None, *, keeps_tokenizers: bool = True
+    ) -> None:
+        self._runtimes, self._executor = runtimes, executor
+        self._tokens = KeptTokens(keeps=keeps_tokenizers)
 
     @property
     def runtime(self) -> RuntimeName:
         return self._runtimes.name
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:
-        """Train on the executor; raises what `train` does, and Declined at the first batch that begins after
-        the request's limit of time. Cancelling waits for the batch in progress.
+        """Train on the executor; raises what `train` does, and Declined at the first text or batch after
+        the request's limit of time. Cancelling waits for the one in progress.
         """
         stop = threading.Event()
         return await self._aside(partial(self._train, request, stop), stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,8 @@ __all__ = ["Batch", "Ids", "KeptTokens", "RememberedTokens", "Tokens"]
 
 _LIMIT_BYTES = 64 << 20  #: of a tokenizer's file; those with 250,000 words have 17 MB
 _KEPT = 2  #: ways of reading the texts of one bundle: as its task cuts them, and as judging does
-_DEVICE_TOKENS = 200_000  #: remembered of each, with their texts some 2 MB
+_DEVICE_TOKENS = 500_000  #: remembered of each: 2 MB
+_TEXT_TOKENS = 50  #: as which each text counts beside its own: 200 bytes that Python takes to hold it
 
 Ids = NDArray[np.int64]
 
@@ -55,11 +58,22 @@ class Tokens:
         rows, cut = self.rows(texts)
         return self.padded(*rows, labels=labels), sum(cut)
 
-    def rows(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[bool]]:
-        """The token ids of each text or pair of texts, and whether it was cut: of a pair the longer first."""
-        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-        found = [self._read().encode(text, pair) for text, pair in pairs]
-        return [encoding.ids for encoding in found], [bool(encoding.overflowing) for encoding in found]
+    def rows(
+        self, texts: Sequence[Text], go_on: Callable[[], None] = lambda: None
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The token ids of each text or pair of texts, and whether it was cut: of a pair the longer first.
+
+        go_on: called before each that is read; what it raises ends this.
+        """
+        rows: list[list[int]] = []
+        cuts: list[bool] = []
+        for text in texts:
+            go_on()
+            first, second = (text, None) if isinstance(text, str) else text
+            encoding = self._read().encode(first, second)
+            rows.append(encoding.ids)
+            cuts.append(bool(encoding.overflowing))
+        return rows, cuts
 
     def know(self, texts: Sequence[Text]) -> bool:
         """Whether no tokenizer has to be read for them."""
@@ -86,9 +100,10 @@ class Tokens:
 
 
 class RememberedTokens(Tokens):
-    """Gives what `Tokens` gives, and reads each text once as long as it is remembered.
+    """Gives what `Tokens` gives, and reads each text once as long as it is remembered, by a digest.
 
-    limit: tokens remembered, 4 bytes each; what was read longest ago is forgotten first.
+    limit: of tokens remembered, at 4 bytes each, where a text counts as `_TEXT_TOKENS` more; what was read
+    longest ago is forgotten first.
     keeps: its tokenizer; else that is in memory only while new texts are read. Threads may share it.
     """
 
@@ -97,52 +112,62 @@ class RememberedTokens(Tokens):
     ) -> None:
         super().__init__(bundle, max_tokens)
         self._limit_tokens, self._held_tokens, self._keeps = limit, 0, keeps
-        self._held: OrderedDict[Text, tuple[NDArray[np.int32], bool]] = OrderedDict()
+        self._held: OrderedDict[bytes, tuple[bytes, bool]] = OrderedDict()  #: ids in int32, whether cut
         self._guard = threading.Lock()
 
     def know(self, texts: Sequence[Text]) -> bool:
-        return super().know(texts) or all(text in self._held for text in texts)
+        with self._guard:
+            return super().know(texts) or all(_digest(text) in self._held for text in texts)
 
-    def rows(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[bool]]:
+    def text(self, ids: Sequence[int]) -> str:
+        with self._reading():
+            return super().text(ids)
+
+    def rows(
+        self, texts: Sequence[Text], go_on: Callable[[], None] = lambda: None
+    ) -> tuple[list[list[int]], list[bool]]:
+        with self._reading():
+            keys = [_digest(text) for text in texts]
+            new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._held}
+            read = zip(*super().rows(list(new.values()), go_on), strict=True)
+            found = dict(zip(new, read, strict=True))
+            pairs = [found[key] if key in found else self._again(key) for key in keys]
+            for key, (ids, cut) in found.items():
+                self._keep(key, ids, cut)
+        return [ids for ids, _ in pairs], [cut for _, cut in pairs]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Nobody else reads meanwhile, and afterwards the tokenizer goes unless it is kept."""
         with self._guard:
             try:
-                return self._rows(texts)
+                yield
             finally:
                 if not self._keeps:
                     self._tokenizer = None
 
-    def _rows(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[bool]]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._held]
-        found = dict(zip(new, zip(*super().rows(new), strict=True), strict=True)) if new else {}
-        rows: list[list[int]] = []
-        cuts: list[bool] = []
-        for text in texts:
-            if text in found:
-                ids, cut = found[text]
-            else:
-                self._held.move_to_end(text)
-                held, cut = self._held[text]
-                ids = held.tolist()
-            rows.append(ids)
-            cuts.append(cut)
-        for text, (ids, cut) in found.items():
-            self._keep(text, ids, cut)
-        return rows, cuts
+    def _again(self, key: bytes) -> tuple[list[int], bool]:
+        self._held.move_to_end(key)
+        ids, cut = self._held[key]
+        return np.frombuffer(ids, np.int32).tolist(), cut
 
-    def _keep(self, text: Text, ids: list[int], cut: bool) -> None:
-        self._held[text] = (np.array(ids, np.int32), cut)
-        self._held_tokens += len(ids)
+    def _keep(self, key: bytes, ids: list[int], cut: bool) -> None:
+        self._held[key] = (np.array(ids, np.int32).tobytes(), cut)
+        self._held_tokens += len(ids) + _TEXT_TOKENS
         while self._held_tokens > self._limit_tokens:
             _, (oldest, _) = self._held.popitem(last=False)
-            self._held_tokens -= len(oldest)
+            self._held_tokens -= len(oldest) // 4 + _TEXT_TOKENS
 
 
 class KeptTokens:
-    """What a process remembers of the texts of the bundle that it opened last; its tokenizers never stay."""
+    """What a process remembers of the texts of the bundle that it opened last.
 
-    def __init__(self) -> None:
+    keeps: its tokenizers too, one for each length at which tasks cut their texts, and one for judging.
+    """
+
+    def __init__(self, *, keeps: bool = False) -> None:
         self._kept: dict[tuple[str, int | None], RememberedTokens] = {}  #: by bundle and limit, as last used
-        self._guard = threading.Lock()
+        self._keeps, self._guard = keeps, threading.Lock()
 
     def open(self, bundle: Bundle, max_tokens: int | None = None) -> RememberedTokens:
         key = bundle.digest, max_tokens
@@ -151,9 +176,19 @@ class KeptTokens:
             if tokens is None:
                 older = [k for k in self._kept if k[0] == bundle.digest][-(_KEPT - 1) :]
                 self._kept = {k: self._kept[k] for k in older}
-                tokens = RememberedTokens(bundle, max_tokens, limit=_DEVICE_TOKENS, keeps=False)
+                tokens = RememberedTokens(bundle, max_tokens, limit=_DEVICE_TOKENS, keeps=self._keeps)
             self._kept[key] = tokens
             return tokens
+
+
+def _digest(text: Text) -> bytes:
+    """16 bytes that no other text or pair of texts has."""
+    parts = (text,) if isinstance(text, str) else text
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.digest()
 
 
 def _tokenizer(path: Path, limit: int) -> Tokenizer:

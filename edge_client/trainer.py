@@ -17,8 +17,9 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_client.activations import Activations
+from edge_client.batches import Batches, address
 from edge_client.bundle import Bundle, RuntimeName
-from edge_client.examples import Example, Examples, label_index
+from edge_client.examples import Examples
 from edge_client.frozen_prefix import FrozenPrefix, least_depth
 from edge_client.passes import PASSES, PassLimits, in_passes
 from edge_client.private_steps import GaussianMechanism, Noise, PrivateGradient
@@ -43,8 +44,6 @@ __all__ = [
     "Trainer",
     "Training",
     "TrainingRequest",
-    "address",
-    "batch_rows",
     "train",
     "trained_adapter",
 ]
@@ -61,11 +60,6 @@ class LocalUpdate(Struct, frozen=True, kw_only=True):
     prefixes_computed: int = 0  #: rows whose prefix was computed
     prefixes_reused: int = 0  #: rows whose prefix was read from what was kept
     training_s: float = 0.0  #: it took, loading the graphs with it
-
-
-def address(device: str) -> int:
-    """A device's place among the streams of `rng_for`: the first 64 bits of its name."""
-    return int(device[:16], 16)
 
 
 def trained_adapter(plan: Plan, manifest: Manifest) -> AdapterSpec:
@@ -133,7 +127,7 @@ class Training:
         if len(examples) < max(1, plan.min_examples):
             raise DataError(f"the task needs {plan.min_examples} examples, this device has {len(examples)}")
         self._examples = len(examples)
-        self.batches = _Batches(plan, request.device, request.bundle.manifest, tokens, examples)
+        self.batches = Batches(plan, request.device, request.bundle.manifest, tokens, examples)
         self.mechanism = self._mechanism()  #: of a private training; None where it is none
 
     def depth(self, depths: Sequence[int]) -> int | None:
@@ -205,14 +199,15 @@ def train(
     go_on: Callable[[], None] = lambda: None,
 ) -> LocalUpdate:
     """Train here and now; raises what `Training` does, RuntimeFailure (graph) and what `go_on` does, which
-    is called before each batch.
+    is called before each text that is read and before each batch.
     """
     training = Training(request, tokens)
+    if not training.batches.are_known:
+        runtime.release()  # a tokenizer comes, and does not lie in memory beside a graph
+    training.batches.read(go_on)
     mechanism, manifest = training.mechanism, request.bundle.manifest
     depth, prefix = None if mechanism else training.depth(runtime.depths), None
     if depth is not None:
-        if not training.batches.are_known:
-            runtime.release()  # a tokenizer comes; and for new texts graphs would go in any case
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
     limits = dataclasses.replace(PASSES, rows=runtime.rows)
@@ -249,63 +244,6 @@ def _short(step: FrozenPrefix | Runtime, manifest: Manifest, limits: PassLimits)
         return in_passes(batch, limits, one, least=least, by_tokens=by_tokens)
 
     return gradient
-
-
-class _Batches:
-    """The batches of one training, whose texts are read all at once, before the first."""
-
-    def __init__(
-        self, plan: Plan, device: str, manifest: Manifest, tokens: Tokens, examples: Sequence[Example]
-    ) -> None:
-        self._plan, self._device, self._tokens, self._count = plan, device, tokens, len(examples)
-        self._labels = [label_index(e, manifest.labels) for e in examples] if manifest.labels else None
-        self._texts = {row: examples[row].words for rows in self._order() for row in rows.tolist()}
-        self._rows: dict[int, tuple[NDArray[np.int32], bool]] = {}  #: token ids, and whether they were cut
-        self.cut_texts = 0
-
-    @property
-    def are_known(self) -> bool:
-        """Whether no tokenizer has to be read for them."""
-        return self._tokens.know(list(self._texts.values()))
-
-    def _read(self) -> None:
-        """Read the texts; afterwards no tokenizer is needed."""
-        if not self._rows:
-            rows, cuts = self._tokens.rows(list(self._texts.values()))
-            found = zip(self._texts, rows, cuts, strict=True)
-            self._rows = {row: (np.array(ids, np.int32), cut) for row, ids, cut in found}
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, cut in self._made():
-            self.cut_texts += cut
-            yield batch
-
-    def ahead(self) -> Iterator[Batch]:
-        """The same, from the first on, to be looked at only."""
-        return (batch for batch, _ in self._made())
-
-    def _made(self) -> Iterator[tuple[Batch, int]]:
-        self._read()
-        for rows in self._order():
-            labels = None if self._labels is None else [self._labels[row] for row in rows]
-            found = [self._rows[row] for row in rows.tolist()]
-            yield self._tokens.padded(*(ids for ids, _ in found), labels=labels), sum(cut for _, cut in found)
-
-    def _order(self) -> Iterator[NDArray[np.intp]]:
-        training = self._plan.training
-        rng = rng_for(self._plan.seed, Purpose.BATCHES, self._plan.round, address(self._device))
-        return batch_rows(self._count, training.batch_size, training.local_steps, rng)
-
-
-def batch_rows(count: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
-    """`steps` batches of row numbers in 0..count-1: shuffled epochs, the last batch of each may be short."""
-    while True:
-        order = rng.permutation(count)
-        for start in range(0, count, size):
-            if steps == 0:
-                return
-            steps -= 1
-            yield order[start : start + size]
 
 
 def _residual(layout: FactorLayout, data: bytes) -> Theta:

@@ -14,10 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
+from edge_client.batches import address
 from edge_client.bundle import RuntimeName
 from edge_client.runtime import Runtimes
 from edge_client.tokens import Tokens
-from edge_client.trainer import LocalUpdate, TrainingRequest, address, train, trained_adapter
+from edge_client.trainer import LocalUpdate, TrainingRequest, train, trained_adapter
 from fedtt.codec import encode_delta
 from fedtt.errors import DataError, FedttError
 from fedtt.layout import LiveSet

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,9 +44,9 @@ def test_a_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     read: list[Text] = []
     plain = Tokens.rows
 
-    def counted(self: Tokens, texts: list[Text]) -> tuple[list[list[int]], list[bool]]:
+    def counted(self: Tokens, texts: list[Text], *rest: Any) -> tuple[list[list[int]], list[bool]]:
         read.extend(texts)
-        return plain(self, texts)
+        return plain(self, texts, *rest)
 
     monkeypatch.setattr(Tokens, "rows", counted)
     tokens = RememberedTokens(small_bundle(tmp_path))

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from edge_client.batches import batch_rows
 from edge_client.examples import Example, Shard
-from edge_client.runtime import Hidden, Runtime
-from edge_client.tokens import Batch, KeptTokens, Tokens
-from edge_client.trainer import LocalUpdate, TrainingRequest, batch_rows, train
+from edge_client.runtime import Runtime
+from edge_client.tokens import Batch, Tokens
+from edge_client.trainer import LocalUpdate, TrainingRequest, train
 from fedtt.algorithms import FedTT
 from fedtt.codec import CodecSpec, decode_delta
 from fedtt.errors import DataError, LayoutError, RuntimeFailure, WireError
 from fedtt.layout import Theta
-from fedtt.manifest import DepthGraphs, FileEntry
 from fedtt.messages import Plan
 from fedtt.optimiser import TrainingSpec
 from fedtt.wire import decode_update, encode_theta, layout_tag, version_digest
-from tests.support.edge import Living, MeanTarget, living_tokenizers, small_bundle
-from tests.support.tiny import tiny_manifest, tiny_spec
+from tests.support.edge import MeanTarget, small_bundle
+from tests.support.tiny import tiny_spec
 
 LAYOUT = tiny_spec().layout
 VERSION = encode_theta(np.zeros(LAYOUT.size, np.float32))
@@ -191,53 +191,6 @@ def test_training_stops_between_batches_when_asked(tmp_path: Path) -> None:
     with pytest.raises(Enough):
         run(tmp_path, runtime=runtime, go_on=go_on)
     assert len(runtime.batches) == 1
-
-
-class Halves(MeanTarget):
-    """The same over a prefix; notes what tokenizers are in memory beside each graph."""
-
-    depths = (1,)
-
-    def __init__(self, living: Living) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []  #: and how many tokenizers there were
-        self._living = living
-
-    def prefix(self, theta: Theta, batch: Batch, depth: int) -> Hidden:
-        self.calls.append(("prefix", self._living.count))
-        return np.zeros((*batch.ids.shape, tiny_spec().hidden), np.float32)
-
-    def gradient_above(self, theta: Theta, hidden: Hidden, batch: Batch, depth: int) -> tuple[float, Theta]:
-        self.calls.append(("above", self._living.count))
-        return self.gradient(theta, batch)
-
-    def release(self) -> None:
-        self.calls.append(("release", len(self._living.read)))
-
-
-def test_no_tokenizer_is_in_memory_beside_a_graph(tmp_path: Path) -> None:
-    cut = DepthGraphs(depth=1, prefix="prefix-1.onnx", step="step-1.onnx")
-    graphs = {"onnxruntime": replace(tiny_manifest().graphs["onnxruntime"], depths=(cut,))}
-    files = tiny_manifest().files | {cut.prefix: FileEntry("0" * 64, 1)}
-    bundle, kept = small_bundle(tmp_path, graphs=graphs, files=files), KeptTokens()
-    with living_tokenizers() as living:
-        runtime = Halves(living)
-        for examples in (EXAMPLES, EXAMPLES, [*EXAMPLES, Example("now", 1)]):
-            request = TrainingRequest(
-                plan=PLAN, device=DEVICE, bundle=bundle, version=VERSION, examples=Shard(examples)
-            )
-            runtime.calls.append(("training", len(living.read)))
-            train(request, kept.open(bundle), runtime)
-    steps = [call for call in runtime.calls if call[0] in ("prefix", "above")]
-    assert len(steps) > 9
-    assert all(tokenizers == 0 for _, tokenizers in steps)
-    others = [call for call in runtime.calls if call not in steps]
-    assert others == [
-        *(("training", 0), ("release", 0)),
-        ("training", 1),  # nothing is new, so what is loaded stays
-        *(("training", 1), ("release", 1)),  # before the tokenizer is read again
-    ]
-    assert len(living.read) == 2
 
 
 def test_a_pass_has_no_more_rows_than_the_runtime_takes(tmp_path: Path) -> None:

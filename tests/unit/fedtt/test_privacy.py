@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from edge_client.trainer import batch_rows
+from edge_client.batches import batch_rows
 from fedtt.errors import ConfigError
 from fedtt.privacy import PrivacySpec, epsilon_of, participations
 from fedtt.task import parse_task
