@@ -58,16 +58,17 @@ async def judge_version(service: Service, name: str, number: int, body: bytes) -
     except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
         return malformed(str(error))
     now = service.clock.now()
-    return _version_row(
-        await audited(
-            service,
-            "version.judge",
-            name,
-            lambda tx: service.lifecycle.judge(tx, now, name, number, verdict),
-            number=number,
-            verdict=verdict,
-        )
+    version = await audited(
+        service,
+        "version.judge",
+        name,
+        lambda tx: service.lifecycle.judge(tx, now, name, number, verdict),
+        number=number,
+        verdict=verdict,
     )
+    if not isinstance(version, Problem):
+        service.metrics.versions_decided.labels(version.state.value).inc()
+    return _version_row(version)
 
 
 def _version_row(answer: Version | Problem) -> VersionRow | Problem:

@@ -29,7 +29,7 @@ class Claims:
         self._is_shared, self._lifecycle, self._clock = store.is_shared, lifecycle, clock
         self._mine: set[_Key] = set()
         self._seen_at: dict[_Key, float] = {}
-        self._failed: dict[_Key, tuple[float, float]] = {}  #: how long it pauses, and until when
+        self._failed: dict[_Key, tuple[float, float]] = {}  #: how long it pauses, and since when
 
     def noting(self, change: Callable[[Transaction], T]) -> Callable[[Transaction], tuple[T, set[_Key]]]:
         """The change, and the rounds that it claims; to be `noted` once it is durable."""
@@ -50,7 +50,7 @@ class Claims:
         """Its sum met a mistake of ours: it pauses, each time for twice as long, and the updates stay."""
         pause_s, _ = self._failed.get(_key(round_), (0.5, 0.0))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        self._failed[_key(round_)] = pause_s, self._clock.now() + pause_s
+        self._failed[_key(round_)] = pause_s, self._clock.now()
 
     def due(self, folding: list[Round]) -> list[Round]:
         """Of the rounds that wait for their sums, those to be summed here and now."""
@@ -62,9 +62,10 @@ class Claims:
         return [round_ for round_ in folding if self._is_due(_key(round_), now)]
 
     def _is_due(self, key: _Key, now: float) -> bool:
-        _, until = self._failed.get(key, (0.0, now))
-        mine = not self._is_shared or key in self._mine or now - self._seen_at[key] >= TAKE_OVER_S
-        return mine and now >= until
+        pause_s, since = self._failed.get(key, (0.0, now))
+        if 0 <= now - since < pause_s:  # a clock that was set back ends a pause
+            return False
+        return not self._is_shared or key in self._mine or now - self._seen_at[key] >= TAKE_OVER_S
 
 
 def _key(round_: Round) -> _Key:

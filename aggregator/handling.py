@@ -105,7 +105,11 @@ async def body_pieces(request: web.Request, limit_bytes: int) -> AsyncIterator[b
     _refuse_body(request, limit_bytes)
     received, allowed_s = 0, request.app[BODY_S]
     try:
-        while piece := await asyncio.wait_for(request.content.readany(), allowed_s):
+        while True:
+            async with asyncio.timeout(allowed_s):
+                piece = await request.content.readany()
+            if not piece:
+                return
             received += len(piece)
             if received > limit_bytes:
                 raise ProblemError(too_large(limit_bytes))

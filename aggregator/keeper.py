@@ -58,14 +58,18 @@ class Keeper:
     async def tick(self) -> None:
         """Expire leases, close rounds that are due, sum and publish what waits, wipe what is settled.
 
-        Raises ExceptionGroup of what went wrong in sums by a mistake of ours, once all else is done.
+        Raises the first mistake of ours that a sum met, once all else is done.
         """
+        for mistake in await self._tick():
+            raise mistake
+
+    async def _tick(self) -> list[Exception]:
+        """Returns the mistakes that sums met; each was said where it happened, and its round pauses."""
         mistakes: list[Exception] = []
         if any(round_.branch != MAIN for round_ in await self._advance(mistakes)):
             await self._advance(mistakes)  # the last group's fold may be what the sum of all groups waits for
         await self._writer.maintain()  # where a reader is in the way the next tick tries again
-        if mistakes:
-            raise ExceptionGroup("rounds wait for their sums", mistakes)
+        return mistakes
 
     async def _advance(self, mistakes: list[Exception]) -> list[Round]:
         """Returns the rounds that waited for their sums; one that cannot be made keeps no other waiting."""
@@ -121,12 +125,10 @@ class Keeper:
         """Tick for ever: whenever an update arrives, and every `interval_s` for deadlines."""
         while True:
             try:
-                await self.tick()
+                await self._tick()
             except StorageError as error:
                 _log.error("rounds wait: %s", error)
                 await self._clock.sleep(interval_s)
-            except ExceptionGroup:
-                pass  # each was said where it happened; its round pauses
             except Exception:
                 _log.exception("a tick failed; the ledger is as before and the next tick tries again")
                 await self._clock.sleep(interval_s)

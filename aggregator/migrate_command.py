@@ -46,6 +46,8 @@ def migrate(database: str | Path, to: str | None = None) -> tuple[Schema, Schema
 
     def change(connection: Connection) -> None:
         before = schema_of(connection)
+        if before.current is None:
+            raise StorageError(f"{backend.where} holds no ledger: `fedtt serve` makes one")
         if to is not None and before.behind is not None and to < str(before.current):
             downgrade(connection, to)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import socket
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,7 @@ def _listener_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--authority",
         dest="authorities",
+        type=_authority,
         action="append",
         default=[],
         metavar="HOST[:PORT]",
@@ -144,6 +146,14 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST_PROCESSES):
         raise argparse.ArgumentTypeError(f"{text!r} is no count: give a number from 1 to {_MOST_PROCESSES}")
     return int(text)
+
+
+def _authority(text: str) -> str:
+    if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a server: give HOST or HOST:PORT, and no URL"
+        )
+    return text
 
 
 def _port(text: str) -> int:

@@ -15,9 +15,8 @@ __all__ = ["Unread", "hold_little", "keep_little_unsent"]
 _READ_BYTES = 1 << 14  #: of requests at a time; they wait where the one before is not answered yet
 _UNSENT_BYTES = 1 << 17  #: that the kernel takes beyond what is on its way
 _LOOKS = 10  #: at a connection, in the time after which it is cut off
-_TOLD = struct.Struct(
-    "=24xI92xQ16xI"
-)  #: tcp_info of linux/tcp.h: unacked (packets), bytes_acked, notsent_bytes
+#: tcp_info of linux/tcp.h: unacked (packets), bytes_acked, notsent_bytes
+_TOLD = struct.Struct("=24xI92xQ16xI")
 _AT_ONCE = struct.pack("ii", 1, 0)  #: SO_LINGER: what is unsent is forgotten, and the other end told so
 
 
@@ -34,8 +33,11 @@ def hold_little(transport: Any) -> None:
     """
     transport.set_write_buffer_limits(high=1)
     if transport.get_extra_info("sslcontext") is not None:
-        transport.set_read_buffer_limits(high=4 * _READ_BYTES, low=2 * _READ_BYTES)  # more than a record each
-        transport = transport._ssl_protocol._transport  # nothing else leads there
+        transport.set_read_buffer_limits(high=2 * _READ_BYTES, low=_READ_BYTES)  # a record is in the former
+        tls = transport._ssl_protocol  # nothing else leads there
+        tls.max_size, tls._ssl_buffer = _READ_BYTES, bytearray(_READ_BYTES)  # else as large as 256 KiB
+        tls._ssl_buffer_view = memoryview(tls._ssl_buffer)
+        transport = tls._transport
         transport.set_write_buffer_limits(high=0)
     transport.max_size = _READ_BYTES
 

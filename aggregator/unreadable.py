@@ -18,7 +18,7 @@ from aggregator.unread import Unread, hold_little
 __all__ = ["Protocol"]
 
 _HEAD_BYTES = 1 << 14  #: of all fields; what comes together with a head's end is not counted
-web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests read ahead; 32 have 0.7 MB of fields
+web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests read ahead, by any server here; 32 have 0.7 MB of fields
 
 
 class _HeadTooLong(HttpProcessingError):

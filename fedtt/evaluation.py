@@ -93,7 +93,8 @@ def worse(spec: EvaluationSpec, report: Mapping[str, float]) -> str | None:
     if by <= spec.bound:
         return None
     count, examples = report["judged_verdicts"], f"{report['judged_examples']:.0f} examples"
-    on = f"on {examples}" if count == 1 else f"in the middle third of {count:.0f} verdicts on {examples}"
+    among = "in the mean" if count < 3 else "in the middle third"
+    on = f"on {examples}" if count == 1 else f"{among} of {count:.0f} verdicts on {examples}"
     before, after = report[f"judged_{spec.measure}_before"], report[f"judged_{spec.measure}"]
     if spec.measure == "loss":
         return f"its loss rose by {by:.4f} {on}, more than {spec.bound:g}: from {before:.4f} to {after:.4f}"

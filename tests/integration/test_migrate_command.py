@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -58,3 +59,8 @@ def test_a_ledger_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.C
     assert main(["migrate", "--data", str(tmp_path / "none")]) != 0
     assert "does not exist: `fedtt serve` makes it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "fedtt.db").touch()
+    assert main(["migrate", "--data", str(tmp_path)]) != 0
+    assert "holds no ledger: `fedtt serve` makes one" in capsys.readouterr().err
+    with closing(sqlite3.connect(tmp_path / "fedtt.db")) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)

@@ -71,6 +71,17 @@ def test_a_port_that_is_none_is_refused_with_the_usage(
     assert f"argument --port: '{port}' is no port: give a number from 0 to 65535" in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["https://fedtt.example.org", "fedtt.example.org/", "", "a b", "host:"])
+def test_a_name_of_the_server_that_is_none_is_refused_with_the_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--data", str(tmp_path), "--authority", name])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --authority: {name!r} is no name of a server: give HOST or HOST:PORT" in said
+
+
 def test_a_data_directory_that_is_a_file_or_lies_below_one_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import struct
 import termios
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ FILE_BYTES = 600_000
 ANSWER_BYTES = 1000  #: more than any answer to ASKED
 ASKED = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+RESET = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
 KINDS: dict[str, dict[str, Any]] = {
     "files": {},
     "objects": {"blobs": "memory:///"},
@@ -59,13 +60,16 @@ class Slow:
     """A client with little room, that reads when it is told to."""
 
     def __init__(self, ours: socket.socket) -> None:
-        self._ours, self.taken = ours, b""
+        self._ours, self.taken, self.is_reset = ours, b"", False
 
     def send(self, data: bytes) -> bool:
         """Whether there was room for all of it."""
         try:
             return self._ours.send(data) == len(data)
         except LATER:
+            return False
+        except RESET:  # a machine so slow that it was cut off before it had sent all
+            self.is_reset = True
             return False
 
     async def read(self, most: int) -> bool:
@@ -104,9 +108,9 @@ async def cut_off(slow: Slow) -> bool:
         try:
             while await slow.read(1 << 16):
                 await asyncio.sleep(0.01)
-        except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+        except RESET:
             return True
-    return False
+    return slow.is_reset
 
 
 def awaited(server: Served) -> dict[str, int]:
@@ -155,6 +159,32 @@ async def test_whoever_sends_requests_and_reads_no_answer_is_cut_off_and_held_li
         assert ahead < 100_000
         assert left < 200_000
         assert await cut_off(slow)
+
+
+async def test_requests_are_read_in_small_pieces_however_they_come(
+    place: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[int] = []
+
+    def noted(protocol: Protocol, data: bytes) -> None:
+        pieces.append(len(data))
+        received(protocol, data)
+
+    received = Protocol.data_received
+    monkeypatch.setattr(Protocol, "data_received", noted)
+    async with connected(URL(place.listening.url), place.ca) as ours:
+        slow, left = Slow(ours), ASKED * 5000
+
+        async def are_read() -> bool:
+            nonlocal left
+            with suppress(*LATER):
+                left = left[ours.send(left) :]
+            for _ in range(200):  # over TLS an answer at a time
+                await slow.read(1 << 16)
+            return sum(pieces) >= 5000 * len(ASKED)
+
+        await until(are_read, within_s=60)
+    assert 1000 < max(pieces) < (20_000 if place.ca is None else 50_000)  # what TLS has read ahead is one
 
 
 def protocols() -> list[Any]:

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
+from aggregator.metrics import totals
 from edge_client import events
 from edge_client.bundle import open_bundle
 from edge_client.device_config import DeviceConfig
@@ -92,6 +93,7 @@ async def test_a_version_that_ruins_the_model_is_held_and_a_harmless_one_is_rele
         assert (ruined["number"], ruined["state"]) == (2, "held")
         assert ruined["reason"].startswith("its loss rose by")
         assert await changes(server) == [("judge", 1), ("judge", 2)]
+        assert totals(server.service.metrics.versions_decided, "state") == {"released": 1, "held": 1}
         work = await peer.work()
     assert work.plan.version_number == 3
     assert work.plan.version == harmless["sha256"]
