@@ -6,15 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from safetensors.numpy import load_file, save
 
-from edge_client.examples import Examples, Shard
 from edge_client.inference import Evaluation
 from edge_client.runtime import Scorer
 from fedtt.layout import Theta
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import encode_theta
-from fleet.bounds import trained_alone
+from fleet.bounds import trained_bound
 from fleet.computed import Computed
 from fleet.experiment import Experiment
 from fleet.judging import VersionJudge
@@ -48,43 +48,42 @@ class Alone:
         self._blobs, self._began = MemoryBlobs(), time.monotonic()
         self._judge = VersionJudge(experiment, computed, self._blobs, judge)
         self._together = experiment.spec.fleet.bound == "centralised"
+        by_shard = np.argsort(held := experiment.population.shard, kind="stable")
+        ends = np.cumsum(np.bincount(held, minlength=len(experiment.shards)))
+        self._devices = np.split(by_shard, ends[:-1])  #: of each shard
 
     def live(self, stopped: Callable[[], bool]) -> Outcome:
-        """Train shard after shard; what was trained and judged before is taken from `computed`."""
-        bundle, spec, shards = self._experiment.bundle, self._experiment.spec, self._shards()
+        """Train shard after shard; `stopped` is asked before each, for none is kept that has not ended.
+
+        What was trained and judged before is taken from `computed`.
+        """
+        bundle, spec = self._experiment.bundle, self._experiment.spec
+        count = 1 if self._together else len(self._devices)
         theta = bundle.manifest.adapter.layout.flatten(load_file(bundle.path(bundle.manifest.initial)))
         sha256 = save_blob(self._blobs, encode_theta(theta))
         self._version(0, sha256, self._evaluated(sha256))
-        trained = trained_alone(bundle, spec.task, shards, self._pool, steps=spec.steps_alone)
-        tested, own = dict[int, Evaluation](), dict[int, Evaluation]()
-        for shard in range(len(shards)):
+        trained = trained_bound(self._experiment, spec.fleet.bound or "local-only", self._pool)
+        found, tested, own = list[Evaluation](), dict[int, Evaluation](), dict[int, Evaluation]()
+        for shard in range(count):
             if stopped():
                 return self._outcome("interrupted", "", None, 0)
             theta = next(trained)
             sha256 = save_blob(self._blobs, encode_theta(theta))
-            devices = self._devices_of(shard)
-            tested |= {device: found for device in devices for found in self._evaluated(sha256)}
-            own |= {device: self._judge.judge_own(sha256, device) for device in self._judge.drawn & devices}
+            found = self._evaluated(sha256)
+            if not self._together:
+                devices = self._devices[shard].tolist()
+                tested |= {device: judged for device in devices for judged in found}
+                drawn = self._judge.drawn.intersection(devices)
+                own |= {device: self._judge.judge_own(sha256, device) for device in sorted(drawn)}
             self._blobs.delete(sha256)
-        line = self._version(spec.task.rounds.count, sha256 if self._together else "", list(tested.values()))
+        judged = found if self._together else list(tested.values())
+        line = self._version(spec.task.rounds.count, sha256 if self._together else "", judged)
         if self._together:
             self._files.result(self._result(theta, sha256))
-            tested, own = {}, {}
         how = "all rows lay in one place" if self._together else "each device trained by itself"
-        outcome = self._outcome("finished", f"{how}, for {spec.steps_alone} steps", line, len(shards))
+        outcome = self._outcome("finished", f"{how}, for {spec.steps_alone} steps", line, count)
         self._files.end(outcome, self._experiment.population, own, tested)
         return outcome
-
-    def _shards(self) -> Sequence[Examples]:
-        shards = self._experiment.shards
-        if not self._together:
-            return shards
-        return [Shard([example for shard in shards for example in shard.read()])]
-
-    def _devices_of(self, shard: int) -> set[int]:
-        """Those with its rows, which all come to the same."""
-        held = self._experiment.population.shard
-        return {0} if self._together else set((held == shard).nonzero()[0].tolist())
 
     def _evaluated(self, sha256: str) -> list[Evaluation]:
         return [self._judge.judge(sha256)] if self._experiment.evaluation is not None else []

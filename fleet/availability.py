@@ -15,6 +15,7 @@ from typing import Protocol
 
 from fedtt.errors import ConfigError
 from fedtt.rng import Purpose, rng_for
+from fleet.spec import NightsSpec
 
 __all__ = ["Always", "Availability", "Nightly", "Trace", "Window", "read_trace"]
 
@@ -45,17 +46,10 @@ class Nightly:
     """
 
     def __init__(
-        self,
-        *,
-        seed: int,
-        on_battery: Sequence[bool],
-        zones_h: float = 24.0,
-        from_h: float = 22.5,
-        hours: float = 8.0,
-        spread_h: float = 1.0,
-        section: str = "availability",
+        self, spec: NightsSpec, *, seed: int, on_battery: Sequence[bool], section: str = "availability"
     ) -> None:
         """section: of the fleet file, which errors name."""
+        zones_h, from_h, hours, spread_h = spec.zones_h, spec.from_h, spec.hours, spec.spread_h
         for field, value, sound, allowed in (
             ("zones_h", zones_h, 0 <= zones_h <= 24, "hours from 0 to 24"),
             ("from_h", from_h, 0 <= from_h < 24, "an hour of the day, from 0, below 24"),

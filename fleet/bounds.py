@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from msgspec.structs import replace
 from safetensors.numpy import load_file
 
 from edge_client.bundle import Bundle
-from edge_client.examples import Example, Examples
-from edge_client.inference import Evaluation, Model
-from edge_client.runtime import Scorer
+from edge_client.examples import Examples, Shard
 from edge_client.trainer import TrainingRequest
 from fedtt.algorithms import FedAvg
 from fedtt.codec import CodecSpec, decode_delta
@@ -21,17 +19,23 @@ from fedtt.layout import Theta
 from fedtt.messages import Plan
 from fedtt.task import TaskSpec
 from fedtt.wire import decode_update, encode_theta, version_digest
+from fleet.experiment import Experiment
 from fleet.pool import Pool
+from fleet.spec import steps_alone
 
-__all__ = ["Alone", "local_only", "trained_alone"]
+__all__ = ["Bound", "trained_alone", "trained_bound"]
+
+Bound = Literal["local-only", "centralised"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alone:
-    """One device that never sent anything."""
-
-    examples: int
-    evaluation: Evaluation
+def trained_bound(experiment: Experiment, bound: Bound, pool: Pool) -> Iterator[Theta]:
+    """The factors (P,) of each shard by itself, or the only ones of all rows in one place, after the steps
+    of `steps_alone`, one at least."""
+    spec, shards = experiment.spec, list[Examples](experiment.shards)
+    if bound == "centralised":
+        shards = [Shard([example for shard in shards for example in shard.read()])]
+    steps = max(1, steps_alone(spec.task, spec.fleet.devices, bound))
+    return trained_alone(experiment.bundle, spec.task, shards, pool, steps=steps)
 
 
 def trained_alone(
@@ -76,19 +80,3 @@ def trained_alone(
     for handle in handles:
         payload = decode_update(handle.result().frame)[1]
         yield np.asarray(start + live.scatter(decode_delta(codec, live, payload)), np.float32)
-
-
-def local_only(
-    bundle: Bundle,
-    spec: TaskSpec,
-    shards: Sequence[Examples],
-    test: Sequence[Example],
-    pool: Pool,
-    scorer: Scorer,
-    *,
-    steps: int,
-) -> Iterator[Alone]:
-    """Each device by itself for `steps` steps, judged on the same rows as everyone: one result a device."""
-    thetas = trained_alone(bundle, spec, shards, pool, steps=steps)
-    for shard, theta in zip(shards, thetas, strict=True):
-        yield Alone(examples=shard.count(), evaluation=Model(bundle, theta, scorer).evaluate(test))

@@ -32,6 +32,7 @@ class Daily:
     """
 
     def __init__(self, spec: DailySpec, *, seed: int, on_battery: Sequence[bool]) -> None:
+        nights = Nightly(spec, seed=seed, on_battery=on_battery, section="conditions")
         least_h = spec.hours - 2 * spec.spread_h
         if not 0 < spec.charge_h <= least_h:
             allowed = f"hours above 0, at most {least_h:g}, the shortest night: each fills the battery"
@@ -42,15 +43,6 @@ class Daily:
         if not 0 <= spec.home_h <= 12:
             raise ConfigError("conditions.home_h", spec.home_h, "hours from 0 to 12")
         self._spec, self._on_battery = spec, on_battery
-        nights = Nightly(
-            seed=seed,
-            on_battery=on_battery,
-            zones_h=spec.zones_h,
-            from_h=spec.from_h,
-            hours=spec.hours,
-            spread_h=spec.spread_h,
-            section="conditions",
-        )
         self._night = lru_cache(maxsize=_NIGHTS_KEPT)(nights.night)
         self._day = nights.day
 

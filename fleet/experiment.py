@@ -77,14 +77,7 @@ def _availability(spec: FleetSpec, population: Population) -> Availability:
         case AlwaysSpec():
             return Always()
         case NightlySpec() as nightly:
-            return Nightly(
-                seed=spec.fleet.seed,
-                on_battery=_OnBattery(population),
-                zones_h=nightly.zones_h,
-                from_h=nightly.from_h,
-                hours=nightly.hours,
-                spread_h=nightly.spread_h,
-            )
+            return Nightly(nightly, seed=spec.fleet.seed, on_battery=_OnBattery(population))
         case TraceSpec() as trace:
             return Trace(read_trace(trace.file, spec.fleet.devices), START_S)
 

@@ -34,6 +34,7 @@ class VersionJudge:
         self._experiment, self._computed, self._blobs = experiment, computed, blobs
         self._runtime = runtime
         self._model: tuple[str, Model] | None = None
+        self.drawn = _drawn(experiment)  #: the devices that are judged on their own examples
 
     def judge(self, version: str) -> Evaluation:
         """On the evaluation data."""
@@ -52,22 +53,10 @@ class VersionJudge:
             found[index] = self.judge_own(version, index)
         return found
 
-    @property
-    def drawn(self) -> set[int]:
-        """The devices that are judged on their own examples."""
-        evaluation, population = self._experiment.spec.evaluation, self._experiment.population
-        if evaluation is None:
-            return set()
-        order = rng_for(population.seed, Purpose.JUDGED).permutation(population.size)
-        return set(order[: evaluation.per_device].tolist())
-
     def judge_own(self, version: str, index: int) -> Evaluation:
         """On some of a device's own examples."""
-        evaluation = self._experiment.spec.evaluation
-        shard, most = (
-            int(self._experiment.population.shard[index]),
-            evaluation and evaluation.per_device_examples,
-        )
+        evaluation, shard = self._experiment.spec.evaluation, int(self._experiment.population.shard[index])
+        most = evaluation and evaluation.per_device_examples
         return self._judged(f"{version}/{shard}/{most}", version, partial(self._own, shard))
 
     def _own(self, number: int) -> list[Example]:
@@ -93,3 +82,11 @@ class VersionJudge:
             theta = decode_theta(load(self._blobs, version), bundle.manifest.adapter.layout, version)
             self._model = version, Model(bundle, theta, self._runtime)
         return self._model[1]
+
+
+def _drawn(experiment: Experiment) -> frozenset[int]:
+    evaluation, population = experiment.spec.evaluation, experiment.population
+    if evaluation is None or not evaluation.per_device:
+        return frozenset()
+    order = rng_for(population.seed, Purpose.JUDGED).permutation(population.size)
+    return frozenset(order[: evaluation.per_device].tolist())

@@ -29,11 +29,13 @@ __all__ = [
     "Iid",
     "Lognormal",
     "NightlySpec",
+    "NightsSpec",
     "NoneSpec",
     "PartitionSpec",
     "Size",
     "TraceSpec",
     "Zipf",
+    "steps_alone",
 ]
 
 _MOST_STEPS = 100_000  #: of one training, `training.local_steps`
@@ -129,13 +131,17 @@ class AlwaysSpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="alw
     """Devices are always there."""
 
 
-class NightlySpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="nightly"):
-    """Devices on battery are there while they charge at night (`fleet.availability.Nightly`)."""
+class NightsSpec(_Section, frozen=True, kw_only=True):
+    """When devices charge at night (`fleet.availability.Nightly`)."""
 
     zones_h: float = 24.0
     from_h: float = 22.5
     hours: float = 8.0
     spread_h: float = 1.0
+
+
+class NightlySpec(NightsSpec, frozen=True, kw_only=True, tag_field="kind", tag="nightly"):
+    """Devices on battery are there while they charge at night (`fleet.availability.Nightly`)."""
 
 
 class TraceSpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="trace"):
@@ -151,13 +157,9 @@ class NoneSpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="none"
     """Devices read nothing of themselves, and no limit holds them back."""
 
 
-class DailySpec(_Section, frozen=True, kw_only=True, tag_field="kind", tag="daily"):
+class DailySpec(NightsSpec, frozen=True, kw_only=True, tag_field="kind", tag="daily"):
     """Devices read power, battery and network as their days go (`fleet.conditions.Daily`)."""
 
-    zones_h: float = 24.0
-    from_h: float = 22.5
-    hours: float = 8.0
-    spread_h: float = 1.0
     charge_h: float = 3.0  #: in which an empty battery is full
     drain_h: float = 30.0  #: in which a full one is empty
     home_h: float = 3.0  #: at home before it plugs in
@@ -236,9 +238,8 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
 
     @property
     def steps_alone(self) -> int:
-        """Of a bound: in one place as many as all devices take together, of one device its even share."""
-        together = self.task.rounds.count * self.task.rounds.cohort * self.task.training.local_steps
-        return together if self.fleet.bound == "centralised" else together // self.fleet.devices
+        """Of its bound."""
+        return steps_alone(self.task, self.fleet.devices, self.fleet.bound)
 
     @property
     def shards(self) -> int:
@@ -248,3 +249,9 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
     def least(self) -> int:
         """Rows that every device must get."""
         return self.data.partition.least or self.task.min_examples
+
+
+def steps_alone(task: TaskSpec, devices: int, bound: str | None) -> int:
+    """Of a bound: in one place as many as all devices take together, of one device its even share."""
+    together = task.rounds.count * task.rounds.cohort * task.training.local_steps
+    return together if bound == "centralised" else together // devices

@@ -17,13 +17,12 @@ from msgspec import Struct
 from benchmarks.claims.bench import Station, open_bench
 from benchmarks.claims.data import WORK, DataSet, prepared
 from benchmarks.claims.plan import Case
-from edge_client.examples import Examples, Shard
 from edge_client.inference import Evaluation, Model
 from fedtt.errors import ConfigError
 from fedtt.layout import Theta
 from fedtt.task import TaskSpec, read_task
 from fedtt.wire import encode_theta
-from fleet.bounds import trained_alone
+from fleet.bounds import Bound, trained_bound
 from fleet.experiment import Experiment, prepare
 from fleet.run import run_fleet
 from fleet.run_files import VersionLine
@@ -123,14 +122,9 @@ def _rows_trained(task: TaskSpec) -> int:
 def _bound(case: Case, rate: float, data: DataSet, station: Station, experiment: Experiment) -> Result:
     """Each device by itself, with as many steps as it takes on average, or all rows in one place, with the
     steps of all devices together; of devices what is reported is their mean."""
-    spec, rounds, began = experiment.spec.task, experiment.spec.task.rounds, time.monotonic()
-    shards: list[Examples] = list(experiment.shards)
-    steps = rounds.count * rounds.cohort * spec.training.local_steps
-    if case.arm.bound == "centralised":
-        shards = [Shard([example for shard in shards for example in shard.read()])]
-    thetas = list(
-        trained_alone(station.bundle, spec, shards, station.pool, steps=max(1, steps // len(shards)))
-    )
+    rounds, began = experiment.spec.task.rounds.count, time.monotonic()
+    bound: Bound = "centralised" if case.arm.bound == "centralised" else "local-only"
+    thetas = list(trained_bound(experiment, bound, station.pool))
     judged = [_judged(station, experiment, theta) for theta in thetas]
     accuracies = [found.accuracy for found in judged if found.accuracy is not None]
     mean = statistics.fmean(accuracies) if accuracies else None
@@ -141,9 +135,9 @@ def _bound(case: Case, rate: float, data: DataSet, station: Station, experiment:
         rate,
         data,
         station,
-        rounds=rounds.count,
+        rounds=rounds,
         participations=0,
-        curve=[Point(rounds.count, mean, loss, 0, 0, 0, 0.0)],
+        curve=[Point(rounds, mean, loss, 0, 0, 0, 0.0)],
         wall_s=time.monotonic() - began,
         sha256=hashlib.sha256(b"".join(map(encode_theta, thetas))).hexdigest(),
         report=report,

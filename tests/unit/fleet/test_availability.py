@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from fedtt.errors import ConfigError
 from fleet.availability import Always, Nightly, Trace, read_trace
 from fleet.experiment import START_S
+from fleet.spec import NightlySpec
 
 DAY_S = 86400.0
 
 
 def test_some_devices_are_always_there() -> None:
     assert Always().window(3, 1e9) == (-math.inf, math.inf)
-    assert Nightly(seed=0, on_battery=[False]).window(0, 1e9) == (-math.inf, math.inf)
+    assert Nightly(NightlySpec(), seed=0, on_battery=[False]).window(0, 1e9) == (-math.inf, math.inf)
 
 
 @given(st.integers(0, 30), st.integers(0, 50), st.floats(0, 1000 * DAY_S))
 def test_a_night_holds_now_or_is_the_next_one_and_lasts_a_night(seed: int, index: int, now: float) -> None:
-    nightly = Nightly(seed=seed, on_battery=[True] * 51)
+    nightly = Nightly(NightlySpec(), seed=seed, on_battery=[True] * 51)
     found = nightly.window(index, now)
     assert found is not None
     start, end = found
@@ -35,7 +36,7 @@ def test_a_night_holds_now_or_is_the_next_one_and_lasts_a_night(seed: int, index
 
 
 def test_a_third_of_a_fleet_over_all_zones_is_charging_at_any_time() -> None:
-    nightly = Nightly(seed=1, on_battery=[True] * 1000)
+    nightly = Nightly(NightlySpec(), seed=1, on_battery=[True] * 1000)
     for hour in (0, 7, 15):
         now = 100 * DAY_S + 3600 * hour
         windows = [nightly.window(index, now) for index in range(1000)]
@@ -44,7 +45,7 @@ def test_a_third_of_a_fleet_over_all_zones_is_charging_at_any_time() -> None:
 
 
 def test_without_zones_everybody_charges_at_the_same_hours() -> None:
-    nightly = Nightly(seed=1, on_battery=[True] * 100, zones_h=0.0)
+    nightly = Nightly(NightlySpec(zones_h=0.0), seed=1, on_battery=[True] * 100)
 
     def there(hour: float) -> int:
         now = 100 * DAY_S + 3600 * hour
@@ -60,7 +61,7 @@ def test_without_zones_everybody_charges_at_the_same_hours() -> None:
 def test_a_night_that_makes_no_sense_is_refused_by_name(field: str, value: float) -> None:
     given_: dict[str, Any] = {field: value}
     with pytest.raises(ConfigError) as caught:
-        Nightly(seed=0, on_battery=[True], **given_)
+        Nightly(NightlySpec(**given_), seed=0, on_battery=[True])
     assert caught.value.field == f"availability.{field}"
 
 

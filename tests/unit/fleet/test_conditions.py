@@ -34,7 +34,7 @@ def test_a_battery_fills_while_it_charges_and_drains_otherwise_minute_by_minute(
     seed: int, index: int, drain_h: float
 ) -> None:
     spec = DailySpec(drain_h=drain_h, charge_h=3.0)
-    found, nights = daily(spec, seed=seed), Nightly(seed=seed, on_battery=[True] * 50)
+    found, nights = daily(spec, seed=seed), Nightly(DailySpec(), seed=seed, on_battery=[True] * 50)
     first = nights.window(index, START_S)
     assert first is not None
     now, level = first[1], 1.0  # the end of a night, which filled it
@@ -50,7 +50,7 @@ def test_a_battery_fills_while_it_charges_and_drains_otherwise_minute_by_minute(
 
 
 def test_a_network_is_unmetered_from_hours_before_it_plugs_in_until_it_unplugs() -> None:
-    found, nights = daily(DailySpec(home_h=2.0)), Nightly(seed=0, on_battery=[True] * 50)
+    found, nights = daily(DailySpec(home_h=2.0)), Nightly(DailySpec(), seed=0, on_battery=[True] * 50)
     start, end = nights.window(3, START_S) or (0.0, 0.0)
     times = {start - 2.1 * HOUR_S: False, start - 1.9 * HOUR_S: True, end - 1: True, end: False}
     assert {at: found.read(3, PHONE, at).unmetered for at in times} == times
@@ -72,6 +72,8 @@ def test_on_the_mains_there_is_no_battery_and_nothing_to_wait_for() -> None:
         ("drain_h", 0.0),
         ("home_h", 13.0),
         ("from_h", 24.0),
+        ("hours", 0.0),  # and not charge_h, which fits into no such night
+        ("spread_h", 3.0),
         ("rest_s", 0.0),
     ],
 )
