@@ -46,9 +46,7 @@ def meter(metrics: Metrics, listener: str) -> type[AbstractAccessLogger]:
             counted.requests.inc()
             counted.duration.observe(time)
             counted.received.inc(request.content.total_bytes)
-            whole = (
-                response.body_length > 0
-            )  # it counts the headers too, but only once the last byte has gone
+            whole = response.body_length > 0  # headers count there too, but only once the last byte has gone
             counted.sent.inc((response.content_length or 0) if whole and method != "HEAD" else 0)
 
     return Meter

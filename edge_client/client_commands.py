@@ -87,9 +87,8 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         ),
     )
     show = print_json if args.json else _show
-    if (
-        task := asyncio.current_task()
-    ):  # not by Ctrl-C, which a shell has what it starts in the background ignore
+    # not by Ctrl-C, which a shell has what it starts in the background ignore
+    if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with open_device(
         home.directory,

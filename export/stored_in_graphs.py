@@ -19,9 +19,10 @@ __all__ = ["store"]
 def store(model: ir.Model, stored: dict[str, Stored]) -> None:
     """Put what is stored in the place of each matrix of a graph; each use computes it again.
 
-    So no float32 copy of int8 outlives the product it is for. In the file copies stand before all else: ONNX
-    Runtime orders nodes depth first, those that stand later before the others, and computes them right before
-    their use. Of embeddings only rows looked up are computed. Where integers are multiplied there is no copy.
+    So no float32 copy of int8 outlives the product it is for. In the file the nodes that compute copies stand
+    before all else: ONNX Runtime orders nodes depth first, those that stand later before the others, and so
+    computes each right before its use. Of embeddings only rows looked up are computed. Where integers are
+    multiplied there is no copy.
     """
     graph = model.graph
     for name in graph.initializers.keys() & stored.keys():

@@ -119,12 +119,12 @@ def check_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) -> 
 
 
 def compensate(codec: CodecSpec, live: LiveSet, delta: Delta, residual: Delta) -> tuple[bytes, Delta]:
-    """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, Algorithm 2).
+    """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, EF-SGD).
 
     p = Δ + e,  sent = C(p),  e' = p - sent.  Returns the payload and e'; the caller keeps e until the
     payload is acknowledged, so that a refused update loses nothing.
     """
-    target = delta + residual  # Algorithm 2: p ← Δ + e, then C(p), then e' ← p - C(p)
+    target = delta + residual  # EF-SGD: p ← Δ + e, then C(p), then e' ← p - C(p)
     payload = encode_delta(codec, live, target, np.random.default_rng(0))
     return payload, target - decode_delta(codec, live, payload)
 

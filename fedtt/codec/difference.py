@@ -66,9 +66,8 @@ def decode_difference(base: bytes, data: bytes) -> bytes:
     words = _words(base, places)
     inflate = zlib.decompressobj()
     try:
-        planes = inflate.decompress(
-            memoryview(data)[1:], len(base) + 1
-        )  # one more, so that a longer stream shows
+        # one more, so that a longer stream shows
+        planes = inflate.decompress(memoryview(data)[1:], len(base) + 1)
     except zlib.error as error:
         raise WireError(f"a difference between versions is not a zlib stream: {error}") from None
     if len(planes) != len(base) or not inflate.eof or inflate.unused_data:

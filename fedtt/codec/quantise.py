@@ -10,10 +10,10 @@ a bfloat16, the upper half of a float32:
     rms           q = 127              s = `step` times the root mean square, at most max|x|, at least
                                        max|x| / 127, rounded up to 3 bits of mantissa, which code in few bits
 
-Ternary to nearest is F. Li, B. Liu, "Ternary weight networks", 2016, arXiv 1605.04711, eq. 5-6, with its
-threshold at s / 2; stochastic W. Wen et al., "TernGrad", NeurIPS 2017, arXiv 1705.07878, eq. 1.
+Ternary to nearest is F. Li, B. Liu, "Ternary weight networks", 2016, arXiv 1605.04711, with its threshold
+at s / 2; stochastic W. Wen et al., "TernGrad", NeurIPS 2017, arXiv 1705.07878, eq. 1.
 Sign, which rounds away from 0 alone, is S. P. Karimireddy, Q. Rebjock, S. Stich, M. Jaggi, "Error feedback
-fixes signSGD", ICML 2019, arXiv 1901.09847, Algorithm 1.
+fixes signSGD", ICML 2019, arXiv 1901.09847 (EF-signSGD).
 
 Rounding to nearest brings every number nearer or leaves it, and the largest nearer: it is contractive. So is
 sign: ‖x - s sign(x)‖² = ‖x‖² - (1 - ε²) (Σ|x|)² / n over the n numbers that are not 0, s being 1 + ε means.
@@ -33,10 +33,7 @@ Integers = NDArray[np.int8]
 Block = NDArray[np.float32]
 
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "int3": 3, "int2": 1, "ternary": 1, "sign": 1, "rms": 127}
-SCALE_BITS: dict[str, int] = {
-    "sign": 12,
-    "rms": 12,
-}  #: upper bits of a float32 that a scale has; all others have 16
+SCALE_BITS: dict[str, int] = {"sign": 12, "rms": 12}  #: upper bits of a float32 in a scale; else 16
 _TERNARY_THRESHOLD = 0.7
 
 
@@ -70,11 +67,12 @@ def _scale(form: Quantiser, x: Block, step: float, noise: np.random.Generator | 
     sizes = np.abs(x.astype(np.float64))
     largest = float(sizes.max(initial=0.0))
     if form == "sign":
-        return float(sizes.sum()) / max(1, int(np.count_nonzero(sizes)))  # EF-signSGD: ‖p‖₁ / d
+        # EF-signSGD's ‖p‖₁ / d, where d are the numbers that are not 0, as the others stay 0
+        return float(sizes.sum()) / max(1, int(np.count_nonzero(sizes)))
     if form == "rms":
         return min(largest, max(step * float(np.sqrt(np.mean(sizes**2))), largest / LEVELS[form]))
     if form == "ternary" and noise is None:
-        return float(np.mean(sizes[sizes >= _TERNARY_THRESHOLD * sizes.mean()]))  # TWN, eq. 5-6
+        return float(np.mean(sizes[sizes >= _TERNARY_THRESHOLD * sizes.mean()]))  # Ternary weight networks
     return largest / LEVELS[form]
 
 

@@ -68,9 +68,7 @@ class RobustFold(FoldBase, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     linear: ClassVar[bool] = False
 
-    mixing: Annotated[float, Meta(ge=0, lt=0.5)] = (
-        0.0  #: share of updates left out of each mean; 0 mixes none
-    )
+    mixing: Annotated[float, Meta(ge=0, lt=0.5)] = 0.0  #: share left out of each mean; 0 mixes none
     memory_mb: Annotated[int, Meta(ge=1, le=2**20)] = 2048  #: most that the fold of a round may take
 
     @property
