@@ -14,6 +14,7 @@ __all__ = ["Unread", "hold_little", "keep_little_unsent"]
 
 _READ_BYTES = 1 << 14  #: of requests at a time; they wait where the one before is not answered yet
 _UNSENT_BYTES = 1 << 17  #: that the kernel takes beyond what is on its way
+_LEAST_BYTES = 1 << 14  #: that must be taken in the time after which a connection is cut off
 _LOOKS = 10  #: at a connection, in the time after which it is cut off
 #: tcp_info of linux/tcp.h: unacked (packets), bytes_acked, notsent_bytes
 _TOLD = struct.Struct("=24xI92xQ16xI")
@@ -43,7 +44,9 @@ def hold_little(transport: Any) -> None:
 
 
 class Unread:
-    """Cuts a connection off whose other end takes none of what there is for it, be it closed here or not.
+    """Cuts a connection off whose other end takes next to nothing of what is there, be it closed here or not.
+
+    Nothing at all would not do: a full kernel rearranges what it holds, and takes some more after a while.
 
     The kernel is asked, who alone knows: of files that it sends, of TLS and of other answers alike. Only
     Linux tells; elsewhere nothing is cut off.
@@ -84,7 +87,7 @@ class Unread:
         if not is_left and not self.answering:
             return
         now = self._loop.time()
-        if acked != self._acked or not is_left:
+        if self._acked < 0 or acked - self._acked >= _LEAST_BYTES or not is_left:
             self._acked, self._moved_at = acked, now
         elif now - self._moved_at >= self._within_s:
             self._cut_off()
