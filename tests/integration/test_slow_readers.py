@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import gc
 import socket
 import ssl
 import struct
@@ -129,11 +128,18 @@ async def download(server: Served) -> bytes:
 
 @pytest.mark.parametrize("listener", ["devices", "people"])
 async def test_whoever_sends_requests_and_reads_no_answer_is_cut_off_and_held_little_for(
-    place: Served, listener: str
+    place: Served, monkeypatch: pytest.MonkeyPatch, listener: str
 ) -> None:
     listening, before = place.listening, awaited(place)
     url = URL(listening.url if listener == "devices" else listening.admin_url)
-    others = {id(each) for each in protocols()}
+    made: list[Any] = []  # looking for it among all objects takes as long as it may live, beside other tests
+
+    def noted(protocol: Protocol, transport: asyncio.BaseTransport) -> None:
+        connection_made(protocol, transport)
+        made.append(protocol)
+
+    connection_made = Protocol.connection_made
+    monkeypatch.setattr(Protocol, "connection_made", noted)
     async with connected(url, place.ca) as ours:
         slow = Slow(ours)
 
@@ -141,7 +147,6 @@ async def test_whoever_sends_requests_and_reads_no_answer_is_cut_off_and_held_li
             for _ in range(300):  # fast, or it is cut off before all is full
                 slow.send(ASKED * 100)
                 await asyncio.sleep(0)
-            made = [each for each in protocols() if id(each) not in others]
             return next((each for each in made if each.writing_paused), None)
 
         theirs = await until(full)
@@ -187,10 +192,6 @@ async def test_requests_are_read_in_small_pieces_however_they_come(
 
         await until(are_read, within_s=60)
     assert 1000 < max(pieces) < (20_000 if place.ca is None else 50_000)  # what TLS has read ahead is one
-
-
-def protocols() -> list[Any]:
-    return [each for each in gc.get_objects() if type(each) is Protocol]
 
 
 def waiting(transport: Any) -> int:
