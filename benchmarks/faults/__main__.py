@@ -28,7 +28,7 @@ ROWS = {
     "herd": "10,000 check-ins at the same moment, and the times at which they are told to return",
     "full-disk": "the disk full under load, then with room again",
     "power": "power cuts that lose what was not synced",
-    "attacks": "signed bombs, endless bodies, long heads and 2,000 slow connections beside honest devices",
+    "attacks": "signed bombs, endless bodies, long heads and 2,050 slow connections beside honest devices",
     "soak": "an hour under steady load",
     "schemathesis": "10,000 requests made up from the OpenAPI document, over files and object storage",
     "hostile": "NaN, infinities, wrong layouts, huge norms; a fifth colluding against the best robust fold",
