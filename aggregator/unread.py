@@ -46,7 +46,7 @@ def hold_little(transport: Any) -> None:
 class Unread:
     """Cuts a connection off whose other end takes next to nothing of what is there, be it closed here or not.
 
-    Nothing at all would not do: a full kernel rearranges what it holds, and takes some more after a while.
+    Any progress at all would not do: a kernel whose buffers are full may still take a little.
 
     The kernel is asked, who alone knows: of files that it sends, of TLS and of other answers alike. Only
     Linux tells; elsewhere nothing is cut off.
