@@ -34,9 +34,11 @@ from typing import TYPE_CHECKING
 from msgspec import to_builtins
 
 from benchmarks.device_client import client_peak_mb
+from benchmarks.device_figures import AGAINST, AGAINST_CLIENT, SUFFIX, figures_of
+from benchmarks.device_page import write_tables
 from benchmarks.device_processes import measured
-from benchmarks.device_rows import BASES, PRODUCTS, SHAPES, Kept, Kind, Row, has_limit, rows
-from benchmarks.device_torch import matmul_gflops, step_gflop
+from benchmarks.device_rows import BASES, PRODUCTS, Kept, Kind, Row, has_limit, rows
+from benchmarks.device_torch import matmul_gflops
 from benchmarks.harness import ROOT, Report, arguments, minilm_directory, reporting
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
 
 WORK = ROOT / ".bench"
 LABELS = ROOT / "fleet" / "assistant" / "labels.json"
-COLD_START_LIMIT_S, COLD_START_LIMIT_MB = 1.0, 120.0
-SUFFIX = {"onnxruntime": "onnx", "executorch": "executorch"}
 
 
 def main() -> None:
@@ -54,7 +54,15 @@ def main() -> None:
     parser.add_argument("--part", choices=("rows", "client"), default="rows", help="(%(default)s)")
     parser.add_argument("--main", action="store_true", help="only rows that limits are set for")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured here before")
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing: docs/device.md's tables of the stored"
+    )
     args = parser.parse_args()
+    if args.page:
+        write_tables(
+            args.out or ROOT / "benchmarks" / "results" / "device.jsonl", ROOT / "docs" / "device.md"
+        )
+        return
     with reporting("device", args.out) as report:
         both = "executorch" in args.runtime.split(",") and executorch_library(report) is not None
         runtimes: list[RuntimeName] = ["onnxruntime", "executorch"] if both else ["onnxruntime"]
@@ -67,30 +75,6 @@ def main() -> None:
         for runtime in runtimes:
             cold |= asyncio.run(cold_starts(report, runtime, runs=3 if args.quick else 7))
         report.summary({**cold, **training(report, args, runtimes)}, AGAINST)
-
-
-AGAINST = {
-    "cold_start_s_*": f"<= {COLD_START_LIMIT_S}: process start to the first check-in's answer",
-    "cold_start_resident_mb_*": f"<= {COLD_START_LIMIT_MB}: resident then, no model loaded",
-    "*_over_eager_cpu": "CPU time over that of torch eager's full step of the same shape",
-    "step_full_over_eager_cpu_onnx": "<= 0.45",
-    "step_full_over_eager_cpu_executorch": "<= 0.9",
-    "step_k2_cached_over_eager_cpu_onnx": "<= 0.15: the last two blocks over kept activations, once filled",
-    "step_k2_cached_over_eager_cpu_executorch": "<= 0.35: the same",
-    "step_full_int8_products_over_eager_cpu_onnx": "<= 0.45",
-    "step_full_int8_products_over_eager_cpu_executorch": "<= 0.9",
-    "step_k2_cached_int8_products_over_eager_cpu_onnx": "<= 0.15",
-    "step_k2_cached_int8_products_over_eager_cpu_executorch": "<= 0.35",
-    "training_peak_rss_mb_k2_*": "a process that opens the bundle, fills activations, trains a round",
-    "activation_reuse_in_a_round_*": "rows read from what was kept, over rows computed, in 10 steps",
-    "matmul_k2_cached_over_eager_cpu": "the same of the last two blocks over kept activations",
-    "matmul_over_eager_cpu": "step_at_matmul_peak_ms / torch eager's full step, a bound",
-    "step_at_matmul_peak_ms": "the step's matrix products alone at matmul_gflops",
-}
-AGAINST_CLIENT = {
-    "client_peak_rss_mb_k2_*": "<= 150: a whole client, from its start to the receipt of its update",
-    "bundle_mb_int8_*": "<= 25: all that a device downloads",
-}
 
 
 # cold start
@@ -174,27 +158,7 @@ def training(report: Report, args: argparse.Namespace, runtimes: list[RuntimeNam
                 key, measured(row, bundles[row.base], args.seed, 5 if args.quick else 15)
             )
             report.line(**to_builtins(row), **found[row])
-    gflops = matmul_gflops(args.seed, 5 if args.quick else 20)
-    figures = {"matmul_gflops": gflops}
-    eager = medians(found, "step", "cpu_ms")
-    at_peak_ms = step_gflop(*SHAPES[0]) / gflops * 1e3
-    torch_ms = eager["torch_fp32_full_8x64"]
-    cached_ms = step_gflop(*SHAPES[0], cached=2) / gflops * 1e3
-    figures |= {
-        "step_at_matmul_peak_ms": at_peak_ms,
-        "matmul_over_eager_cpu": at_peak_ms / torch_ms,
-        "matmul_k2_cached_over_eager_cpu": cached_ms / torch_ms,
-    }
-    for runtime in runtimes:
-        figures |= asked(runtime, eager, found)
-    for name, ms in eager.items():
-        figures[f"step_{name}_cpu_ms"] = ms
-        figures[f"step_{name}_over_eager_cpu"] = ms / eager["torch_fp32_full_" + name.rsplit("_", 1)[1]]
-    for name, seconds in medians(found, "round", "cpu_s").items():
-        figures[f"round_{name}_cpu_s"] = seconds
-    for part in ("step", "round"):
-        figures |= {f"{part}_{name}_peak_mb": mb for name, mb in medians(found, part, "peak_mb").items()}
-    return figures
+    return figures_of(found, runtimes, matmul_gflops(args.seed, 5 if args.quick else 20))
 
 
 def whole_clients(
@@ -227,40 +191,6 @@ def digest_of(bundle: Path) -> str:
     from edge_client.bundle import open_bundle
 
     return open_bundle(bundle).digest
-
-
-def name_of(row: Row) -> str:
-    depth = "full" if row.depth is None else f"k{row.depth}{'_cached' if row.cached else ''}"
-    return f"{SUFFIX.get(row.runtime, row.runtime)}_{row.base}_{depth}_{row.batch}x{row.tokens}"
-
-
-def medians(found: dict[Row, dict[str, float]], part: str, figure: str) -> dict[str, float]:
-    """Of the turns of each row, by its name."""
-    values: dict[str, list[float]] = {}
-    for row, line in found.items():
-        if row.part == part:
-            values.setdefault(name_of(row), []).append(line[figure])
-    return {name: statistics.median(turns) for name, turns in values.items()}
-
-
-def asked(runtime: str, ms: dict[str, float], found: dict[Row, dict[str, float]]) -> dict[str, float]:
-    """The figures with limits: at 8x64, over torch eager at full depth in fp32."""
-    suffix = SUFFIX[runtime]
-    full, cached = (f"{suffix}_fp32_{depth}_8x64" for depth in ("full", "k2_cached"))
-    reuse = next(line for row, line in found.items() if row.part == "round" and name_of(row) == cached)
-    peaks = medians(found, "round", "peak_mb")
-    integers = {
-        f"step_{depth}_int8_products_over_eager_cpu_{suffix}": ms[name] / ms["torch_fp32_full_8x64"]
-        for depth in ("full", "k2_cached")
-        if (name := f"{suffix}_{PRODUCTS}_{depth}_8x64") in ms
-    }
-    return integers | {
-        f"step_full_over_eager_cpu_{suffix}": ms[full] / ms["torch_fp32_full_8x64"],
-        f"step_k2_cached_over_eager_cpu_{suffix}": ms[cached] / ms["torch_fp32_full_8x64"],
-        f"training_peak_rss_mb_k2_{suffix}": peaks[cached],
-        f"training_peak_rss_mb_k2_int8_{suffix}": peaks[f"{suffix}_int8_k2_cached_8x64"],
-        f"activation_reuse_in_a_round_{suffix}": reuse["reused"] / max(1, reuse["computed"]),
-    }
 
 
 def exported_minilm(base: str, runtimes: list[RuntimeName], *, depths: str) -> Path:

@@ -34,7 +34,7 @@ def main() -> None:
             parts: dict[str, object] = {}
             if noise:
                 parts["privacy"] = {"clip": _CLIP, "noise_multiplier": noise}
-            lines = trained(bundle, data, rounds, args.seed, f"private-{noise}", **parts)
+            lines = trained(bundle, data, rounds, args.seed, f"private-{noise}", task_parts=parts)
             say(report, lines, noise_multiplier=noise)
             name = f"noise_{noise:g}".replace(".", "_")
             figures |= {

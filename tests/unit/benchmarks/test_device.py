@@ -2,22 +2,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.device import asked, medians
+from benchmarks.device_figures import figures_of
 from benchmarks.device_rows import Kept, Kind, has_limit, rows
 
 KINDS: tuple[Kind, ...] = ("torch", "peft", "onnxruntime", "executorch")
-FIGURES = {"cpu_ms": 2.0, "cpu_s": 1.0, "peak_mb": 100.0, "computed": 16, "reused": 64}
+FIGURES = {
+    "cpu_ms": 2.0,
+    "fill_cpu_ms": 6.0,
+    "cpu_s": 1.0,
+    "training_cpu_s": 0.5,
+    "peak_mb": 100.0,
+    "computed": 16,
+    "reused": 64,
+}
 
 
 def test_rows_with_limits_suffice_for_every_figure_with_a_limit() -> None:
     found = {row: FIGURES for row in rows(KINDS) if has_limit(row)}
-    figures = asked("executorch", medians(found, "step", "cpu_ms"), found)
+    figures = figures_of(found, ["onnxruntime", "executorch"], gflops=100.0)
     assert figures["step_k2_cached_over_eager_cpu_executorch"] == 1.0
     assert figures["training_peak_rss_mb_k2_int8_executorch"] == 100.0
     assert figures["activation_reuse_in_a_round_executorch"] == 64 / 16
+    assert figures["activation_fill_k2_over_step_cpu_executorch"] == 6 / 2
     assert figures["step_full_int8_products_over_eager_cpu_executorch"] == 1.0
-    onnx = asked("onnxruntime", medians(found, "step", "cpu_ms"), found)
-    assert onnx["step_k2_cached_int8_products_over_eager_cpu_onnx"] == 1.0
+    assert figures["step_k2_cached_int8_products_over_eager_cpu_onnx"] == 1.0
+    assert figures["step_full_share_of_matmul_peak_onnx"] == figures["step_at_matmul_peak_ms"] / 2
 
 
 def test_no_row_is_measured_twice_in_a_run() -> None:
