@@ -3,7 +3,8 @@
 One arm takes two or three minutes of one core. Results are kept line by line, so a run may be cut short. With
 `--page` nothing is run: the summary, the plot and the table of docs/uplink.md are made of what is stored.
 With `--recount` what devices send beside frames is counted anew for all that is stored, by runs without
-training of some seconds each.
+training of some seconds each. `--search` runs the arms of search.toml in their place, by which our
+settings were chosen, judged on rows that are not reported.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from benchmarks.uplink.page import write_table
 from benchmarks.uplink.recount import recounted
 from benchmarks.uplink.report import AGAINST, figures_of, plot, target_of
 
-PLAN = Path(__file__).with_name("uplink.toml")
+PLAN, SEARCH = (Path(__file__).with_name(f"{name}.toml") for name in ("uplink", "search"))
 RESULTS = ROOT / "benchmarks" / "results" / "uplink.jsonl"
+SEARCHED = RESULTS.with_stem("uplink-search")
 PAGE = ROOT / "docs" / "uplink.md"
 
 
@@ -89,9 +91,10 @@ def main() -> None:
         "--page", action="store_true", help="run nothing: summary, plot and table of the stored"
     )
     parser.add_argument("--recount", action="store_true", help="train nothing: check-ins of the stored, anew")
+    parser.add_argument("--search", action="store_true", help="arms of search.toml, on the search rows")
     args = parser.parse_args()
-    plan, until = read_plan(PLAN), time.time() + 60 * args.minutes
-    kept = Stored(args.out or (None if args.quick else RESULTS))
+    plan, until = read_plan(SEARCH if args.search else PLAN), time.time() + 60 * args.minutes
+    kept = Stored(args.out or (None if args.quick else SEARCHED if args.search else RESULTS))
     if args.recount:
         kept.recount(plan)
     for case in () if args.page or args.recount else (shortened(plan) if args.quick else plan).cases():
@@ -100,7 +103,7 @@ def main() -> None:
             continue
         kept.add(run_arm(case, args.until))
     kept.write(summary=True)
-    if kept.path:
+    if kept.path and not args.search:
         plot(kept.arms, kept.path.with_suffix(".svg"))
     if kept.path == RESULTS and (target := target_of(kept.arms)) is not None:
         write_table(kept.arms, kept.http, target, PAGE)
