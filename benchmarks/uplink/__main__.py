@@ -86,6 +86,7 @@ def main() -> None:
     parser = arguments("uplink", "bytes up and down of methods and codecs, and what they buy")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many")
     parser.add_argument("--only", default="", help="arms whose names hold this")
+    parser.add_argument("--seeds", type=int, help="the first so many seeds of each arm")
     parser.add_argument("--until", type=int, help="live each arm no further than this version")
     parser.add_argument(
         "--page", action="store_true", help="run nothing: summary, plot and table of the stored"
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="arms of search.toml, on the search rows")
     args = parser.parse_args()
     plan, until = read_plan(SEARCH if args.search else PLAN), time.time() + 60 * args.minutes
+    plan = msgspec.structs.replace(plan, seeds=plan.seeds[: args.seeds])
     kept = Stored(args.out or (None if args.quick else SEARCHED if args.search else RESULTS))
     if args.recount:
         kept.recount(plan)
