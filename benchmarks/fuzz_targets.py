@@ -28,12 +28,14 @@ from benchmarks.fuzz_inputs import (
     sound_signature,
     sound_updates,
 )
+from benchmarks.fuzz_programs import names_in, sound_programs
 from fedtt import (
     codec,
     graph_file,
     label_counts,
     manifest,
     messages,
+    program_file,
     signature,
     wire,
 )
@@ -62,6 +64,7 @@ from fedtt.messages import (
     decode_check_in,
     encode,
 )
+from fedtt.program_file import program_needs
 from fedtt.signature import parse_signature
 from fedtt.wire import decode_update, encode_update
 
@@ -105,13 +108,14 @@ def targets() -> dict[str, Target]:
         "signature": Target(_signature, (sound_signature(),)),
         "manifest": Target(_manifest, (sound_manifest(),), BundleError),
         "graph": Target(_graph, sound_graphs(), BundleError),
+        "program": Target(_program, sound_programs(), BundleError),
     }
 
 
 def decoders() -> Iterator[FunctionType]:
     """The functions whose branches guide the fuzzer."""
     read = (codec, coded, difference, plain, quantise, range_coder, wire)
-    for module in (*read, graph_file, label_counts, manifest, messages, signature):
+    for module in (*read, graph_file, label_counts, manifest, messages, program_file, signature):
         for value in vars(module).values():
             for member in vars(value).values() if isinstance(value, type) else [value]:
                 if isinstance(member, FunctionType) and member.__module__ == module.__name__:
@@ -203,6 +207,12 @@ def _graph(data: bytes) -> None:
         if isinstance(part, onnx.TensorProto):
             named = [entry.value for entry in part.external_data if entry.key == "location"]
             assert needs.files.issuperset(named)
+
+
+def _program(data: bytes) -> None:
+    """FlatBuffers' own reader finds the same operators and back ends."""
+    needs = program_needs(data, "the program")
+    assert names_in(data) == needs
 
 
 def _parts(message: Protobuf) -> Iterator[Protobuf]:

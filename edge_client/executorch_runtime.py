@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
+from edge_client.files import storage_errors
 from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
+from fedtt.graph_file import check_size
 from fedtt.layout import Theta
+from fedtt.program_file import check_program
 
-__all__ = ["LIBRARY_VARIABLE", "ExecutorchRuntime", "executorch_runtimes"]
+__all__ = ["LIBRARY_VARIABLE", "ExecutorchRuntime", "executorch_runtimes", "load_library"]
 
 LIBRARY_VARIABLE = "FEDTT_EXECUTORCH_LIBRARY"  #: names the shared library where it lies elsewhere
 
@@ -125,7 +128,11 @@ class ExecutorchRuntime:
             )
         if len(self._graphs.weights) != 1:
             raise RuntimeFailure(f"{name} needs one file of weights, the bundle has {self._graphs.weights}")
-        return _Program(library, self._bundle.path(name), self._bundle.path(self._graphs.weights[0]))
+        path = self._bundle.path(name)
+        with storage_errors(path):
+            check_size(path.stat().st_size, name)
+            check_program(path.read_bytes(), name)
+        return _Program(library, path, self._bundle.path(self._graphs.weights[0]))
 
     def _check(self, name: str, found: int) -> None:
         """Raise RuntimeFailure for more rows than memory was planned for."""
@@ -192,6 +199,11 @@ def _find() -> Path:
     if found is None or found.origin is None:
         return Path(__file__).parent / "executorch" / "build" / _NAME
     return Path(found.origin).parent / _NAME
+
+
+def load_library() -> None:
+    """Have it in the process, where it stays; RuntimeFailure where it is missing or another."""
+    _loaded(_find())
 
 
 def _open(path: Path, threads: int) -> ctypes.CDLL:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fedtt.errors import RuntimeFailure
+
 if TYPE_CHECKING:
     from edge_client.bundle import RuntimeName
 
@@ -12,11 +14,16 @@ __all__ = ["prepare"]
 
 
 def prepare(runtime: RuntimeName = "onnxruntime") -> None:
-    """Import the libraries of training; for an app to call where it starts, before its event loop runs.
+    """Load the libraries of training; for an app to call where it starts, before its event loop runs.
 
-    A device that finds them missing imports them on a thread when it first trains, which holds up the app's
+    A device that finds them missing loads them on a thread when it first trains, which holds up the app's
     loop all the same. What is not installed is left out.
     """
+    if runtime == "executorch":
+        from edge_client.executorch_runtime import load_library
+
+        with suppress(RuntimeFailure):
+            load_library()
     libraries = ("onnxruntime",) if runtime == "onnxruntime" else ()
     for name in ("numpy.random", *libraries, "tokenizers"):
         with suppress(ImportError):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedtt.errors import BundleError
 from fedtt.graph_file import check_graph
 from fedtt.manifest import Graphs, Manifest, Products
+from fedtt.program_file import check_program
 
 from .base import load_base
 from .bundle import read_bundle
@@ -92,8 +93,12 @@ def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> t
     for runtime, graphs in manifest.graphs.items():
         load = _onnxruntime if runtime == "onnxruntime" else _executorch(directory / graphs.weights[0])
         parts = tuple(_parts(graphs, model))
-        for part in parts if runtime == "onnxruntime" else ():
-            check_graph((directory / part.file).read_bytes(), part.file, graphs.weights)
+        for part in parts:
+            data = (directory / part.file).read_bytes()
+            if runtime == "onnxruntime":
+                check_graph(data, part.file, graphs.weights)
+            else:
+                check_program(data, part.file)
         differences += _compared(
             runtime, ((load(directory / part.file), part) for part in parts), shapes, model
         )

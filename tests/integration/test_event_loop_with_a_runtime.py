@@ -1,4 +1,4 @@
-"""A real client over a real bundle, with ONNX Runtime, holds up its app's loop no longer than it may."""
+"""A real client over a real bundle, in each runtime, holds up its app's loop no longer than it may."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aggregator.app import device_app
+from edge_client.executorch_runtime import LIBRARY_VARIABLE
 from fedtt.algorithms import FedAvg
 from fedtt.seams import SystemClock
 from fedtt.task import RoundSpec, TaskSpec, TrainingSpec
@@ -27,10 +28,10 @@ SPEC = TaskSpec(
 )
 
 
-async def lived(home: Path, url: str, how: str) -> dict[str, Any]:
+async def lived(home: Path, url: str, runtime: str, how: str) -> dict[str, Any]:
     """One life until its update is acknowledged, downloads and all."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.beside_a_loop", str(home), url, how),
+        *(sys.executable, "-m", "tests.support.beside_a_loop", str(home), url, runtime, how),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
@@ -44,16 +45,31 @@ async def lived(home: Path, url: str, how: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
-async def test_a_prepared_client_imports_no_library_in_its_rounds_and_holds_up_no_loop(
-    tmp_path: Path, tiny_bundle: Path
-) -> None:
+async def check(home: Path, bundle: Path, runtime: str, libraries: set[str]) -> None:
+    """libraries: that a client loads in its rounds where it is not prepared."""
     async with (
-        memory_service(tmp_path / "blobs", SPEC, tiny_bundle, SystemClock()) as service,
+        memory_service(home / "blobs", SPEC, bundle, SystemClock()) as service,
         listening(device_app(service)) as url,
     ):
-        unprepared = await lived(tmp_path / "home-unprepared", url, "unprepared")
-        found = [await lived(tmp_path / f"home-{n}", url, "prepared") for n in range(TRIES)]
-    assert {name.split(".")[0] for name in unprepared["imported"]} >= {"onnxruntime", "tokenizers"}
-    assert [each["imported"] for each in found] == [[]] * TRIES
+        unprepared = await lived(home / "unprepared", url, runtime, "unprepared")
+        found = [await lived(home / f"prepared-{n}", url, runtime, "prepared") for n in range(TRIES)]
+    assert {name.split(".")[0] for name in unprepared["loaded"]} >= libraries
+    assert [each["loaded"] for each in found] == [[]] * TRIES
     assert min(each["held_up_ms"] for each in found) < LAG_MS
+
+
+@pytest.mark.slow
+async def test_a_prepared_client_loads_no_library_in_its_rounds_and_holds_up_no_loop(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    await check(tmp_path, tiny_bundle, "onnxruntime", {"onnxruntime", "tokenizers"})
+
+
+@pytest.mark.slow
+async def test_nor_does_one_with_executorch(
+    tmp_path: Path, executorch_bundle: Path, executorch_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(executorch_library))
+    await check(
+        tmp_path, executorch_bundle, "executorch", {"libfedtt_executorch", "libexecutorch", "tokenizers"}
+    )

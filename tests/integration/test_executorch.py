@@ -8,14 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from torch import Tensor, nn
 
+from benchmarks.fuzz_programs import names_in
 from edge_client import executorch_runtime
 from edge_client.bundle import Bundle, needed_files, open_bundle
 from edge_client.executorch.build import build, pack
@@ -23,8 +27,10 @@ from edge_client.executorch_runtime import LIBRARY_VARIABLE, ExecutorchRuntime
 from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Batch, Tokens
 from export import verify_bundle
+from export.verify import verify_graphs
 from fedtt.errors import BundleError, ConfigError, RuntimeFailure
 from fedtt.layout import Theta
+from fedtt.program_file import check_program, program_needs
 from tests.support.torch_runtime import TorchRuntime, adapted_model
 
 pytestmark = pytest.mark.slow
@@ -43,6 +49,23 @@ def some_batch(bundle: Bundle, rows: int = 3) -> Batch:
     return Tokens(bundle).padded(
         *[[5 + row, 6, 7] for row in range(rows)], labels=[row % 4 for row in range(rows)]
     )
+
+
+class Noise(nn.Module):
+    """An operator that no step has, for its output is no function of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(2)
+
+
+def lowered(module: nn.Module) -> bytes:
+    """A program of it by ExecuTorch's own means."""
+    from executorch.exir import to_edge
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(module, (torch.zeros(2),))
+        return bytes(to_edge(exported).to_executorch().buffer)
 
 
 def test_verify_compares_both_runtimes_with_torch(executorch_bundle: Path, tiny_model: Path) -> None:
@@ -86,6 +109,7 @@ def test_a_process_that_trains_imports_no_torch(
 ) -> None:
     program = """
 import sys
+import warnings
 from pathlib import Path
 import numpy as np
 from edge_client.bundle import open_bundle
@@ -159,16 +183,68 @@ def test_other_weights_under_the_right_names_are_refused_by_their_hash(
         open_bundle(other, "executorch")
 
 
-def test_a_damaged_program_is_refused(bundle: Bundle, executorch_library: Path, tmp_path: Path) -> None:
-    shutil.copytree(bundle.directory, tmp_path / "damaged")
-    for contents in (b"", b"not a program", bundle.path("step.pte").read_bytes()[:2000]):
-        (tmp_path / "damaged" / "step.pte").write_bytes(contents)
-        damaged = Bundle(directory=tmp_path / "damaged", digest=bundle.digest, manifest=bundle.manifest)
-        with pytest.raises(RuntimeFailure, match=r"step\.pte cannot be loaded") as caught:
-            ExecutorchRuntime(damaged, library=executorch_library).gradient(
-                first_theta(bundle), some_batch(bundle)
-            )
-        assert "\n" not in str(caught.value)
+def with_step(bundle: Bundle, directory: Path, step: bytes) -> Bundle:
+    """A copy of the bundle with this for a step, whose hash nobody has checked."""
+    shutil.copytree(bundle.directory, directory)
+    (directory / "step.pte").write_bytes(step)
+    return Bundle(directory=directory, digest=bundle.digest, manifest=bundle.manifest)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 7, 2000, -1000])
+def test_a_damaged_program_is_refused(
+    bundle: Bundle, executorch_library: Path, tmp_path: Path, kept_bytes: int
+) -> None:
+    """Cut within the program by us; within the data behind it by the library, which maps that."""
+    damaged = with_step(bundle, tmp_path / "damaged", bundle.path("step.pte").read_bytes()[:kept_bytes])
+    error = RuntimeFailure if kept_bytes < 0 else BundleError
+    with pytest.raises(error, match=r"^step\.pte cannot be loaded.*download the bundle again$"):
+        ExecutorchRuntime(damaged, library=executorch_library).gradient(
+            first_theta(bundle), some_batch(bundle)
+        )
+
+
+def test_a_program_with_another_operator_is_refused_before_the_library_has_it(
+    bundle: Bundle, executorch_library: Path, tmp_path: Path
+) -> None:
+    """A real one, which the library would load and run: its results are drawn at random."""
+    program = lowered(Noise())
+    (tmp_path / "noise.pte").write_bytes(program)
+    library = executorch_runtime._open(executorch_library, 1)
+    alone = library.fedtt_load(os.fsencode(tmp_path / "noise.pte"), None, None, 0)
+    assert alone, "the library itself refuses it, so this test shows nothing"
+    library.fedtt_free(alone)
+    runtime = ExecutorchRuntime(with_step(bundle, tmp_path / "other", program), library=executorch_library)
+    with pytest.raises(BundleError, match=r"^step\.pte uses the operator 'aten::rand\.out'.*: not loaded; "):
+        runtime.gradient(first_theta(bundle), some_batch(bundle))
+    assert runtime.logits(first_theta(bundle), some_batch(bundle)).shape == (3, 4)  # its other programs run
+
+
+def test_verify_refuses_a_program_that_devices_refuse(
+    bundle: Bundle, executorch_bundle: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    changed = bundle.path("step.pte").read_bytes().replace(b"aten::add\0", b"aten::odd\0")
+    with_step(bundle, tmp_path / "other", changed)
+    model = adapted_model(bundle, tiny_model)
+    with pytest.raises(BundleError, match=r"step\.pte uses the operator 'aten::odd\.out'"):
+        verify_graphs(tmp_path / "other", bundle.manifest, model)
+
+
+@pytest.mark.parametrize(
+    "exported",
+    [
+        "executorch_bundle",
+        "private_executorch_bundle",
+        "integer_executorch_bundle",
+        "stories_executorch_bundle",
+    ],
+)
+def test_exported_programs_need_our_operators_alone(exported: str, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(exported)
+    programs = sorted(directory.glob("*.pte"))
+    assert programs
+    for path in programs:
+        check_program(path.read_bytes(), path.name)
+        assert program_needs(path.read_bytes(), path.name) == names_in(path.read_bytes())
 
 
 @pytest.mark.parametrize(

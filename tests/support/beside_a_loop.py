@@ -1,7 +1,8 @@
 """A real client in a process of its own whose loop is watched: `python -m tests.support.beside_a_loop`.
 
-Arguments: home, server's address, "prepared" or not. Prints one JSON object when its update is acknowledged:
-the longest that the loop was held up in milliseconds, and the extension modules that were imported meanwhile.
+Arguments: home, server's address, runtime, "prepared" or not. Prints one JSON object when its update is
+acknowledged: the longest that the loop was held up in milliseconds, and the extension modules and libraries
+of ExecuTorch that were loaded meanwhile.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import time
 from collections.abc import Set
 from pathlib import Path
 
+from edge_client.bundle import RuntimeName
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Acknowledged, Step
 from edge_client.examples import Example, Shard
+from edge_client.executorch_runtime import executorch_runtimes
+from edge_client.local_trainer import LocalTrainer
+from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.preparation import prepare
 from edge_client.session import open_device
 from tests.support.in_process import TOKEN
@@ -24,7 +29,10 @@ from tests.support.in_process import TOKEN
 EXAMPLES = Shard([Example(text, text) for text in ("alarm", "lights off", "pay", "weather")])
 
 
-async def live(home: Path, url: str) -> float:
+RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
+
+
+async def live(home: Path, url: str, runtime: RuntimeName) -> float:
     """Seconds: the longest pause of the loop, as far as this process used the processor in it.
 
     Where other programs keep it from running, or a thread runs beside the loop without holding it up, one of
@@ -42,7 +50,8 @@ async def live(home: Path, url: str) -> float:
 
     ticking = asyncio.create_task(tick())
     config = DeviceConfig(token=TOKEN)
-    async with open_device(home, server=url, examples=EXAMPLES, config=config) as device:
+    trainer = LocalTrainer(RUNTIMES[runtime]())
+    async with open_device(home, server=url, examples=EXAMPLES, config=config, trainer=trainer) as device:
         await device.consent()
         await device.run(until=_acknowledged)
     ticking.cancel()
@@ -55,20 +64,23 @@ def _acknowledged(step: Step) -> bool:
     return isinstance(step, Acknowledged)
 
 
-def extensions() -> Set[str]:
-    """Modules of compiled code that are imported by now."""
-    return {
-        name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).endswith(".so")
+def loaded() -> Set[str]:
+    """Modules of compiled code that are imported by now, and libraries of ExecuTorch."""
+    files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
+    mapped = Path("/proc/self/maps").read_text().split()
+    return {name for name, file in files.items() if file.endswith(".so")} | {
+        Path(path).name for path in mapped if "libexecutorch" in path or "libfedtt_executorch" in path
     }
 
 
 def main() -> None:
-    home, url, prepared = sys.argv[1:]
+    home, url, name, prepared = sys.argv[1:]
+    runtime: RuntimeName = "executorch" if name == "executorch" else "onnxruntime"
     if prepared == "prepared":
-        prepare()
-    before = extensions()
-    worst_s = asyncio.run(live(Path(home), url))
-    print(json.dumps({"held_up_ms": 1e3 * worst_s, "imported": sorted(extensions() - before)}))
+        prepare(runtime)
+    before = loaded()
+    worst_s = asyncio.run(live(Path(home), url, runtime))
+    print(json.dumps({"held_up_ms": 1e3 * worst_s, "loaded": sorted(loaded() - before)}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from benchmarks.fuzz_programs import program_bytes
 from fedtt.adapter import MOST_FACTORS, AdapterSpec
 from fedtt.codec import CodecSpec, check_deltas, decode_deltas, encode_delta, payload_bytes
 from fedtt.codec.difference import decode_difference, encode_difference
@@ -26,6 +27,7 @@ from fedtt.kinds import Lora, LoraTarget, Target
 from fedtt.layout import Factor, FactorLayout, LiveSet
 from fedtt.manifest import FORMAT, decode_manifest
 from fedtt.messages import Work, decode, decode_answer, decode_check_in
+from fedtt.program_file import program_needs
 from fedtt.wire import UpdateHeader, decode_theta, decode_update, encode_update, version_digest
 from tests.support.codecs import CODED, PLAIN
 
@@ -238,3 +240,20 @@ def test_a_graph_takes_six_times_its_bytes(graph: bytes, complaint: str) -> None
     assert peak_bytes(graph_needs, graph, "g") <= 6 * len(graph) + 1024 * KIB
     with pytest.raises(BundleError, match=complaint) if complaint else contextlib.nullcontext():
         graph_needs(graph, "g")
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        (program_bytes([("aten::add", "out")]), ""),
+        (program_bytes([("aten::add", "out")] * 900, plans=20), ""),  # 20 · 906 parts
+        (program_bytes([("aten::add", "out")] * 900, plans=50_000), "more than 20000 parts"),
+        (program_bytes([("a" * 200, f"{i:0200}") for i in range(1100)]), "more than 1000 operators"),
+        (program_bytes([("a" * 201, "")]), "a name of 201 bytes"),
+    ],
+    ids=["sound", "plans", "parts", "kinds", "long"],
+)
+def test_a_program_takes_two_mebibytes(program: bytes, complaint: str) -> None:
+    assert peak_bytes(program_needs, program, "p") <= 2048 * KIB
+    with pytest.raises(BundleError, match=complaint) if complaint else contextlib.nullcontext():
+        program_needs(program, "p")
