@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.device_rows import SHAPES, Row
+from benchmarks.device_rows import BASES, SHAPES, Row
 from benchmarks.page_table import put_table
 
 __all__ = ["write_tables"]
@@ -73,6 +73,10 @@ def _put(
                 for column in _COLUMNS
             ),
         )
-        for runtime, base in sorted(kinds, key=lambda kind: (list(_NAMES).index(kind[0]), kind[1] != "fp32"))
+        for runtime, base in sorted(kinds, key=_place)
     ]
     put_table(page, command, ("", "base", *_HEADINGS), rows, left=2)
+
+
+def _place(kind: tuple[str, str]) -> tuple[int, int]:
+    return list(_NAMES).index(kind[0]), BASES.index(kind[1])

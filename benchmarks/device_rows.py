@@ -20,7 +20,7 @@ PRODUCTS = "int8-products"  #: a base in int8, multiplied in int8
 BASES = ("fp32", "fp16", "int8", PRODUCTS)
 SHAPES = ((8, 64), (16, 128))
 DEPTHS = (None, 3, 2, 1)
-TURNS = 3  #: of steps in fp32 and by products in int8; the others are taken once
+TURNS = 3  #: of steps with a limit; all else is taken once
 
 Part = Literal["step", "round"]
 Kind = Literal["onnxruntime", "executorch", "torch", "peft"]
@@ -45,14 +45,16 @@ def rows(kinds: Sequence[Kind]) -> Iterator[Row]:
     for turn, (batch, tokens), part, depth in itertools.product(range(TURNS), SHAPES, PARTS, DEPTHS):
         for kind in kinds:
             for base in bases_of(kind):
-                if turn and (part == "round" or base not in ("fp32", PRODUCTS)):
-                    continue
                 row = Row(
                     part=part, runtime=kind, base=base, depth=depth, batch=batch, tokens=tokens, turn=turn
                 )
-                yield row
-                if depth is not None and kind in ("onnxruntime", "executorch"):
-                    yield replace(row, cached=True)
+                found = [row, replace(row, cached=True)] if _keeps(row) else [row]
+                yield from (row for row in found if not turn or (part == "step" and has_limit(row)))
+
+
+def _keeps(row: Row) -> bool:
+    """Whether there is something below the trained blocks that a device may keep."""
+    return row.depth is not None and row.runtime in ("onnxruntime", "executorch")
 
 
 def bases_of(kind: Kind) -> tuple[str, ...]:
