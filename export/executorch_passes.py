@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from .executorch_products import write_products
 from .quantise import Stored
 
-__all__ = ["FROZEN", "digest", "frozen_names", "shape_of", "simplify", "store"]
+__all__ = ["FROZEN", "compute_late", "digest", "frozen_names", "shape_of", "simplify", "store"]
 
 _ATEN = torch.ops.aten
 FROZEN = (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
@@ -94,6 +94,21 @@ def _value(graph: Graph, parts: list[Node], like: Node) -> Node:
     copied = graph.call_function(_ATEN._to_copy.default, (parts[0],), {"dtype": torch.float32})
     copied.meta = dict(like.meta)
     return copied if len(parts) == 1 else _made(graph, _ATEN.mul.Tensor, (copied, parts[1]), like)
+
+
+def compute_late(graph: Graph, frozen: set[str]) -> None:
+    """Put what is computed of constants alone right before the first that reads it.
+
+    Lowering orders by how far a node is from the inputs, so that all matrices would be computed at first, and
+    lie in memory together.
+    """
+    known: set[Node] = set()
+    for node in graph.nodes:
+        if node.name in frozen or (node.op == "call_function" and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in known and node.op == "call_function" and node.users:
+            min(node.users).prepend(node)
 
 
 def digest(value: Tensor) -> str:

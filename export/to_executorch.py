@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # importing it says much about torch's and its 
     from executorch.exir._serialize.data_serializer import DataPayload
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
-    from .executorch_passes import FROZEN, digest, frozen_names, simplify, store
+    from .executorch_passes import FROZEN, compute_late, digest, frozen_names, simplify, store
     from .xnnpack_calls import XnnpackCalls
 
 __all__ = ["write_programs"]
@@ -72,6 +72,9 @@ def _lower(program: ExportedProgram, stored: Mapping[int, Stored]) -> tuple[byte
         edge = to_edge(program, compile_config=config)
     with _small(program):
         edge = edge.to_backend(XnnpackCalls(_TAG))
+    calls = edge.exported_program()
+    compute_late(calls.graph, frozen_names(calls))
+    calls.graph_module.recompile()
     lowered = edge.to_executorch(ExecutorchBackendConfig(external_constants=lambda node: _TAG))
     with tempfile.TemporaryDirectory() as directory:
         lowered.write_tensor_data_to_file(directory)

@@ -104,3 +104,25 @@ def test_a_matrix_lies_in_the_file_as_it_is_stored_alone(
         assert (weight.numpy().tobytes() in data) == stored
     for whole in (model.dense.bias, *model.form.fixed(model.dense)):
         assert whole.numpy().tobytes() in data
+
+
+def test_a_matrix_is_computed_right_before_the_call_that_reads_it(
+    lowered: tuple[Model, dict[str, Stored], Path],
+) -> None:
+    """Forward and backward each anew, and it lies in memory for that call alone."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    _, stored, directory = lowered
+    plan = deserialize_pte_binary((directory / "step.pte").read_bytes()).program.execution_plan[0]
+    calls = [list(instruction.instr_args.args) for instruction in plan.chains[0].instructions]
+    computed = [
+        index
+        for index, value in enumerate(plan.values)
+        if getattr(value.val, "sizes", None) == [2 * WIDTH, WIDTH] and value.val.allocation_info is not None
+    ]
+    kept = stored.get("dense.weight")
+    steps = 0 if kept is None or kept.multiplied else 1 if kept.scale is None else 2
+    assert len(computed) == 2 * steps
+    for index in computed:
+        used = [place for place, args in enumerate(calls) if index in args]
+        assert used[-1] - used[0] <= 3  # one call may read two
