@@ -44,14 +44,19 @@ class RoLoRA(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
         check_kind(adapter, "rolora", "lora")
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
-        """One factor of every pair and the head; B until it has been folded once, for rounds may fail."""
-        turn_of_b = self._epoch(round_number) % 2 == 0 or not _b_has_moved(adapter, state)
-        frozen = {pair.a if turn_of_b else pair.b for pair in adapter.lora_pairs}
+        """One factor of every pair and the head; a pair's B until it has been folded, for rounds may fail.
+
+        Pair by pair: below `training.depth` no B is ever folded.
+        """
+        turn_of_b = self._epoch(round_number) % 2 == 0
+        frozen = {
+            pair.a if turn_of_b or not _was_folded(state, pair.b) else pair.b for pair in adapter.lora_pairs
+        }
         return LiveSet(adapter.layout, (i for i in adapter.layout.everything.indices if i not in frozen))
 
     def _epoch(self, round_number: int) -> int:
         return (round_number - 1) // self.epoch_rounds
 
 
-def _b_has_moved(adapter: AdapterSpec, state: ServerState | None) -> bool:
-    return state is not None and not np.isnan(state.norms[[pair.b for pair in adapter.lora_pairs]]).any()
+def _was_folded(state: ServerState | None, factor: int) -> bool:
+    return state is not None and not np.isnan(state.norms[factor])

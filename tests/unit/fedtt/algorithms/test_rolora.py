@@ -14,7 +14,7 @@ from fedtt.folds import Contribution
 from fedtt.layout import Theta
 from fedtt.server_optimiser import ServerState
 from fedtt.server_step import server_step
-from fedtt.task import RoundSpec, TaskSpec, parse_task
+from fedtt.task import RoundSpec, TaskSpec, TrainingSpec, parse_task
 from tests.support.ranks import lora_adapter, products
 from tests.support.trains import random_theta
 
@@ -67,6 +67,22 @@ def test_b_stays_live_until_it_has_been_folded_for_rounds_may_be_abandoned() -> 
     seen = ServerState(first=none, second=none, norms=np.ones(len(ALL), np.float32))
     assert live(2, seen) == ALL - OF_B
     assert live(3, seen) == ALL - OF_A
+
+
+def test_the_factors_take_turns_in_the_blocks_that_are_trained_though_those_below_never_are() -> None:
+    adapter = replace(ADAPTER, layers=2, depth=2)
+    spec = replace(SPEC, training=TrainingSpec(depth=1))
+    head = len(ADAPTER.layout.factors) - 4  # of two pairs, A and B each
+    theta, state = random_theta(adapter, 0), None
+    for round_number in range(1, 6):
+        chosen = spec.live(adapter, round_number, state)
+        pairs = {pair for pair in adapter.lora_pairs if {pair.a, pair.b} & set(chosen.indices)}
+        assert {pair.prefix for pair in pairs} == {"block.1.query", "block.1.value"}
+        trained = {pair.b if round_number % 2 else pair.a for pair in pairs}
+        assert set(chosen.indices) == trained | set(range(8, 8 + head))
+        given_ = [Contribution(delta=np.ones(chosen.size, np.float32), examples=1)]
+        step = server_step(spec, adapter, {None: theta}, chosen, given_, state)
+        theta, state = step.theta, step.state
 
 
 def test_a_turn_lasts_as_many_rounds_as_it_is_told_and_is_one_gauge() -> None:
