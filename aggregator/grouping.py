@@ -119,10 +119,15 @@ def next_period(
 ) -> Grouping:
     """The same groups with seats by their sizes now, paces revised; those without a device are left out.
 
+    Devices that took part in the period are placed anew, by what they have shown: so those that joined a
+    group unmeasured come to where they fit.
     base: the newest version, from which the period that ends now began. at: the time of its end.
     """
     method = promised(hierarchical(task), "a method with groups")
-    sizes = Counter(tx.members(task.id, seen_since=at - SEEN_WITHIN_S).values())
+    seen_lately = tx.members(task.id, seen_since=at - SEEN_WITHIN_S)
+    populated = [g.number for g in task.groups if g.number in seen_lately.values()]
+    moved = _placed_anew(tx, adapter, task, populated, promised(base.round_number, "a warm-up's round"))
+    sizes = Counter(moved.get(device, number) for device, number in seen_lately.items())
     alive = [group for group in task.groups if sizes[group.number]] or list(task.groups)
     split = seats(task.spec.rounds, [max(1, sizes[g.number]) for g in alive], task.spec.fold.least)
     seen = [_progress(tx, adapter, task, group, base) for group in alive]
@@ -135,13 +140,29 @@ def next_period(
         for p, (c, _, _) in zip(seen, split, strict=True)
     ]
     paces = _paces(method, adapter, task.spec.codec, now, report)
-    return Grouping(groups=_groups([g.number for g in alive], now, split, paces), report=report)
+    numbers = [group.number for group in alive]
+    return Grouping(groups=_groups(numbers, now, split, paces), members=moved, report=report)
+
+
+def _placed_anew(
+    tx: Transaction, adapter: AdapterSpec, task: Task, numbers: Sequence[int], since: int
+) -> dict[str, int]:
+    """The one of the groups `numbers` for each of their devices that took part after the round `since`."""
+    belongs = tx.members(task.id)
+    parts = [part for part in tx.participants(task.id) if belongs.get(part.device_id) in numbers]
+    shown = [part for part in parts if part.last_round > since]
+    others = [part for part in parts if part.last_round <= since]
+    if not shown:
+        return {}
+    chosen = _placed(shown, others, numbers, belongs, adapter, task)
+    return {part.device_id: number for part, number in zip(shown, chosen, strict=True)}
 
 
 def join_group(tx: Transaction, adapter: AdapterSpec, task: Task, device_id: str) -> int:
     """The group of a device that is in none yet: where it is missed most.
 
-    Of a device of which nothing was measured its name decides, which is a hash: groups grow alike.
+    Of a device of which nothing was measured its name decides, which is a hash: groups grow alike. It is
+    placed anew at the end of the first period in which it takes part.
     """
     numbers = [group.number for group in task.groups]
     part = tx.participation(task.id, device_id)
@@ -149,12 +170,23 @@ def join_group(tx: Transaction, adapter: AdapterSpec, task: Task, device_id: str
         return numbers[int(device_id[:16], 16) % len(numbers)]
     belongs = tx.members(task.id)
     parts = [p for p in tx.participants(task.id) if belongs.get(p.device_id) in numbers]
-    if not parts:
-        return numbers[0]
+    return _placed([part], parts, numbers, belongs, adapter, task)[0]
+
+
+def _placed(
+    newcomers: Sequence[Participation],
+    parts: Sequence[Participation],
+    numbers: Sequence[int],
+    belongs: Mapping[str, int],
+    adapter: AdapterSpec,
+    task: Task,
+) -> list[int]:
+    """The one of the groups `numbers` that each newcomer fits, where `parts` stay where they belong."""
     method = promised(hierarchical(task), "a method with groups")
-    *others, newcomer = _members([*parts, part], adapter)
-    chosen = place(newcomer, others, [numbers.index(belongs[p.device_id]) for p in parts], method.time_weight)
-    return numbers[chosen]
+    known = _members([*parts, *newcomers], adapter)
+    groups = [numbers.index(belongs[part.device_id]) for part in parts]
+    chosen = place(known[len(parts) :], known[: len(parts)], groups, len(numbers), method.time_weight)
+    return [numbers[group] for group in chosen]
 
 
 def changes_of(tx: Transaction, task: Task, group: Group) -> list[Version]:

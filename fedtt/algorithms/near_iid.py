@@ -67,13 +67,19 @@ def near_iid(members: Sequence[Member], groups: int, time_weight: float) -> list
     return assigned
 
 
-def place(newcomer: Member, members: Sequence[Member], groups: Sequence[int], time_weight: float) -> int:
-    """The one of groups 0..max(groups) that a newcomer joins; `groups` are those of the members."""
-    count = max(groups) + 1
-    forming = _Forming([*members, newcomer], count, time_weight)
+def place(
+    newcomers: Sequence[Member],
+    members: Sequence[Member],
+    groups: Sequence[int],
+    count: int,
+    time_weight: float,
+) -> list[int]:
+    """Which of `count` groups each newcomer joins, by the rule of `near_iid`; `groups` are the members'."""
+    forming = _Forming([*members, *newcomers], count, time_weight)
     for index, group in enumerate(groups):
         forming.put(index, group)
-    return forming.join(len(members))
+    joined = {index: forming.join(index) for index in forming.order if index >= len(members)}
+    return [joined[index] for index in sorted(joined)]
 
 
 class _Forming:

@@ -174,7 +174,26 @@ def test_a_newcomer_joins_the_group_that_lacks_its_labels_and_an_unknown_one_the
         return Member(labels=np.array(labels, np.int64))
 
     known = [of(9, 0), of(9, 0), of(0, 9), of(9, 0)]
-    assert place(of(0, 9), known, [0, 0, 1, 1], 0.3) == 0
-    assert place(of(0, 9), [*known, of(9, 0)], [0, 0, 1, 1, 0], 0.3) == 1  # the other one has no room
-    assert place(Member(), known, [0, 0, 0, 1], 0.3) == 1
-    assert place(Member(), known, [0, 1, 0, 1], 0.3) == 0
+    assert place([of(0, 9)], known, [0, 0, 1, 1], 2, 0.3) == [0]
+    full = place([of(0, 9)], [*known, of(9, 0)], [0, 0, 1, 1, 0], 2, 0.3)
+    assert full == [1]  # the other one has no room
+    assert place([Member()], known, [0, 0, 0, 1], 2, 0.3) == [1]
+    assert place([Member()], known, [0, 1, 0, 1], 2, 0.3) == [0]
+
+
+def test_a_newcomer_may_join_a_group_in_which_nobody_is_known() -> None:
+    known = [Member(time_s=1.0), Member(time_s=1.1)]
+    assert place([Member(time_s=9.0)], known, [0, 1], 3, 0.3) == [2]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_newcomers_among_no_members_are_grouped_as_all_devices_are(seed: int) -> None:
+    devices = skewed(17, 5, 0.4, seed)
+    assert place(devices, [], [], 3, 0.3) == near_iid(devices, 3, 0.3) == slow_groups(devices, 3, 0.3)
+
+
+def test_newcomers_come_to_the_groups_of_their_own_speed() -> None:
+    times = [1.0, 1.1, 5.0, 5.5, 20.0, 22.0]
+    members = [Member(time_s=t) for t in times]
+    late = [Member(time_s=t) for t in (21.0, 5.2, 1.05, 19.0, 1.2, 4.8)]
+    assert place(late, members, [0, 0, 1, 1, 2, 2], 3, 0.3) == [2, 1, 0, 2, 0, 1]
