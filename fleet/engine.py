@@ -127,6 +127,9 @@ class Fleet:
         self._closed = False  #: to whoever arrives
         self._gone = 0  #: devices that come no more
         self.last_waited_for = ""  #: why the server last had a device wait
+        self.last_rested_for = ""  #: why a device last asked for nothing
+        self._waits = np.full(population.size, -1, np.int32)  #: in which `_asking` it was told to wait
+        self._asking, self._waiting = 0, 0  #: the latter counts those of now
         self._horizon = -np.inf  #: arrivals up to here wait in the clock's own queue
 
     def _config(self, profile: Profile) -> DeviceConfig:
@@ -147,9 +150,34 @@ class Fleet:
         return self._gone >= self.population.size
 
     @property
+    def all_wait(self) -> bool:
+        """Whether all that still come were told to wait since the last lease, or since `ask_again`."""
+        return self._waiting >= self.population.size - self._gone
+
+    def ask_again(self) -> None:
+        """Forget who was told to wait."""
+        self._asking, self._waiting = self._asking + 1, 0
+
+    def _told_to_wait(self, index: int) -> None:
+        if self._waits[index] != self._asking:
+            self._waits[index] = self._asking
+            self._waiting += 1
+
+    def _has_gone(self, index: int) -> None:
+        self._gone += 1
+        self._waiting -= int(self._waits[index] == self._asking)
+
+    @property
     def awake(self) -> int:
         """Devices that exist now."""
         return len(self._awake)
+
+    @property
+    def why_time_was_over(self) -> str:
+        """Why a run that ends for its time has not come further, as far as devices have heard."""
+        heard = {"was last told": self.last_waited_for, "last rested because": self.last_rested_for}
+        told = [f"a device {how}: {why}" for how, why in heard.items() if why]
+        return "; ".join(["its time (fleet.last_s) was over", *told])
 
     def start(self) -> None:
         """Let every device come for the first time, spread evenly."""
@@ -198,7 +226,7 @@ class Fleet:
         now = self.time.now()
         window = self._availability.window(index, now)
         if window is None or self._closed:
-            self._gone += 1
+            self._has_gone(index)
             return
         start, end = window
         if now < start:
@@ -324,6 +352,11 @@ class Fleet:
             self.population.participations[index] += 1
         elif type(event) is events.Waiting:
             self.last_waited_for = event.reason
+            self._told_to_wait(index)
+        elif type(event) is events.Granted:
+            self.ask_again()
+        elif type(event) is events.Resting:
+            self.last_rested_for = event.reason
         elif type(event) is events.GaveUp and event.code is not FailureCode.CONDITIONS:
             self.population.failures[index] += 1
             if self.population.failures[index] >= _FAILURES:
@@ -343,7 +376,7 @@ class Fleet:
         if not self.population.left_out[index]:
             self.population.leave_out(index)
             self.left_out[reason] += 1
-            self._gone += 1
+            self._has_gone(index)
             _log.warning("device %d cannot take part and is left out: %s", index, reason)
 
 

@@ -15,6 +15,7 @@ from edge_client.examples import Example
 from edge_client.files import file_digest
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.runtime import Runtimes
+from fleet.able import check_able
 from fleet.availability import Always, Availability, Nightly, Trace, read_trace
 from fleet.conditions import Daily
 from fleet.data import RowShard, deal, read_labelled
@@ -60,10 +61,13 @@ def prepare(spec: FleetSpec) -> Experiment:
     population = Population(
         size=spec.fleet.devices, shards=spec.shards, profiles=spec.profiles, seed=spec.fleet.seed
     )
+    shards = deal(spec, table, labels)
+    if spec.fleet.bound is None:
+        check_able(spec.task, population, shards)
     return Experiment(
         spec=spec,
         bundle=bundle,
-        shards=deal(spec, table, labels),
+        shards=shards,
         evaluation=read_labelled(spec.evaluation.data, labels) if spec.evaluation else None,
         population=population,
         availability=_availability(spec, population),

@@ -98,11 +98,14 @@ async def _until_over(fleet: Fleet, clock: RealTime, end_s: float, stopped: Call
 
 def _outcome(experiment: Experiment, fleet: Fleet, state: str, directory: Path, wall_s: float) -> Outcome:
     books, population = fleet.participations, experiment.population
-    reasons = {"finished": fleet.last_waited_for, "ended early": "no device will come again"}
+    reasons = {
+        "finished": fleet.last_waited_for,
+        "ended early": "no device will come again" if fleet.is_over else fleet.why_time_was_over,
+    }
     return Outcome(
         task=experiment.spec.task.name,
         state=state,
-        reason=reasons.get(state, "") if state == "finished" or fleet.is_over else "",
+        reason=reasons.get(state, ""),
         versions=None,
         sha256=None,
         accuracy=None,

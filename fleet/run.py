@@ -125,6 +125,8 @@ class _Run:
             judges=experiment.judges(),
         )
         self._last: VersionLine | None = None
+        self._asked_at: int | None = None  #: the round at which all were last asked again
+        self._stood_still = False
 
     def live(self, stopped: Callable[[], bool]) -> Outcome:
         fleet, server, clock = self._fleet, self._server, self._time
@@ -132,7 +134,7 @@ class _Run:
         self._on_version(server.version)
         fleet.start()
         server.run_clock()
-        clock.run(lambda: server.ended or fleet.is_over or stopped(), end_s)
+        clock.run(lambda: server.ended or fleet.is_over or self._stands_still() or stopped(), end_s)
         interrupted = not server.ended and stopped()
         if server.ended:
             fleet.close()
@@ -144,6 +146,20 @@ class _Run:
             self._files.end(outcome, self._experiment.population, judged)
             self._files.result(self._result())
         return outcome
+
+    def _stands_still(self) -> bool:
+        """Whether nobody can be taken any more: all have been told to wait, and a round waits for anyone.
+
+        Asked a second time at that round: what they were told before may have been of an earlier one.
+        """
+        if not self._fleet.all_wait or (awaited := self._server.awaited) is None:
+            return False
+        if awaited != self._asked_at:
+            self._asked_at = awaited
+            self._fleet.ask_again()
+            return False
+        self._stood_still = True
+        return True
 
     def _on_version(self, version: Version) -> None:
         books, rounds = self._fleet.participations, self._experiment.spec.task.rounds
@@ -199,8 +215,7 @@ class _Run:
         if interrupted:
             state, reason = "interrupted", ""
         elif server.task.state is TaskState.ACTIVE:
-            state = "ended early"
-            reason = "no device will come again" if fleet.is_over else "its time (fleet.last_s) was over"
+            state, reason = "ended early", self._why_early()
         return Outcome(
             task=server.task.spec.name,
             state=state,
@@ -222,3 +237,11 @@ class _Run:
             frame_bytes=books.frame_bytes,
             directory=str(self._files.directory),
         )
+
+    def _why_early(self) -> str:
+        fleet = self._fleet
+        if fleet.is_over:
+            return "no device will come again"
+        if self._stood_still:
+            return f"no device can be taken any more: {fleet.last_waited_for}"
+        return fleet.why_time_was_over

@@ -8,6 +8,7 @@ from pathlib import Path
 from aggregator.admin import open_task
 from aggregator.coordinator import Coordinator
 from aggregator.promised import promised
+from aggregator.rules import seat_open_to_all
 from aggregator.service import Service
 from aggregator.token_files import token_sha256
 from fedtt.errors import FedttError
@@ -18,7 +19,7 @@ from fedtt.task import TaskSpec
 from fleet.in_process import InProcess, Shelf
 from fleet.virtual_time import VirtualTime, at_once
 from storage.blobs import BlobStore, save
-from storage.records import MAIN, Bundle, Task, TaskState, Token, Version, rank_branch
+from storage.records import MAIN, Bundle, RoundState, Task, TaskState, Token, Version, rank_branch
 from storage.store import Store
 
 __all__ = ["TOKEN", "FleetServer"]
@@ -118,6 +119,21 @@ class FleetServer:
     @property
     def ended(self) -> bool:
         return self.task.state is not TaskState.ACTIVE
+
+    @property
+    def awaited(self) -> int | None:
+        """The number of the round that any device may begin and none has, 0 before the first.
+
+        None while there is none, and where groups wait for one another.
+        """
+        with self.service.store.reading() as tx:
+            round_ = tx.latest_round(self.task.id, MAIN)
+        if round_ is None:
+            return 0
+        begun = round_.state is not RoundState.OPEN or round_.deadline_at is not None
+        if self.task.groups or begun or not seat_open_to_all(self.task.spec.rounds, round_, self._time.now()):
+            return None
+        return round_.number
 
     def _latest(self) -> Version:
         with self.service.store.reading() as tx:

@@ -290,7 +290,33 @@ def test_a_fleet_whose_devices_all_fail_ends_and_says_why(file: Path) -> None:
     assert "training needs 100 MB" in next(iter(outcome.left_out))
 
 
+def test_a_fleet_of_which_nobody_can_be_taken_any_more_ends_and_says_why(file: Path) -> None:
+    """Rounds take more than the quorum that the numbers were checked for: 8 and 8 of 20, then 4."""
+    sampling = '\n[task.sampling]\nstrategy = "uniform"\nparticipation_cap = 1\n'
+    text = FILE.replace("buffer = 6", "quorum = 3").replace("dropout = 0.2", "")
+    file.write_text(text[: text.index("[faults]")] + sampling)
+    outcome = lived(file, "run")
+    assert (outcome.state, outcome.versions) == ("ended early", 3)
+    told = "it has sent 1 updates, the task takes 1 of a device"
+    assert outcome.reason == f"no device can be taken any more: {told}"
+    assert outcome.virtual_s < 3600
+
+
+def test_a_run_that_ends_for_its_time_says_what_devices_heard_last(file: Path) -> None:
+    conditions = '\n[conditions]\nkind = "daily"\nzones_h = 0.0\nfrom_h = 12.0\n'
+    text = FILE.replace("dropout = 0.2", 'power = "battery"\nlimits = { only_charging = true }')
+    text = text.replace(
+        'name = "board"', 'name = "board"\npower = "battery"\nlimits = { only_charging = true }'
+    )
+    file.write_text(text.replace("seed = 4", "seed = 4\nlast_s = 3600") + conditions)
+    outcome = lived(file, "run")
+    assert (outcome.state, outcome.versions) == ("ended early", 0)
+    rested = "a device last rested because: it is not charging"
+    assert outcome.reason == f"its time (fleet.last_s) was over; {rested}"
+
+
 Change = Callable[[str], str]
+SAMPLING = '\n[task.sampling]\nstrategy = "uniform"\n'
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "an unknown section": (lambda t: t + "\n[nonsense]\n", "nonsense"),
@@ -328,6 +354,38 @@ REFUSED: dict[str, tuple[Change, str]] = {
             + '\n[task.method]\nname = "hier-fedtt"\ngroups = 21\n'
         ),
         "task.method.groups",
+    ),
+    "a cap that its devices reach before the last round": (
+        lambda t: t.replace("buffer = 6", "quorum = 7") + f"{SAMPLING}participation_cap = 2\n",  # 40 of 42
+        "task.sampling.participation_cap",
+    ),
+    "a separation for which there are too few devices": (
+        lambda t: t.replace("buffer = 6", "quorum = 7") + f"{SAMPLING}separation = 3\n",  # 21 of 20
+        "task.sampling.separation",
+    ),
+    "too few devices with enough rows": (
+        lambda t: t.replace("alpha = 1.0", "alpha = 1.0, least = 1").replace(
+            'name = "lights"', 'name = "lights"\nmin_examples = 100'
+        ),
+        "fleet.devices",
+    ),
+    "too few devices with enough memory": (
+        lambda t: (
+            t.replace("up_bps", "memory_mb = 99\nup_bps")
+            .replace("buffer = 6", "quorum = 8")
+            .replace("share = 3", "share = 0.5")
+            + "\n[task.budget]\nmemory_mb = 100\n"
+        ),
+        "fleet.devices",
+    ),
+    "limits that never hold": (
+        lambda t: (
+            t.replace("up_bps", 'network = "metered"\nlimits = { only_unmetered = true }\nup_bps')
+            .replace("buffer = 6", "quorum = 8")
+            .replace("share = 3", "share = 0.5")
+            + '\n[conditions]\nkind = "daily"\n'
+        ),
+        "fleet.devices",
     ),
     "no trace": (
         lambda t: t + '\n[availability]\nkind = "trace"\nfile = "none.csv"\n',
