@@ -1,7 +1,7 @@
 """Who is in a fleet: a few numbers for each device, and the state of those that have one.
 
 A device costs its row of the arrays below (about 45 bytes) and, once it has enrolled, what its journal says
-(about 0.4 kB, beside what the server's store keeps of it);
+(about 0.6 kB, beside what the server's store keeps of it);
 everything else exists only while the device is awake.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,8 +21,7 @@ from fleet.profiles import Profile
 __all__ = ["Population", "StatePlace", "device_key"]
 
 _NEVER = float("inf")
-_DECODER = msgspec.msgpack.Decoder(State)
-_NEW = [(name, getattr(State(), name)) for name in State.__struct_fields__]
+_NEW = State()  #: of every device's first journal, so that all share its empty dicts
 
 
 def device_key(seed: int, index: int) -> bytes:
@@ -49,7 +47,7 @@ class Population:
         self.exchanges = np.zeros(size, np.int32)  #: with the server, counted where faults are drawn for them
         self.has_bundle = np.zeros(size, np.bool_)
         self.left_out = np.zeros(size, np.bool_)
-        self._states: dict[int, bytes] = {}  #: msgpack of what differs from a new one's
+        self._states: dict[int, State] = {}  #: immutable: what two have in common is there once
 
     def speed_factor(self, index: int) -> float:
         """By which this device is slower than its kind; log-normal with median 1."""
@@ -58,14 +56,14 @@ class Population:
             return 1.0
         return float(np.exp(spread * rng_for(self.seed, Purpose.PROFILES, 1, index).standard_normal()))
 
-    def state(self, index: int) -> State | None:
-        encoded = self._states.get(index)
-        return None if encoded is None else _DECODER.decode(encoded)
+    def state(self, index: int) -> State:
+        """What a device's journal said last, or a new one's says."""
+        return self._states.get(index, _NEW)
 
     def keep(self, index: int, state: State) -> None:
         """Keep what a device's journal says until it comes again."""
         if state.device:
-            self._states[index] = _encoded(state)
+            self._states[index] = state
 
     def leave_out(self, index: int) -> None:
         """It comes no more."""
@@ -76,20 +74,14 @@ class Population:
 class StatePlace:
     """A journal's place in memory, while its device is awake."""
 
-    def __init__(self, state: State | None) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
-    def read(self) -> State | None:
+    def read(self) -> State:
         return self._state
 
     def write(self, state: State) -> None:
         self._state = state
-
-
-def _encoded(state: State) -> bytes:
-    """About 0.3 kB, where an object with its dicts takes one."""
-    told = {name: found for name, new in _NEW if (found := getattr(state, name)) != new}
-    return bytes(bytearray(msgspec.msgpack.encode(told)))  # a copy without the room that encoding grew to
 
 
 def _dealt(shares: Sequence[float], size: int, seed: int) -> NDArray[np.uint16]:
