@@ -105,6 +105,8 @@ def check_upload(limit_bytes: int | None, plan: Plan, live: LiveSet, labels: int
 
     labels: whose counts go with it.
     """
+    if limit_bytes is None:
+        return
     longest = update_limit_bytes(payload_bytes(plan.codec, live), labels)
-    if limit_bytes is not None and longest > limit_bytes:
+    if longest > limit_bytes:
         raise Declined(f"an update may have {longest} bytes, {limit_bytes} may be sent", "traffic")

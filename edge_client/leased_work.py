@@ -44,7 +44,7 @@ __all__ = ["LeaseOverError", "LeasedWork"]
 class _Begun(NamedTuple):
     """What a training that has begun will need of its journal."""
 
-    pace: str  #: where its pace is noted
+    pace: str  #: where its pace is noted; "" where its time has no limit
     residual_key: str
     residual: bytes
     label_counts: bytes
@@ -144,7 +144,8 @@ class LeasedWork:
         live = adapter.layout.live_set(plan.live)
         labels = len(bundle.manifest.labels) if plan.label_epsilon and self._config.label_epsilon else 0
         check_upload(budget.upload_bytes, plan, live, labels)
-        pace = pace_key(plan, trained_depth(adapter, live.indices))
+        limited = budget.time_s is not None
+        pace = pace_key(plan, trained_depth(adapter, live.indices)) if limited else ""
         if known := journal.state.paces.get(pace):
             count = rows(plan, self._examples.count())
             check_time(budget.time_s, known.expected_s(count, self._clock.now()))

@@ -32,6 +32,7 @@ __all__ = [
 Delta = NDArray[np.float32]
 
 _PLAIN, _CODED = b"\0", b"\1"
+_F4 = np.dtype("<f4")
 
 
 def payload_bytes(codec: CodecSpec, live: LiveSet) -> int:
@@ -61,7 +62,7 @@ def encode_delta(codec: CodecSpec, live: LiveSet, delta: Delta, rng: np.random.G
     if not _all_finite(delta):
         raise WireError("the delta is not finite: training diverged; lower the learning rate")
     if codec.quantise == "fp32":
-        return delta.astype("<f4").tobytes()
+        return delta.astype(_F4, copy=False).tobytes()
     if codec.keep < 1 or codec.threshold:
         delta = largest(delta, codec.keep, codec.threshold)
     noise = rng if codec.rounding == "stochastic" else None
@@ -98,7 +99,7 @@ def decode_deltas(codec: CodecSpec, live: LiveSet, payloads: Sequence[bytes]) ->
             _put(_coded_runs(codec, live, payload), delta[None])
     elif codec.quantise == "fp32":
         joined = payloads[0] if len(payloads) == 1 else b"".join(payloads)
-        deltas = np.frombuffer(joined, "<f4").astype(np.float32, copy=False).reshape(len(payloads), -1)
+        deltas = np.frombuffer(joined, _F4).astype(np.float32, copy=False).reshape(len(payloads), -1)
     else:
         deltas = np.empty((len(payloads), live.size), np.float32)
         _put(_plain_runs(codec, live, payloads), deltas)
