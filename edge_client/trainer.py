@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -75,8 +74,7 @@ def trained_adapter(plan: Plan, manifest: Manifest) -> AdapterSpec:
         raise BundleError(f"the plan does not fit its bundle: {error}") from None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TrainingRequest:
+class TrainingRequest(Struct, frozen=True, eq=False, kw_only=True):
     """Everything a local training is made from."""
 
     plan: Plan

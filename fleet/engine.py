@@ -45,6 +45,7 @@ T = TypeVar("T")
 _log = logging.getLogger("fedtt.fleet")
 _REBOOT_S = 60.0  #: after which a device that vanished is there again
 _AWAITED = 4096  #: arrivals that wait in the clock's own queue; the others wait in an array
+_GOES_ON = {events.Retrying, events.Dropped, events.Judged}  #: with what it remembers of this visit
 _FAILURES = 3  #: with no training between them, after which a device counts as one that cannot train
 
 
@@ -329,8 +330,7 @@ class Fleet:
     def _rests(self, journal: Journal, step: events.Step) -> bool:
         """Whether a client could as well be started anew after its pause."""
         comes_anew = self.settings.visit_every_s is not None and type(step) is events.Acknowledged
-        goes_on = type(step) in {events.Retrying, events.Dropped, events.Judged}
-        if goes_on or not (step.pause_s > 0 or comes_anew):
+        if type(step) in _GOES_ON or not (step.pause_s > 0 or comes_anew):
             return False
         return isinstance(journal.state.phase, Idle)
 
@@ -364,6 +364,8 @@ class Fleet:
 
     def _count(self, index: int, link: Link) -> None:
         """Move what has travelled to the books."""
+        if not (link.sent_bytes or link.received_bytes or link.bundle_bytes):
+            return
         population, totals = self.population, self.participations.traffic
         population.sent_bytes[index] += link.sent_bytes
         population.received_bytes[index] += link.received_bytes

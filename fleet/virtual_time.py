@@ -8,10 +8,10 @@ lives give the same order on any machine. This is no asyncio loop, and needs non
 from __future__ import annotations
 
 import gc
-import heapq
 from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
+from heapq import heappop, heappush
 from types import coroutine
 from typing import Any, TypeVar
 
@@ -124,12 +124,12 @@ class VirtualTime:
             life.kill()
             raise RuntimeError(f"a life under a virtual clock awaited {wake_at!r}, which only asyncio can do")
         self._asked += 1
-        heapq.heappush(self._due, (wake_at, self._asked, life))
+        heappush(self._due, (wake_at, self._asked, life))
 
     def call_at(self, at: float, call: Callable[[], None]) -> None:
         """Have something called at a time; at once where that has passed."""
         self._asked += 1
-        heapq.heappush(self._due, (at, self._asked, call))
+        heappush(self._due, (at, self._asked, call))
 
     def run(self, until: Callable[[], bool], end_s: float = float("inf")) -> None:
         """Let time pass to `end_s` at most, or until `until` says so: it is asked first and after every call.
@@ -144,7 +144,7 @@ class VirtualTime:
                 if due[0][0] > end_s:
                     self._now = end_s
                     return
-                at, _, next_one = heapq.heappop(due)
+                at, _, next_one = heappop(due)
                 if at > self._now:
                     self._now = at
                 if isinstance(next_one, Life):

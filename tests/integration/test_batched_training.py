@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from msgspec.structs import replace as changed
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, open_bundle
@@ -178,7 +178,7 @@ def test_passes_beside_one_another_give_the_bits_of_one_after_another(case: tupl
 
 def test_what_lies_below_the_adapters_is_computed_once_an_example(case: tuple[Bundle, str]) -> None:
     bundle, model = case
-    training = changed(SGD, local_steps=12)
+    training = replace(SGD, local_steps=12)
     requests = requests_of(bundle, WORDS, COUNTS, training=training)
     pool = onnx_pool(bundle, model=model)
     _updates(pool, requests)
@@ -209,7 +209,7 @@ def test_a_device_that_cannot_train_harms_no_other(tiny: tuple[Bundle, str]) -> 
     wanted = _updates(onnx_pool(bundle, model=model), requests[:2])
     foreign = replace(requests[2], examples=Shard([Example("lights on", "no such label")]))
     empty = replace(requests[3], examples=Shard([]))
-    hot = changed(requests[4].plan, training=changed(SGD, learning_rate=10, momentum=0.99, local_steps=60))
+    hot = replace(requests[4].plan, training=replace(SGD, learning_rate=10, momentum=0.99, local_steps=60))
     diverging = replace(requests[4], plan=hot)
     pool = onnx_pool(bundle, model=model)
     good = [pool.submit(requests[0])]
@@ -254,7 +254,7 @@ def test_only_what_is_outstanding_together_is_computed_together(tiny: tuple[Bund
 def test_without_graphs_and_model_the_pool_says_what_it_needs(
     tiny: tuple[Bundle, str], tmp_path: Path
 ) -> None:
-    bundle = replace(tiny[0], directory=tmp_path / "elsewhere")
+    bundle = dataclasses.replace(tiny[0], directory=tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="model"):
         OnnxBackend(bundle)
 
@@ -262,7 +262,8 @@ def test_without_graphs_and_model_the_pool_says_what_it_needs(
 def test_another_bundle_than_the_pools_is_refused(tiny: tuple[Bundle, str]) -> None:
     bundle, model = tiny
     (request,) = requests_of(bundle, WORDS, (4,))
-    handle = onnx_pool(bundle, model=model).submit(replace(request, bundle=replace(bundle, digest="0" * 64)))
+    other = dataclasses.replace(bundle, digest="0" * 64)
+    handle = onnx_pool(bundle, model=model).submit(replace(request, bundle=other))
     with pytest.raises(BundleError, match="000000000000"):
         handle.result()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from msgspec.structs import replace as changed
+from msgspec.structs import replace
 
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.onnx_runtime import onnx_runtimes
@@ -67,7 +66,7 @@ def test_the_same_update_comes_of_it(
     large, small, model = bundles
     own = requests_of(small, WORDS, COUNTS, method=METHODS[kind])
     lent = [
-        replace(request, bundle=large, plan=changed(request.plan, bundle=large.digest, rank=1))
+        replace(request, bundle=large, plan=replace(request.plan, bundle=large.digest, rank=1))
         for request in own
     ]
     pool = onnx_pool(large, model=str(model), threads=1) if batched else OneByOnePool(onnx_runtimes())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace as changed
+from msgspec.structs import replace
 
 from edge_client.bundle import Bundle
 from edge_client.examples import Example, Shard
@@ -66,8 +65,8 @@ def test_requests_arrive_as_they_were_sent_in_their_order(bundle: Bundle) -> Non
     pair = Example("lights on", "on", source="row 3", text_pair="off")
     sent = [
         third,
-        replace(first, residual=b"\x01\x02", plan=changed(first.plan, round=7)),
-        replace(second, examples=Shard([pair]), version=b"other", plan=changed(first.plan, version="f" * 64)),
+        replace(first, residual=b"\x01\x02", plan=replace(first.plan, round=7)),
+        replace(second, examples=Shard([pair]), version=b"other", plan=replace(first.plan, version="f" * 64)),
     ]
     found = decode_work(encode_work(sent), bundle)
     assert len(found) == 3
