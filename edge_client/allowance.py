@@ -28,6 +28,7 @@ __all__ = [
 _PACES_KEPT = 16  #: of bundles and depths
 _PRIVATE_TASKS_KEPT = 64
 _FORGOTTEN = "\0"  #: no task's name: the most that was spent of one which made room
+_WHOLE_FROM_S = 100.0  #: above it a fraction of a second tells nobody anything
 _LASTS_S = 30 * 86400.0  #: by then a device may have become faster, or been replaced
 
 
@@ -87,7 +88,8 @@ def check_memory(plan: Plan, budget: Budget, free_mb: int | None) -> None:
 def check_time(limit_s: float | None, expected_s: float | None) -> None:
     """Raise Declined where a training is expected to take longer than it may."""
     if limit_s is not None and expected_s is not None and expected_s > limit_s:
-        raise Declined(f"training would take {expected_s:.0f} s here, it may take {limit_s:g}", "time")
+        takes = f"{expected_s:.3g}" if expected_s < _WHOLE_FROM_S else f"{expected_s:.0f}"
+        raise Declined(f"training would take {takes} s here, it may take {limit_s:g}", "time")
 
 
 def check_download(limit_bytes: int | None, manifest: Manifest, missing_bytes: int) -> None:

@@ -18,6 +18,7 @@ from fedtt.rng import Purpose, rng_for
 __all__ = ["Shards", "by_user", "dirichlet", "few_labels", "iid", "lognormal", "zipf"]
 
 Shards = list[list[int]]
+_GREATEST_ALPHA = 1e9  #: far from where shares differ; much above it their sum is infinite
 
 
 def iid(rows: int, devices: int, seed: int, least: int = 1) -> Shards:
@@ -33,8 +34,8 @@ def dirichlet(labels: Sequence[int], devices: int, alpha: float, seed: int, leas
     has at least `least` rows. Raises ConfigError where that cannot be had.
     """
     _check_rows(len(labels), devices, least)
-    if not 0 < alpha < float("inf"):
-        raise ConfigError("alpha", alpha, "a number above 0")
+    if not 0 < alpha <= _GREATEST_ALPHA:
+        raise ConfigError("alpha", alpha, f"a number above 0, at most {_GREATEST_ALPHA:g}")
     rng = rng_for(seed, Purpose.PARTITION)
     array = np.asarray(labels)
     for _ in range(1000):

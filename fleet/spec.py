@@ -217,14 +217,26 @@ class FleetSpec(FleetFile, frozen=True, kw_only=True):
             raise ConfigError("task.method.groups", method.groups, allowed)
 
     def _check_conditions(self) -> None:
-        """Limits have something to be held against, and one section says when devices charge."""
-        for profile in self.profiles:
-            if isinstance(self.conditions, NoneSpec) and profile.limits != Limits():
-                field = f"profiles.{profile.name}.limits"
-                raise ConfigError(field, profile.limits, "given with conditions.kind = 'daily' alone")
+        """Limits, power and network mean something, and one section says when devices charge."""
+        if isinstance(self.conditions, NoneSpec):
+            for profile in self.profiles:
+                self._check_unread(profile)
         if isinstance(self.conditions, DailySpec) and isinstance(self.availability, NightlySpec):
             allowed = "another kind with conditions, which say when devices charge"
             raise ConfigError("availability.kind", "nightly", allowed)
+
+    def _check_unread(self, profile: Profile) -> None:
+        """Nothing is said of a device that no conditions would read."""
+        charges = isinstance(self.availability, NightlySpec)
+        daily = "conditions.kind = 'daily'"
+        for name, idle, read_with in (
+            ("limits", profile.limits == Limits(), daily),
+            ("power", profile.power == "mains" or charges, f"{daily} or availability.kind = 'nightly'"),
+            ("network", profile.network == "home", daily),
+        ):
+            if not idle:
+                field = f"profiles.{profile.name}.{name}"
+                raise ConfigError(field, getattr(profile, name), f"given with {read_with} alone")
 
     def _check_bound(self) -> None:
         """Nothing is said of what a federation alone has."""

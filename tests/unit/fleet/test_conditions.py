@@ -195,6 +195,12 @@ DAYS = '[conditions]\nkind = "daily"\n'
             "",
             r"profiles\.phone\.limits = .* given with conditions\.kind = 'daily' alone",
         ),
+        ("", "", r"profiles\.phone\.power = 'battery' .* or availability\.kind = 'nightly' alone"),
+        (
+            "",
+            '[availability]\nkind = "nightly"\n[[profiles]]\nname = "abroad"\nnetwork = "metered"',
+            r"profiles\.abroad\.network = 'metered' .* given with conditions\.kind = 'daily' alone",
+        ),
         ("max_temperature_c = 40.0", DAYS, r"phone\.limits\.max_temperature_c = 40\.0 .*has a temperature"),
         ("", f'{DAYS}[availability]\nkind = "nightly"', r"availability\.kind = 'nightly' .*another kind"),
         ("", '[conditions]\nkind = "weekly"', r"conditions\.kind = 'weekly' .*one of 'daily', 'none'"),

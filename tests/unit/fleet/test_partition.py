@@ -118,3 +118,9 @@ def test_what_cannot_be_dealt_is_refused_by_name(field: str, deal: Callable[[], 
     with pytest.raises(ConfigError) as caught:
         deal()
     assert caught.value.field == field
+
+
+def test_an_alpha_that_is_too_large_is_told_so_and_the_largest_deals() -> None:
+    with pytest.raises(ConfigError, match=r"alpha = 1e\+308 .*at most 1e\+09"):
+        dirichlet(LABELS, 5, 1e308, 0)
+    assert sum(map(len, dirichlet(LABELS, 5, 1e9, 0))) == len(LABELS)
