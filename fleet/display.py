@@ -19,20 +19,23 @@ _BAR = 16
 class _Display:
     """A progress bar at the bottom where there is a terminal, and lines above it."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int | None) -> None:
+        """total: rounds; None where nobody knows."""
         self._console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._task = self._progress.add_task("preparing", total=total)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._console.is_terminal:  # else its end would be an empty line
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def say(self, stage: str) -> None:
         self._console.print(f"· {stage}")
@@ -67,3 +70,12 @@ class FleetDisplay(_Display):
         self._progress.update(
             self._task, completed=line.version, description=f"round {(line.round or 0) + 1}"
         )
+
+    def show_seen(self, line: VersionLine) -> None:
+        """One line for each version that devices of this fleet were given, by a server elsewhere."""
+        sent, received = f"{line.sent_bytes / 1e6:8.2f} MB up", f"{line.received_bytes / 1e6:8.2f} MB down"
+        taken = f"{line.outcomes.get('acknowledged', 0):6d} updates taken"
+        self._console.print(
+            f"version {line.version:4d} {taken} {sent} {received} {line.wall_s:6.0f} s", highlight=False
+        )
+        self._progress.update(self._task, description=f"round {line.round}")

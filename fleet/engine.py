@@ -128,6 +128,7 @@ class Fleet:
         self._closed = False  #: to whoever arrives
         self._gone = 0  #: devices that come no more
         self.last_waited_for = ""  #: why the server last had a device wait
+        self.newest: events.Granted | None = None  #: the first lease of the newest version
         self.last_rested_for = ""  #: why a device last asked for nothing
         self._waits = np.full(population.size, -1, np.int32)  #: in which `_asking` it was told to wait
         self._asking, self._waiting = 0, 0  #: the latter counts those of now
@@ -355,6 +356,8 @@ class Fleet:
             self._told_to_wait(index)
         elif type(event) is events.Granted:
             self.ask_again()
+            if self.newest is None or event.version_number > self.newest.version_number:
+                self.newest = event
         elif type(event) is events.Resting:
             self.last_rested_for = event.reason
         elif type(event) is events.GaveUp and event.code is not FailureCode.CONDITIONS:

@@ -6,11 +6,9 @@ import argparse
 import asyncio
 import signal
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from fedtt.cli import add_command, add_group, print_json
 from fedtt.errors import ConfigError, FedttError
@@ -20,9 +18,18 @@ if TYPE_CHECKING:
     from fleet import run_files
     from fleet.experiment import Experiment
     from fleet.pool import Pool
-    from fleet.ray_pool import RayPool
+    from fleet.pools import Opener
 
 __all__ = ["register_fleet"]
+
+
+class _Told(TypedDict):
+    """What both ways of living an experiment are told."""
+
+    fresh: bool
+    stopped: Callable[[], bool]
+    opener: Opener | None
+    on_version: Callable[[run_files.VersionLine], None]
 
 
 def register_fleet(commands: Commands) -> None:
@@ -82,17 +89,19 @@ def _run_fleet(args: argparse.Namespace) -> int:
 
     _check_together(args)
     directory = args.dir or Path(f"{args.file.stem}-run")
-    experiment, pool = _over_ray(args, prepare(read_fleet(args.file)))
-    with closing(pool) if pool else nullcontext():
-        try:
-            outcome = _lived(args, experiment, directory, _ask_to_stop(), pool)
-        except PoolLost as error:
-            raise FedttError(f"{error}; the same command goes on from here") from None
+    spec = read_fleet(args.file)
+    if args.server is not None and spec.fleet.bound is not None:
+        raise ConfigError("fleet.bound", spec.fleet.bound, "none with --server")
+    experiment, opener = _over_ray(args, prepare(spec))
+    try:
+        outcome = _lived(args, experiment, directory, _ask_to_stop(), opener)
+    except PoolLost as error:
+        raise FedttError(f"{error}; the same command goes on from here") from None
     write_report([directory], directory / "report.html")
     if args.json:
         print_json(outcome)
     else:
-        _print_fleet(outcome, args.file)
+        _print_fleet(outcome, args.file, goes_on=args.server is None)
     return {"finished": 0, "interrupted": 130}.get(outcome.state, 1)
 
 
@@ -107,22 +116,31 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ConfigError(name, value, "given together with --ray")
 
 
-def _over_ray(args: argparse.Namespace, experiment: Experiment) -> tuple[Experiment, RayPool | None]:
-    """The pool that was asked for. Other bits than those of one process make it an experiment of its own."""
+def _over_ray(args: argparse.Namespace, experiment: Experiment) -> tuple[Experiment, Opener | None]:
+    """How the pool that was asked for is opened, once all else is in order; None for this process's.
+
+    Other bits than those of one process make it an experiment of its own.
+    """
     if not args.ray:
         return experiment, None
-    from fleet.ray_pool import RayPool
+    from fleet.ray_pool import RayPool, check_workers, fingerprint
 
-    fleet = experiment.spec.fleet
-    pool = RayPool(
-        experiment.bundle,
-        fleet.chosen_trainer,
-        workers=2 if args.ray_workers is None else args.ray_workers,
-        threads=fleet.threads,
-        model=fleet.model,
-        address=args.ray_address,
-    )
-    return replace(experiment, fingerprint=f"{experiment.fingerprint} {pool.fingerprint}"), pool
+    fleet, workers = experiment.spec.fleet, 2 if args.ray_workers is None else args.ray_workers
+    check_workers(workers, args.ray_address)
+
+    def opener(name: str) -> tuple[str, Pool]:
+        pool = RayPool(
+            experiment.bundle,
+            name,
+            workers=workers,
+            threads=fleet.threads,
+            model=fleet.model,
+            address=args.ray_address,
+        )
+        return pool.trainer, pool
+
+    over = fingerprint(workers, fleet.threads, args.ray_address)
+    return replace(experiment, fingerprint=f"{experiment.fingerprint} {over}"), opener
 
 
 def _lived(
@@ -130,22 +148,24 @@ def _lived(
     experiment: Experiment,
     directory: Path,
     stopped: Callable[[], bool],
-    pool: Pool | None,
+    opener: Opener | None,
 ) -> run_files.Outcome:
+    """By the emulation, or against a server; each version is shown as it appears."""
+    from fleet.display import FleetDisplay
     from fleet.live import live_against
     from fleet.run import run_fleet
 
-    if args.server is not None:
-        if experiment.spec.fleet.bound is not None:
-            raise ConfigError("fleet.bound", experiment.spec.fleet.bound, "none with --server")
-        return asyncio.run(live_against(args.server, args.token, experiment, directory, stopped, pool))
-    run = partial(run_fleet, experiment, directory, fresh=args.fresh, stopped=stopped, pool=pool)
-    if args.json:
-        return run(on_version=print_json)
-    from fleet.display import FleetDisplay
+    def run(on_version: Callable[[run_files.VersionLine], None]) -> run_files.Outcome:
+        told: _Told = {"fresh": args.fresh, "stopped": stopped, "opener": opener, "on_version": on_version}
+        if args.server is None:
+            return run_fleet(experiment, directory, **told)
+        return asyncio.run(live_against(args.server, args.token, experiment, directory, **told))
 
-    with FleetDisplay(experiment.spec.task.rounds.count) as display:
-        return run(on_version=display.show)
+    if args.json:
+        return run(print_json)
+    total = experiment.spec.task.rounds.count if args.server is None else None
+    with FleetDisplay(total) as display:
+        return run(display.show if args.server is None else display.show_seen)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -173,16 +193,20 @@ def _ask_to_stop() -> Callable[[], bool]:
     return lambda: asked
 
 
-def _print_fleet(outcome: run_files.Outcome, file: Path) -> None:
+def _print_fleet(outcome: run_files.Outcome, file: Path, *, goes_on: bool) -> None:
+    """goes_on: whether what was stopped can be gone on with."""
     from rich.console import Console
 
     say = Console(highlight=False, soft_wrap=True).print
-    if outcome.state == "interrupted" and outcome.versions is not None:
+    if goes_on and outcome.state == "interrupted" and outcome.versions is not None:
         say(f"stopped after version {outcome.versions}; go on with")
         say(f"  fedtt fleet run {file} --dir {outcome.directory}")
         return
     accuracy = "" if outcome.accuracy is None else f", accuracy {outcome.accuracy:.1%}"
-    versions = "" if outcome.versions is None else f": {outcome.versions} versions"
+    counted = (
+        f": {outcome.versions} versions" if goes_on else f", devices were given version {outcome.versions}"
+    )
+    versions = "" if outcome.versions is None else counted
     say(f"task {outcome.task} {outcome.state}{accuracy}{versions}", end="")
     theirs = f"{outcome.virtual_s / 3600:.2f} h of the devices' time, " if outcome.virtual_s else ""
     say(f" in {theirs}{outcome.wall_s:.0f} s of ours")

@@ -6,18 +6,21 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from aggregator.coordinator import NO_TASK
+from edge_client.events import Granted
 from fleet.emulated import SharedBundle
 from fleet.engine import Fleet, Settings
 from fleet.experiment import Experiment
 from fleet.faults import FaultSpec
 from fleet.participation import Participations
 from fleet.pool import Pool
-from fleet.pools import open_pool
+from fleet.pools import Opener
 from fleet.real_time import OnOneThread, RealTime, check_server, http_connect
-from fleet.run_files import Outcome, RunFiles, own_directory
+from fleet.run import opened
+from fleet.run_files import Outcome, RunFiles, VersionLine, check_unused, own_directory, spread
 
 __all__ = ["live_against"]
 
@@ -29,23 +32,30 @@ async def live_against(
     token: str,
     experiment: Experiment,
     directory: Path,
+    *,
+    fresh: bool = False,
+    on_version: Callable[[VersionLine], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
     pool: Pool | None = None,
+    opener: Opener | None = None,
 ) -> Outcome:
     """Live until the server has no task, `fleet.last_s` has passed, no device is left, or `stopped` says so.
 
     The server's own task counts, and the fleet file's is not read; its bundle must be the task's.
-    Nothing is kept to go on with: devices enrol anew under the same names. Raises StorageError where another
-    run is under way in the directory, or it cannot be used; Unreachable or WireError where no aggregator is
-    at this address as it starts.
+    Nothing is kept to go on with: devices enrol anew under the same names. A version has a line once a device
+    is given it, so the last one has none. fresh: write over what an earlier run left there. Raises
+    ConfigError where one has and it is not, StorageError where another run is under way in the directory, or
+    it cannot be used; Unreachable or WireError where no aggregator is at this address as it starts.
     """
     spec, clock = experiment.spec, RealTime()
     with ExitStack() as stack:
         stack.enter_context(own_directory(directory))
+        if fresh:
+            (directory / "computed.sqlite").unlink(missing_ok=True)
+        else:
+            check_unused(directory)
         await check_server(server, clock)
-        inner = pool or open_pool(
-            spec.fleet.chosen_trainer, experiment.bundle, spec.fleet.threads, spec.fleet.model
-        )
+        inner = pool or (opener or partial(opened, experiment))(spec.fleet.chosen_trainer)[1]
         beside, started = OnOneThread(inner), clock.now()
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(spec)
@@ -70,10 +80,20 @@ async def live_against(
             judges=experiment.judges(),
             aside=beside.aside,
         )
-        wall = time.monotonic()
+        wall, shown = time.monotonic(), -1
+
+        def look() -> bool:
+            nonlocal shown
+            if fleet.newest is not None and fleet.newest.version_number > shown:
+                shown = fleet.newest.version_number
+                line = _line(fleet, fleet.newest, time.monotonic() - wall)
+                files.version(line)
+                on_version(line)
+            return stopped()
+
         try:
             fleet.start()
-            state = await _until_over(fleet, clock, started + spec.fleet.last_s, stopped)
+            state = await _until_over(fleet, clock, started + spec.fleet.last_s, look)
         finally:
             fleet.stop()
             await clock.close()
@@ -96,6 +116,32 @@ async def _until_over(fleet: Fleet, clock: RealTime, end_s: float, stopped: Call
     return "ended early"
 
 
+def _line(fleet: Fleet, granted: Granted, wall_s: float) -> VersionLine:
+    """What devices know of a version: their own part."""
+    books = fleet.participations
+    return VersionLine(
+        version=granted.version_number,
+        round=granted.round,
+        sha256="",
+        virtual_s=round(wall_s, 3),
+        wall_s=round(wall_s, 3),
+        updates=0,
+        examples=0,
+        staleness={},
+        train_loss_first=None,
+        train_loss_last=None,
+        loss=None,
+        accuracy=None,
+        sent_bytes=books.traffic.sent_bytes,
+        received_bytes=books.traffic.received_bytes,
+        bundle_bytes=books.traffic.bundle_bytes,
+        frame_bytes=books.frame_bytes,
+        outcomes=dict(books.outcomes),
+        participations=spread(fleet.population.participations),
+        report={},
+    )
+
+
 def _outcome(experiment: Experiment, fleet: Fleet, state: str, directory: Path, wall_s: float) -> Outcome:
     books, population = fleet.participations, experiment.population
     reasons = {
@@ -103,10 +149,10 @@ def _outcome(experiment: Experiment, fleet: Fleet, state: str, directory: Path, 
         "ended early": "no device will come again" if fleet.is_over else fleet.why_time_was_over,
     }
     return Outcome(
-        task=experiment.spec.task.name,
+        task=fleet.newest.task if fleet.newest else experiment.spec.task.name,
         state=state,
         reason=reasons.get(state, ""),
-        versions=None,
+        versions=fleet.newest.version_number if fleet.newest else None,
         sha256=None,
         accuracy=None,
         loss=None,

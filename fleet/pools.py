@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from edge_client.bundle import Bundle
 from fedtt.errors import ConfigError
 from fleet.pool import NoopPool, OneByOnePool, Pool
 
-__all__ = ["POOLS", "check_pool", "name_of", "open_pool", "settled"]
+__all__ = ["POOLS", "Opener", "check_pool", "name_of", "open_pool", "settled"]
+
+
+#: By the name of a trainer: the name that opens it again with the same back end, and its pool.
+Opener = Callable[[str], tuple[str, Pool]]
 
 
 class _Open(Protocol):

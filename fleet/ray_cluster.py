@@ -6,15 +6,17 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fedtt.errors import ConfigError, FedttError, Unreachable
 
-__all__ = ["joined"]
+__all__ = ["check_address", "joined"]
 
 _REACH_S = 5.0
 _OBJECTS_BYTES = 256 * 2**20  #: of memory for what lies between workers, on this machine
@@ -34,7 +36,7 @@ def joined(address: str | None, cpus: int) -> Iterator[Any]:
     address: HOST:PORT of the cluster's head, "auto" for the cluster this machine is part of, or None.
     Raises ConfigError for another address, Unreachable with one line where there is no cluster.
     """
-    _check(address)
+    check_address(address)
     if "ray" not in sys.modules:  # which reads these when it is imported
         wanted = _QUIET | (_ours() if address is None else _SOON)
         os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
@@ -48,11 +50,14 @@ def joined(address: str | None, cpus: int) -> Iterator[Any]:
     options: dict[str, Any] = {"address": address or "local"}
     if address is None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECTS_BYTES}
+    ends = signal.getsignal(signal.SIGTERM)  # which Ray takes for itself
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False)
     except (Exception, SystemExit) as error:  # its errors share no base of their own
         ray.shutdown()
         raise Unreachable(_refusal(address, " ".join(str(error).split())[:300])) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)
     try:
         yield ray
     finally:
@@ -64,8 +69,11 @@ def _ours() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _check(address: str | None) -> None:
-    """Refuse what cannot be one, and what nobody listens at: Ray itself would wait for minutes."""
+def check_address(address: str | None) -> None:
+    """Refuse what cannot be one, and what nobody listens at: Ray itself would wait for minutes.
+
+    Raises ConfigError or Unreachable.
+    """
     if address is None or address == "auto":
         return
     found = _ADDRESS.fullmatch(address)

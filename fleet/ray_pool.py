@@ -21,10 +21,10 @@ from fedtt.errors import BundleError, ConfigError, FedttError, RuntimeFailure, U
 from fleet.parcels import decode_answers, encode_work, update_of
 from fleet.pool import Outstanding, PoolLost
 from fleet.pools import settled
-from fleet.ray_cluster import joined
+from fleet.ray_cluster import check_address, joined
 from fleet.ray_worker import Opened, Worker, files_of
 
-__all__ = ["RayPool", "parts"]
+__all__ = ["RayPool", "check_workers", "fingerprint", "parts", "threads_each"]
 
 _log = logging.getLogger("fedtt.fleet")
 _START_S, _CLOSE_S = 120.0, 5.0
@@ -50,9 +50,8 @@ class RayPool:
         address: str | None = None,
         by_path: bool = True,
     ) -> None:
-        if not 1 <= workers <= 10_000:
-            raise ConfigError("--ray-workers", workers, "a number from 1 to 10000")
-        self.threads = max(1, threads // workers) if address is None else threads
+        check_workers(workers, address)
+        self.threads = threads_each(workers, threads, address)
         self._bundle, self._by_path = bundle, by_path
         self._trainer, self._model = trainer, model
         self._files: tuple[list[str], list[Any]] | None = None
@@ -64,11 +63,6 @@ class RayPool:
             self._workers = [self._make() for _ in range(workers)]
             self._open(self._workers)
             self._stack = stack.pop_all()
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal where two pools give the same bits."""
-        return f"over {len(self._workers)} Ray workers of {self.threads} threads"
 
     @property
     def runtime(self) -> RuntimeName:
@@ -145,7 +139,7 @@ class RayPool:
             raise ConfigError(
                 "--ray-workers", workers, f"{most}, with {cpus} CPUs and {self.threads} for each"
             )
-        trainer = settled(self._trainer, self._bundle, self.threads, self._model)
+        self.trainer = trainer = settled(self._trainer, self._bundle, self.threads, self._model)
         options = {"num_cpus": self.threads, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         if trainer == "batched-torch" and (gpus := int(there.get("GPU", 0))):
             options["num_gpus"] = 1 / math.ceil(workers / gpus)
@@ -191,6 +185,23 @@ class RayPool:
             found = files_of(self._bundle)
             self._files = list(found), [self._ray.put(path.read_bytes()) for path in found.values()]
         return self._files
+
+
+def check_workers(workers: int, address: str | None) -> None:
+    """Raise what `RayPool` does for these, and start nothing."""
+    if not 1 <= workers <= 10_000:
+        raise ConfigError("--ray-workers", workers, "a number from 1 to 10000")
+    check_address(address)
+
+
+def threads_each(workers: int, threads: int, address: str | None) -> int:
+    """Of one worker; where Ray is started here they share `threads`."""
+    return max(1, threads // workers) if address is None else threads
+
+
+def fingerprint(workers: int, threads: int, address: str | None) -> str:
+    """Equal where two pools give the same bits."""
+    return f"over {workers} Ray workers of {threads_each(workers, threads, address)} threads"
 
 
 def parts(waiting: Sequence[Outstanding], workers: int) -> list[Sequence[Outstanding]]:

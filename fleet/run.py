@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from aggregator.admin_versions import version_files
@@ -21,15 +22,15 @@ from fleet.faults import FaultSpec
 from fleet.judging import VersionJudge
 from fleet.participation import Participations
 from fleet.pool import Pool
-from fleet.pools import name_of, open_pool
-from fleet.run_files import Outcome, RunFiles, VersionLine, own_directory, spread
+from fleet.pools import Opener, name_of, open_pool
+from fleet.run_files import Outcome, RunFiles, VersionLine, check_unused, own_directory, spread
 from fleet.server import TOKEN, FleetServer
 from fleet.virtual_time import VirtualTime, at_once
 from storage.blobs import MemoryBlobs
 from storage.memory import MemoryStore
 from storage.records import MAIN, TaskState, UpdateState, Version
 
-__all__ = ["run_fleet"]
+__all__ = ["opened", "run_fleet"]
 
 _LAST_S = 3600.0  #: for devices that have sent to hear what became of it, once the task has ended
 
@@ -42,23 +43,28 @@ def run_fleet(
     on_version: Callable[[VersionLine], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
     pool: Pool | None = None,
+    opener: Opener | None = None,
     judge: Scorer | None = None,
 ) -> Outcome:
     """Live an experiment to its end, or go on with one that was cut short in this directory.
 
     fresh: forget what was computed there. stopped: asked again and again; once it says so the run ends and
-    can be gone on with. pool: None for the one the fleet file names. judge: runs the bundle's evaluation
+    can be gone on with. pool: None for the one the fleet file names, as `opener` opens it, or this process.
+    judge: runs the bundle's evaluation
     graph; None for ONNX Runtime.
     Raises ConfigError where the directory is another run's, StorageError where it cannot be used.
     """
     with own_directory(directory), ExitStack() as stack:
+        kept = directory / "computed.sqlite"
         if fresh:
-            (directory / "computed.sqlite").unlink(missing_ok=True)
-        computed = Computed(directory / "computed.sqlite")
+            kept.unlink(missing_ok=True)
+        elif not kept.exists():
+            check_unused(directory)
+        computed = Computed(kept)
         stack.callback(computed.close)
         if not computed.belongs_to(experiment.fingerprint):
             raise ConfigError("--dir", str(directory), "the directory of this very run; --fresh begins anew")
-        inner = pool or _pool(experiment, computed)
+        inner = pool or _pool(experiment, computed, opener or partial(opened, experiment))
         stack.callback(inner.close)
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(experiment.spec)
@@ -68,13 +74,18 @@ def run_fleet(
         )
 
 
-def _pool(experiment: Experiment, computed: Computed) -> Pool:
+def _pool(experiment: Experiment, computed: Computed, opener: Opener) -> Pool:
     """The one the fleet file names; a run that is gone on with takes the back end that it began with."""
-    fleet = experiment.spec.fleet
-    name = computed.trainer() or fleet.chosen_trainer
-    pool = open_pool(name, experiment.bundle, fleet.threads, fleet.model)
-    computed.keep_trainer(name_of(name, pool))
+    name, pool = opener(computed.trainer() or experiment.spec.fleet.chosen_trainer)
+    computed.keep_trainer(name)
     return pool
+
+
+def opened(experiment: Experiment, name: str) -> tuple[str, Pool]:
+    """An Opener's answer, in this process."""
+    fleet = experiment.spec.fleet
+    pool = open_pool(name, experiment.bundle, fleet.threads, fleet.model)
+    return name_of(name, pool), pool
 
 
 class _Run:

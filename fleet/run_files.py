@@ -25,12 +25,21 @@ from msgspec import Struct
 
 from edge_client.files import try_lock
 from edge_client.inference import Evaluation
-from fedtt.errors import StorageError
+from fedtt.errors import ConfigError, StorageError
 from fleet.participation import COLUMNS, Row
 from fleet.population import Population
 from fleet.spec import FleetSpec
 
-__all__ = ["DeviceLine", "Outcome", "RunFiles", "Spread", "VersionLine", "own_directory", "spread"]
+__all__ = [
+    "DeviceLine",
+    "Outcome",
+    "RunFiles",
+    "Spread",
+    "VersionLine",
+    "check_unused",
+    "own_directory",
+    "spread",
+]
 
 
 class Spread(Struct, frozen=True, kw_only=True):
@@ -48,10 +57,10 @@ class VersionLine(Struct, frozen=True, kw_only=True):
 
     version: int
     round: int | None
-    sha256: str
+    sha256: str  #: empty where nobody knows it
     virtual_s: float  #: since the run began
     wall_s: float  #: the same by the clock on the wall, of this process
-    updates: int  #: folded into it
+    updates: int  #: folded into it; 0 against another server, which tells devices nothing of that
     examples: int  #: they stand for
     staleness: dict[int, int]  #: versions that a base was old -> updates of it
     train_loss_first: float | None
@@ -68,12 +77,12 @@ class VersionLine(Struct, frozen=True, kw_only=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What a run ends with. Against another server nothing is known of its versions."""
+    """What a run ends with."""
 
     task: str
     state: str  #: of the task; "interrupted" where the run was stopped and may be gone on with
     reason: str
-    versions: int | None
+    versions: int | None  #: against another server the newest that a device was given; None for none
     sha256: str | None  #: of the last version
     accuracy: float | None
     loss: float | None
@@ -201,6 +210,13 @@ def _device_line(
         alone_loss=alone.loss if alone else None,
         alone_accuracy=alone.accuracy if alone else None,
     )
+
+
+def check_unused(directory: Path) -> None:
+    """Raise ConfigError where files of a run lie that nobody can go on with."""
+    if (directory / "versions.jsonl").exists():
+        allowed = "a directory without the results of an earlier run; --fresh writes over them"
+        raise ConfigError("--dir", str(directory), allowed)
 
 
 @contextmanager

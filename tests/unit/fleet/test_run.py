@@ -22,7 +22,7 @@ from fedtt.version_config import CONFIG, FACTORS
 from fleet.experiment import prepare
 from fleet.fleet_file import read_fleet
 from fleet.live import live_against
-from fleet.pool import OneByOnePool
+from fleet.pool import OneByOnePool, Pool
 from fleet.run import run_fleet
 from fleet.run_files import Outcome, VersionLine
 from tests.support.edge import MeanTarget, write_small_bundle
@@ -186,6 +186,39 @@ def test_a_directory_of_another_run_is_refused_until_it_may_be_forgotten(file: P
     file.write_text(FILE.replace("seed = 4", "seed = 5"))
     with pytest.raises(ConfigError, match="--fresh begins anew"):
         lived(file, "run")
+    assert lived(file, "run", fresh=True).state == "finished"
+
+
+def test_a_pool_is_opened_when_all_else_is_in_order_and_by_the_name_it_was_opened_by_first(
+    file: Path,
+) -> None:
+    """Ray's is, whose workers take a while to start, and whose back end a timing chose."""
+    asked: list[str] = []
+
+    def opener(name: str) -> tuple[str, Pool]:
+        asked.append(name)
+        return "chosen", OneByOnePool(Runtimes(lambda bundle: MeanTarget()))
+
+    directory = file.parent / "run"
+    for _ in range(2):
+        assert run_fleet(prepare(read_fleet(file)), directory, opener=opener).state == "finished"
+    assert asked == ["noop", "chosen"]
+    file.write_text(FILE.replace("seed = 4", "seed = 5"))
+    other = prepare(read_fleet(file))
+    with pytest.raises(ConfigError, match="--fresh begins anew"):
+        run_fleet(other, directory, opener=opener)
+    with pytest.raises(FedttError, match="did not answer"):
+        asyncio.run(live_against("http://127.0.0.1:1", "token", other, file.parent / "live", opener=opener))
+    assert len(asked) == 2
+
+
+def test_results_that_nobody_can_go_on_with_are_not_written_over_unasked(file: Path) -> None:
+    lived(file, "run")
+    (file.parent / "run" / "computed.sqlite").unlink()
+    before = rows(file, "run")
+    with pytest.raises(ConfigError, match="--fresh writes over them"):
+        lived(file, "run")
+    assert rows(file, "run") == before
     assert lived(file, "run", fresh=True).state == "finished"
 
 
