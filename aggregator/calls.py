@@ -22,6 +22,7 @@ from fedtt.messages import (
     Receipt,
     Verdict,
 )
+from fedtt.names import Sha256
 
 __all__ = ["ADMIN_CALLS", "BINARY", "DEVICE_CALLS", "FILE_PARTS", "JSON", "Call"]
 
@@ -45,7 +46,6 @@ class Call(Struct, frozen=True, kw_only=True):
 _LATE = (Code.UNKNOWN_LEASE, Code.CONFLICT, Code.STALE, Code.TOO_LARGE)
 _LONG = (Code.TOO_LARGE,)
 _CHANGES = (Code.CONFLICT,)
-_HASH = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 FILE_PARTS = (206, 416)
 
 DEVICE_CALLS: dict[str, Call] = {
@@ -63,7 +63,7 @@ DEVICE_CALLS: dict[str, Call] = {
     "GET /v1/versions/{sha256}": Call(
         about="The factors to start from, whole or as the difference from those held",
         gives=(BINARY, DIFFERENCE_MEDIA_TYPE),
-        query={"from": _HASH | None},
+        query={"from": Sha256 | None},
         ranged=True,
         refuses=_LONG,
     ),
@@ -113,7 +113,7 @@ ADMIN_CALLS: dict[str, Call] = {
         takes=("application/toml",),
         gives=row.TaskRow,
         status=201,
-        query={"bundle": _HASH},
+        query={"bundle": Sha256},
         refuses=(*_CHANGES, *_LONG),
     ),
     f"GET {_TASK}": Call(about="One task and its settings", gives=row.TaskDetail),

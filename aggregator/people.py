@@ -16,6 +16,7 @@ from aggregator.problems import malformed, not_found, taken_name
 from aggregator.service import Service
 from aggregator.token_files import new_token, same_token, token_sha256
 from fedtt.messages import Problem
+from fedtt.names import WHOLE
 from storage import audit
 from storage.records import AdminToken, Role
 from storage.store import Transaction
@@ -76,7 +77,7 @@ async def audited(
 class AdminTokenTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an admin token is for."""
 
-    name: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: Annotated[str, Meta(pattern=f"^[a-z0-9][a-z0-9._-]{{0,62}}{WHOLE}")]
     role: Role
     expires_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None  #: from now on; None for never
 

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import BundleError, ConfigError, LayoutError
+from fedtt.names import Hex, Sha256
 
 __all__ = [
     "FORMAT",
@@ -40,7 +41,6 @@ MANIFEST_LIMIT_BYTES = 1 << 20
 
 Precision = Literal["fp32", "fp16", "int8"]  #: in which a base's weights are stored
 Products = Literal["fp32", "int8"]  #: in which the frozen matrices of its blocks are multiplied with
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 TokenCount = Annotated[int, Meta(ge=1, le=2**16)]  #: of one sequence: 8 such rows of ids take 4 MiB
 Version = Annotated[str, Meta(max_length=40)]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -130,7 +130,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requires: dict[str, Version]  #: runtime package -> least version
     initial: str  #: safetensors file with the first factors
     files: dict[str, FileEntry]
-    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")] | None = None  #: see `fedtt.release`
+    signature: Hex | None = None  #: see `fedtt.release`
 
 
 #: Made here and not at first use: two threads that make msgspec learn a type at once crash it (0.22).

@@ -18,6 +18,7 @@ from fedtt.algorithms import Method
 from fedtt.budget import Budget
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, ForeignWork, WireError
+from fedtt.names import DeviceId, LeaseId, Name, Sha256
 from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec
 from fedtt.signature import LATEST_S
@@ -58,10 +59,6 @@ MEDIA_TYPE = "application/vnd.fedtt+msgpack"
 DIFFERENCE_MEDIA_TYPE = "application/vnd.fedtt.difference"  #: of a version that came as its difference
 MESSAGE_LIMIT_BYTES = 16 * 1024  #: no message is longer; bodies are cut off before they are read
 
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-DeviceId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
-LeaseId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
-Name = Annotated[str, Meta(max_length=100, pattern="^[^\0]*$")]  #: PostgreSQL holds no text with a NUL
 Text = Annotated[str, Meta(max_length=500)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Told = Annotated[bytes, Meta(min_length=4, max_length=4)]

@@ -12,13 +12,14 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from fedtt.errors import BundleError, ConfigError, WireError
 from fedtt.messages import device_id
+from fedtt.names import Sha256
 
 __all__ = [
     "DELEGATION_HEADER",
@@ -117,7 +118,7 @@ class ServerKeyFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What `fedtt key delegate` writes and `fedtt serve --server-key` reads, as JSON."""
 
     format: Literal[1] = 1
-    private_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    private_key: Sha256
     delegation: str  #: as in the header
 
 

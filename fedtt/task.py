@@ -18,6 +18,7 @@ from fedtt.errors import ConfigError
 from fedtt.evaluation import EvaluationSpec
 from fedtt.folds import Fold, Mean
 from fedtt.layout import LiveSet
+from fedtt.names import Slug
 from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec
 from fedtt.sampling import ByExamples, PowerOfChoice, Sampling, Uniform
@@ -95,7 +96,7 @@ class RoundSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class TaskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the aggregator asks of a population."""
 
-    name: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Slug
     rounds: RoundSpec
     seed: Annotated[int, Meta(ge=0, le=2**53)] = 0
     training: TrainingSpec = TrainingSpec()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import BundleError, ConfigError, LayoutError
 from fedtt.manifest import FORMAT, Manifest, ModelInfo, check_format
+from fedtt.names import Sha256
 
 __all__ = ["CONFIG", "FACTORS", "VersionConfig", "decode_config", "encode_config", "version_config"]
 
 CONFIG = "config.json"
 FACTORS = "factors.safetensors"
 _LIMIT_BYTES = 1 << 20
-
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class VersionConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,6 +11,8 @@ from sqlalchemy import BigInteger, CheckConstraint, Dialect, Double, Enum, Integ
 from sqlalchemy.orm import mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from fedtt import names
+
 __all__ = [
     "Count",
     "Id",
@@ -74,6 +76,4 @@ class Json(TypeDecorator[Any]):
         return lambda text: None if text is None else decode(text)
 
 
-Parents = Annotated[
-    tuple[str, ...], mapped_column(Json(tuple[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], ...]))
-]  #: sha256s as JSON
+Parents = Annotated[tuple[str, ...], mapped_column(Json(tuple[names.Sha256, ...]))]  #: sha256s as JSON
