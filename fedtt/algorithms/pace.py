@@ -10,9 +10,16 @@ fewer rounds fit between two global folds. The model by which we choose is our o
   apart counts as far as others learned it too;
 - it sends n_g τ b(d) bytes.
 
-Among all (τ_g, d_g) that end within a common period T, and over all T, the choice has the largest
-Σ_g loss drop / (T^(1-β) · bytes^β): for β = 0 the drop per second, for β = 1 per byte. A slow group then
-trains shallower or folds less often, and all are done at about the same time.
+Of all (τ_g, d_g) of all groups the choice has the largest Σ_g drop / (T^(1-β) · bytes^β), where T is how
+long the slowest of them takes: for β = 0 the drop per second, for β = 1 per byte. A slow group then trains
+shallower or folds less often, and all are done at about the same time.
+
+The search is exact and no product. Within a period T let (B, D) be the bytes and the drop of all groups
+together. {D ≤ c B^β} is convex for 0 ≤ β ≤ 1, so over the convex hull of all (B, D) the ratio D / B^β is
+largest in a vertex; as it grows with D and falls with B, in one that maximises D - λ B for some λ ≥ 0. There
+each group maximises its own a_g drop - λ n_g bytes. As λ falls, the groups walk along the hulls of their own
+choices, that one first whose next step brings most a byte. Every sum on that walk is looked at, for each T at
+which a group can end.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ __all__ = [
     "choose_paces",
     "fitted_exponent",
     "rounds_worth",
+    "upper_left",
 ]
 
 PRIOR_EXPONENT = 0.5  #: ρ before anything was measured: half the depth gives seven tenths of the drop
@@ -117,6 +125,28 @@ def choose_paces(
     return best
 
 
+def upper_left(x: Values, y: Values) -> list[int]:
+    """The vertices of the convex hull of points x, y (n,) in which y - λ x is largest for some λ ≥ 0, by x.
+
+    Of points at one place the first. A. M. Andrew, "Another efficient algorithm for convex hulls in two
+    dimensions". Information Processing Letters 9(5), 1979.
+    """
+    found: list[int] = []
+    for i in np.lexsort((-y, x)).tolist():
+        if found and y[i] <= y[found[-1]]:
+            continue
+        while len(found) > 1 and _is_below(x, y, found[-2], found[-1], i):
+            found.pop()
+        found.append(i)
+    return found
+
+
+def _is_below(x: Values, y: Values, first: int, middle: int, last: int) -> bool:
+    """Whether the middle of three points from the left is on or under the line through the others."""
+    rise, run = y[middle] - y[first], x[middle] - x[first]
+    return bool(rise * (x[last] - x[middle]) <= run * (y[last] - y[middle]))
+
+
 class _Model:
     """What each choice would bring by the measurements so far."""
 
@@ -132,6 +162,9 @@ class _Model:
         self._rounds = frequencies[:, None] * self._share  #: lasts so many full rounds, likewise
         self._drop = self._worth[:, None] * self._gain  #: likewise, over a_g
         self._scale = [self._measured(group) for group in groups]  #: a_g
+        self._shortest = np.argsort(self._rounds, axis=None, kind="stable")
+        self._lengths = self._rounds.flat[self._shortest]
+        self._hulls: dict[int, list[int]] = {}  #: by how many of the shortest choices fit
 
     def _measured(self, group: Progress) -> float:
         if group.pace is None or group.loss_drop is None or not self.allows(group.pace):
@@ -152,14 +185,34 @@ class _Model:
         return sorted(end for end in ends if end >= least)
 
     def within(self, period_s: float) -> tuple[Pace, ...]:
-        """Each group's best pace that ends in time; of equal ones the least often, then the shallowest."""
-        score = np.log(self._drop) - self._bounds.bytes_weight * np.log(self._bytes)
-        paces = []
-        for group in self._groups:
-            fits = group.round_s * self._rounds <= period_s * (1 + 1e-9)
-            frequency, depth = np.unravel_index(int(np.argmax(np.where(fits, score, -np.inf))), score.shape)
-            paces.append(Pace(frequency=int(frequency) + 1, depth=int(depth) + self._bounds.min_depth))
-        return tuple(paces)
+        """The paces of most Σ drop / bytes^β that end in time, of all that do."""
+        hulls, drops, sent = [], [], []
+        for group, scale in zip(self._groups, self._scale, strict=True):
+            hull = self._hull(period_s * (1 + 1e-9) / group.round_s)
+            hulls.append(hull)
+            drops.append(scale * self._drop.flat[hull])
+            sent.append(group.cohort * self._bytes.flat[hull])
+        more_drop, more_sent = (np.concatenate([np.diff(of_one) for of_one in of]) for of in (drops, sent))
+        steps = np.argsort(-more_drop / more_sent, kind="stable")  # on a hull each brings less a byte
+        drop = sum(of_one[0] for of_one in drops) + np.cumsum([0.0, *more_drop[steps]])
+        bytes_ = sum(of_one[0] for of_one in sent) + np.cumsum([0.0, *more_sent[steps]])
+        taken = steps[: int(np.argmax(np.log(drop) - self._bounds.bytes_weight * np.log(bytes_)))]
+        whose = np.repeat(np.arange(len(hulls)), [len(hull) - 1 for hull in hulls])
+        walked = np.bincount(whose[taken], minlength=len(hulls))
+        return tuple(self._pace(hull[count]) for hull, count in zip(hulls, walked, strict=True))
+
+    def _hull(self, rounds: float) -> list[int]:
+        """Of the choices that last so many full rounds at most, those that some λ prefers."""
+        fits = int(np.searchsorted(self._lengths, rounds, side="right"))
+        if fits not in self._hulls:
+            chosen = np.sort(self._shortest[:fits])
+            on_it = upper_left(self._bytes.flat[chosen], self._drop.flat[chosen])
+            self._hulls[fits] = chosen[on_it].tolist()
+        return self._hulls[fits]
+
+    def _pace(self, choice: int) -> Pace:
+        frequency, depth = divmod(choice, self._drop.shape[1])
+        return Pace(frequency=frequency + 1, depth=depth + self._bounds.min_depth)
 
     def score(self, paces: Sequence[Pace]) -> float:
         """Σ loss drop / (T^(1-β) · bytes^β)."""

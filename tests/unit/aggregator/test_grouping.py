@@ -17,18 +17,15 @@ from aggregator import admin
 from aggregator.grouping import seats
 from aggregator.service import Service
 from fedtt.algorithms import HierFedTT
-from fedtt.errors import ConfigError
-from fedtt.folds import Median
 from fedtt.label_counts import encode_label_counts
 from fedtt.layout import LiveSet
 from fedtt.messages import Problem, Receipt, UpdateState, Wait, Work
-from fedtt.sampling import Oort, Uniform
+from fedtt.sampling import Oort
 from fedtt.server_optimiser import ServerSpec
 from fedtt.task import RoundSpec
 from storage.records import MAIN, DeviceState, Group, RoundState, TaskState
 from tests.support.clock import VirtualClock
 from tests.support.groups import ADAPTER, GroupedServer, grouped_task
-from tests.support.tiny import tiny_spec
 
 
 @given(
@@ -458,30 +455,6 @@ def test_samplers_choose_within_a_group() -> None:
     for round_ in rounds:
         assert len(round_.invited) == 2
         assert {f"group-{members[device]}" for device in round_.invited} == {round_.branch}
-
-
-@pytest.mark.parametrize(
-    ("rounds", "method", "more", "complaint"),
-    [
-        ({"cohort": 1}, {}, {}, "rounds.cohort = 1 .* at least 2"),
-        ({"cohort": 5, "quorum": 3}, {}, {"fold": Median()}, "rounds.cohort = 5 .* at least 6"),
-        ({"count": 2}, {"warmup_rounds": 2}, {}, "method.warmup_rounds = 2 .* below rounds.count = 2"),
-        ({}, {}, {"sampling": Uniform(separation=2)}, "sampling.separation = 2 .* 0 with groups"),
-        ({"max_staleness": 1}, {}, {}, "rounds.max_staleness = 1 .* 0 with hier-fedtt"),
-    ],
-)
-def test_a_task_that_cannot_train_in_groups_is_refused(
-    rounds: dict[str, Any], method: dict[str, Any], more: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        replace(grouped_task({"count": 9} | rounds, method), **more)
-
-
-def test_options_that_do_not_fit_the_bundle_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.min_depth = 4 .* at most 3"):
-        HierFedTT(min_depth=4).check(ADAPTER)
-    with pytest.raises(ConfigError, match=r"method\.label_epsilon = 1\.0 .* only for a bundle with labels"):
-        HierFedTT(label_epsilon=1.0).check(replace(tiny_spec(), head=None))
 
 
 def test_a_waiting_group_is_one_that_has_held_its_rounds() -> None:

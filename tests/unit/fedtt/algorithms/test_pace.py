@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from fedtt.algorithms.pace import (
     choose_paces,
     fitted_exponent,
     rounds_worth,
+    upper_left,
 )
 
 quick = settings(deadline=None, max_examples=60)
@@ -32,10 +34,10 @@ bounds = st.builds(
         payload_bytes=tuple(head + a_block * d for d in range(1, depth + 1)),
         bytes_weight=beta,
     ),
-    st.integers(1, 5),
+    st.integers(1, 3),
     st.integers(1, 2000),
     st.integers(1, 2000),
-    st.integers(1, 6),
+    st.integers(1, 3),
     st.integers(1, 3),
     st.floats(0.0, 1.0),
 )
@@ -83,45 +85,22 @@ def slow_score(
     return float(drop / (lasts ** (1 - b.bytes_weight) * sent**b.bytes_weight))
 
 
-def one_by_one(
-    period_s: float, group: Progress, b: Bounds, agreement: float, exponent: float
-) -> tuple[float, Pace]:
-    """The best pace of one group that ends in time: h(τ) (d/D)^ρ / (τ b(d))^β."""
-    best, score = None, -math.inf
-    for tau, depth in itertools.product(range(1, b.max_frequency + 1), range(b.min_depth, b.deepest + 1)):
-        pace = Pace(frequency=tau, depth=depth)
-        if group.round_s * tau * (1 + 2 * depth / b.deepest) / 3 > period_s * (1 + 1e-9):
-            continue
-        q = min(agreement, 0.99)
-        gain = sum(q**k for k in range(tau)) * (depth / b.deepest) ** exponent
-        found = gain / (tau * b.payload_bytes[depth - 1]) ** b.bytes_weight
-        if found > score * (1 + 1e-12):
-            best, score = pace, found
-    assert best is not None
-    return score, best
-
-
 def best_score(groups: list[Progress], b: Bounds, agreement: float, exponent: float) -> float:
-    """Of every period in which some group ends, none shorter than the slowest needs for one fold."""
-    depths, taus = range(b.min_depth, b.deepest + 1), range(1, b.max_frequency + 1)
-    ends = {g.round_s * tau * (1 + 2 * d / b.deepest) / 3 for g in groups for tau in taus for d in depths}
-    least = max(g.round_s for g in groups) * (1 + 2 * b.min_depth / b.deepest) / 3
+    """Of every choice for every group with every choice for the others."""
+    one = [
+        Pace(frequency=tau, depth=d)
+        for tau in range(1, b.max_frequency + 1)
+        for d in range(b.min_depth, b.deepest + 1)
+    ]
     return max(
-        slow_score(
-            groups,
-            tuple(one_by_one(end, g, b, agreement, exponent)[1] for g in groups),
-            b,
-            agreement,
-            exponent,
-        )
-        for end in ends
-        if end >= least
+        slow_score(groups, paces, b, agreement, exponent)
+        for paces in itertools.product(one, repeat=len(groups))
     )
 
 
 @quick
 @given(st.lists(news, min_size=1, max_size=3), bounds, agreements, exponents)
-def test_no_common_period_gives_more_than_the_one_chosen(
+def test_no_other_paces_of_all_groups_give_more_than_those_chosen(
     groups: list[Progress], b: Bounds, agreement: float, exponent: float
 ) -> None:
     chosen = choose_paces(groups, b, agreement, exponent)
@@ -150,17 +129,33 @@ def test_those_that_promise_most_by_the_measured_drops_are_chosen_or_those_in_fo
         assert slow_score(groups, chosen, b, agreement, exponent) == pytest.approx(best, rel=1e-6)
 
 
+def test_a_group_spends_the_bytes_that_another_would_spend_worse() -> None:
+    """By itself each would train one block: (1/2)^0.5 / 1000 = 0.000707 a byte, and 1 / 1500 = 0.000667."""
+    groups = [
+        Progress(round_s=1.0, cohort=1, pace=Pace(frequency=1, depth=2), loss_drop=drop)
+        for drop in (1.0, 0.01)
+    ]
+    b = Bounds(max_frequency=1, min_depth=1, payload_bytes=(1000, 1500), bytes_weight=1.0)
+    # 0.714 / 2000 = 0.000357 with one block each, 1.01 / 3000 = 0.000337 with two, 1.007 / 2500 = 0.000403
+    found = _Model(groups, b, 0.5, 0.5).within(10.0)
+    assert [pace.depth for pace in found] == [2, 1]
+
+
+points = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20)
+
+
 @quick
-@given(st.lists(news, min_size=2, max_size=4), bounds, agreements, exponents)
-def test_within_a_period_a_faster_group_gets_at_least_as_much_for_its_bytes(
-    groups: list[Progress], b: Bounds, agreement: float, exponent: float
+@given(points, st.fractions(0, 50))
+def test_the_upper_left_of_a_hull_has_the_best_of_all_points_at_every_price(
+    found: list[tuple[int, int]], price: Fraction
 ) -> None:
-    model = _Model(groups, b, agreement, exponent)
-    for period_s in model.periods():
-        scores = [one_by_one(period_s, g, b, agreement, exponent)[0] for g in groups]
-        for faster, slower in itertools.permutations(range(len(groups)), 2):
-            if groups[faster].round_s <= groups[slower].round_s:
-                assert scores[faster] >= scores[slower] * (1 - 1e-9)
+    x, y = (np.array(of, np.float64) for of in zip(*found, strict=True))
+    hull = upper_left(x, y)
+    assert max(found[i][1] - price * found[i][0] for i in hull) == max(b - price * a for a, b in found)
+    slopes = [
+        Fraction(found[j][1] - found[i][1], found[j][0] - found[i][0]) for i, j in itertools.pairwise(hull)
+    ]
+    assert all(before > after > 0 for before, after in itertools.pairwise([*slopes, Fraction(1, 10**6)]))
 
 
 @quick
