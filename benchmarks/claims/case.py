@@ -181,7 +181,7 @@ def fleet_of(case: Case, data: DataSet, station: Station, rate: float | None = N
     if rate is not None:
         task["training"] = {**task.get("training", {}), "learning_rate": rate}
     task["rounds"] = dict(task["rounds"])
-    if case.is_search:
+    if case.is_cut:
         task["rounds"]["count"] = min(plan.search_rounds, task["rounds"]["count"])
     raw: dict[str, Any] = {
         "fleet": {"seed": case.seed, **case.settings("fleet")},
@@ -189,7 +189,7 @@ def fleet_of(case: Case, data: DataSet, station: Station, rate: float | None = N
         "data": {"train": str(data.train), "partition": plan.partitions[case.partition]},
         "evaluation": {
             "data": str(data.search if case.is_search else data.test),
-            "every": task["rounds"]["count"] if case.is_search else plan.judge_every,
+            "every": task["rounds"]["count"] if case.is_cut else plan.judge_every,
             "per_device": 0,
         },
     }

@@ -67,6 +67,7 @@ class Plan(_Part, frozen=True, kw_only=True):
     rates_from: str = ""  #: the experiment whose choices this one takes, set by set; it makes none then
     search_partition: str = ""
     search_rounds: int = 1
+    search_s: float | None = None  #: virtual seconds of a search in place of its rounds, where time counts
     seeds: tuple[int, ...] = (0, 1, 2)
     judge_every: int = 5
     test_rows: int = 1000  #: judged at most, to choose by as well as to report
@@ -109,7 +110,7 @@ class Case(_Part, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Equal for runs that are the same whatever plan asks for them; the rate comes on top."""
-        plan, is_search = self.plan, self.is_search
+        plan = self.plan
         parts = [
             self.set.name,
             self.set.train_rows,
@@ -118,7 +119,7 @@ class Case(_Part, frozen=True, kw_only=True):
             [self.settings(section) for section in ("model", "fleet", "task")],
             plan.profiles,
             self.seed,
-            plan.search_rounds if is_search else plan.judge_every,
+            plan.search_rounds if self.is_cut else plan.judge_every,
             *filter(None, [self.arm.bound]),
         ]
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]
@@ -127,11 +128,18 @@ class Case(_Part, frozen=True, kw_only=True):
     def is_search(self) -> bool:
         return self.seed == SEARCH_SEED
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ends after `search_rounds`, and is judged then alone."""
+        return self.is_search and self.plan.search_s is None
+
     def settings(self, section: str) -> Settings:
-        """The settings of one section, the arm's over the set's over the plan's."""
+        """The settings of one section, the arm's over the set's over the plan's; a search's time over all."""
         merged: Settings = {}
         for part in (self.plan, self.set, self.arm):
             merged = _over(merged, getattr(part, section, {}))
+        if section == "fleet" and self.is_search and not self.is_cut:
+            merged["last_s"] = self.plan.search_s
         return merged
 
 
@@ -146,15 +154,16 @@ def _over(low: Settings, high: Settings) -> Settings:
 
 def small(plan: Plan) -> Plan:
     """The same plan with hardly any work: to see that all of it runs, not to compare anything."""
-    few: Settings = {"training": {"local_steps": 1}}
-    fewer = {**few, "rounds": {"count": 2}}
-    arms = [
-        msgspec.structs.replace(arm, task=_over(arm.task, few if "rounds" in arm.task else fewer))
-        for arm in plan.arms
-    ]
+    arms = [msgspec.structs.replace(arm, task=_over(arm.task, _least(arm))) for arm in plan.arms]
     return msgspec.structs.replace(
         plan, arms=tuple(arms), rates=plan.rates[:1], seeds=plan.seeds[:1], test_rows=50, search_rounds=1
     )
+
+
+def _least(arm: Arm) -> Settings:
+    """One step a round, and as few rounds as a method has that measures devices in some of them."""
+    warm_up = arm.task.get("method", {}).get("warmup_rounds", 1)
+    return {"training": {"local_steps": 1}, "rounds": {"count": 1 + warm_up}}
 
 
 def plans() -> dict[str, Path]:
@@ -172,4 +181,6 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError("rates", plan.rates, "given, or those of another experiment named as rates_from")
     if plan.rates and plan.search_partition not in plan.partitions:
         raise ConfigError("search_partition", plan.search_partition, "one of the plan's partitions")
+    if plan.rates and plan.by_time and plan.search_s is None:
+        raise ConfigError("search_s", None, "given, for arms compared by time have the same time to search")
     return plan

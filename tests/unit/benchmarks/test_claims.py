@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.claims import __main__ as claims
 from benchmarks.claims.case import Point, Result
-from benchmarks.claims.plan import Arm, Case, Plan, Set, plans, read_plan
+from benchmarks.claims.plan import Arm, Case, Plan, Set, plans, read_plan, small
 from benchmarks.claims.report import write_report
 from fedtt.errors import ConfigError
 
@@ -69,6 +69,32 @@ def test_every_arm_has_as_many_searches_and_none_on_a_reported_seed() -> None:
         (arm, rate) for arm in ("one", "two") for rate in (0.1, 0.2)
     ]
     assert not {case.seed for case in searches} & set(PLAN.seeds)
+
+
+def test_arms_that_are_compared_by_time_have_as_long_to_search_and_to_run() -> None:
+    plan = read_plan(plans()["hierarchy"])
+    for cases, last_s in ((plan.cases(), 4500.0), (plan.searches(), 2700.0)):
+        found = list(cases)
+        assert {case.settings("fleet")["last_s"] for case in found} == {last_s}
+        assert {case.settings("task")["rounds"]["count"] for case in found} == {500}
+        assert not any(case.is_cut for case in found)
+    longer = msgspec.structs.replace(plan, search_s=3000.0)
+    assert not {case.digest for case in longer.searches()} & {case.digest for case in plan.searches()}
+    assert [case.digest for case in longer.cases()] == [case.digest for case in plan.cases()]
+
+
+def test_a_plan_by_time_says_how_long_a_search_lasts(tmp_path: Path) -> None:
+    path = tmp_path / "by-time.toml"
+    path.write_text(plans()["hierarchy"].read_text().replace("search_s = 2700.0\n", ""))
+    with pytest.raises(ConfigError, match="search_s"):
+        read_plan(path)
+
+
+def test_a_quick_run_leaves_methods_the_rounds_in_which_they_measure() -> None:
+    found = {arm.name: arm.task["rounds"] for arm in small(read_plan(plans()["hierarchy"])).arms}
+    assert found["FedLoRA r8"] == {"count": 2}
+    assert found["HierFedLoRA r8"] == {"count": 3}
+    assert found["FedLoRA r8, first 6 of 9"] == {"count": 2, "buffer": 6}
 
 
 def test_an_arm_is_run_on_its_own_partitions_alone_and_seed_by_seed() -> None:
