@@ -60,7 +60,7 @@ class Result(Struct, frozen=True, kw_only=True):
     seed: int
     rate: float
     digest: str  #: of all that the run follows from but its rate
-    trained_numbers: int
+    trained_numbers: int  #: of all adapters and the head, frozen or not
     rounds: int
     participations: int  #: none of what is no federation
     curve: list[Point]

@@ -32,7 +32,9 @@ experiments whose plan names another one (`rates_from`) take what was chosen the
 *Edge* marks one at an end of the list, beyond which a better one may lie. Accuracy is the last version's on
 test rows, mean ± standard deviation over seeds; a seed deals out the data, draws the devices and orders their
 batches, and all start from the same factors. Gap is the mean difference to the first arm over the same seeds,
-in points, with its standard deviation. Bytes an update are of frames up and of all bodies but bundles down.
+in points, with its standard deviation. Trained an update are the numbers that a frame carries, on average:
+what a method freezes, or trains in other rounds, is not among them. Bytes an update are of frames up and of
+all bodies but bundles down.
 Those to a target count what all devices sent (and received) until a judged version had reached it: three
 points above the start, which slow methods reach too, and the first arm's final accuracy less one point.
 *Local only* is the mean over devices that each train by themselves, for as many steps as they take on average
@@ -40,6 +42,7 @@ in the federation; *centralised* is all rows in one place, with as many steps as
 Neither sends anything; both are dotted in the plots.
 """
 
+_HEADER_BYTES = 46  #: of a frame, one more or less: a quarter of a number
 _EARLY = 0.03  #: of accuracy above the start, or of nats below it: what slow methods reach too
 Group = tuple[str, str]  #: set, partition
 
@@ -90,7 +93,7 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
     scores = _scores(results)
     heads = [
         "arm",
-        "trained numbers",
+        "trained / update",
         "rate",
         "seeds",
         measure,
@@ -108,7 +111,7 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
         bold = "**" if statistics.mean(values) == best else ""
         cells = [
             arm,
-            f"{runs[0].trained_numbers:,}",
+            f"{statistics.mean(map(_trained, runs)):,.0f}",
             f"{runs[0].rate:g}" + (" edge" if runs[0].rate in (min(rates), max(rates)) else ""),
             str(len(runs)),
             f"{bold}{_spread(values, measure)}{bold}",
@@ -135,6 +138,13 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
 def _is_bound(result: Result) -> bool:
     """Whether it is no federation, but what it is measured against: nothing was sent."""
     return not result.participations
+
+
+def _trained(result: Result) -> float:
+    """Numbers that a device trains in a round, on average: those of its frame, which is of float32."""
+    if _is_bound(result):
+        return result.trained_numbers
+    return (result.last.frame_bytes / result.participations - _HEADER_BYTES) / 4
 
 
 def _value(point: Point) -> float:

@@ -61,6 +61,8 @@ def test_every_plan_beside_the_runner_can_be_read_and_asks_for_three_seeds(name:
     chosen = read_plan(plans()[plan.rates_from or name])
     own = {arm.name for arm in chosen.arms}
     assert all((arm.rate_of or arm.name) in own for arm in plan.arms)
+    # which the report counts the trained numbers by
+    assert {case.settings("task")["codec"]["quantise"] for case in plan.cases()} == {"fp32"}
 
 
 def test_every_arm_has_as_many_searches_and_none_on_a_reported_seed() -> None:
@@ -186,7 +188,7 @@ def test_the_page_holds_the_verdict_the_gap_and_bytes_to_the_target(tmp_path: Pa
     assert "up to 80.0%" in page  # (0.80 + 0.82) / 2 - 0.01
     # one: seed 0 reaches 80 % at its last version, seed 1 at its first: (2000 + 1000) / 2
     assert _row(page, "one") == [
-        "one", "1,234", "0.1 edge", "2", "**81.0 ± 1.4 %**", "", "500 B", "1.5 kB",
+        "one", "114", "0.1 edge", "2", "**81.0 ± 1.4 %**", "", "500 B", "1.5 kB",
         "1 kB", "4 kB", "1.5 kB", "6 kB",
     ]  # fmt: skip
     assert _row(page, "two")[4:6] == ["79.5 ± 0.7 %", "-1.5 ± 0.7"]
