@@ -20,9 +20,13 @@ from edge_client.passes import PassLimits
 from edge_client.runtime import Runtimes
 from edge_client.trainer import LocalUpdate, TrainingRequest
 from export import ExportRequest, export_bundle
+from fedtt.adapter import initial_theta
 from fedtt.codec import CodecSpec
 from fedtt.errors import BundleError, ConfigError, DataError, RuntimeFailure, WireError
+from fedtt.layout import Theta
+from fedtt.optimiser import TrainingSpec
 from fedtt.privacy import PrivacySpec
+from fedtt.wire import encode_theta, version_digest
 from fleet.activations import Activations
 from fleet.backends import Inputs, Losses, OnnxBackend, TorchBackend
 from fleet.batched import BatchedPool, onnx_pool, torch_pool
@@ -36,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 COUNTS = (3, 9, 1, 5, 14, 2)  #: examples of each device; batches of 4, so most end with a short one
 TOLERANCE = 1e-5
+ADAMW = TrainingSpec(local_steps=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +126,12 @@ def test_torch_takes_a_gpu_where_there_is_one(tiny: tuple[Bundle, str]) -> None:
     assert TorchBackend(bundle, model=model).device.type == expected
 
 
-def test_every_device_sends_what_it_would_have_sent_alone(case: tuple[Bundle, str]) -> None:
+@pytest.mark.parametrize("training", [SGD, ADAMW], ids=lambda training: training.optimiser)
+def test_every_device_sends_what_it_would_have_sent_alone(
+    case: tuple[Bundle, str], training: TrainingSpec
+) -> None:
     bundle, model = case
-    requests = requests_of(bundle, WORDS, COUNTS)
+    requests = requests_of(bundle, WORDS, COUNTS, training=training)
     alone = _updates(OneByOnePool(onnx_runtimes()), requests)
     pools: list[Callable[[], Pool]] = [
         lambda: onnx_pool(bundle, model=model),
@@ -136,6 +144,36 @@ def test_every_device_sends_what_it_would_have_sent_alone(case: tuple[Bundle, st
     ]
     for open_pool in pools:
         assert _difference(requests, _updates(open_pool(), requests), alone) < TOLERANCE
+
+
+def test_adamw_differs_where_a_gradient_is_rounding_alone_and_nowhere_else(tiny: tuple[Bundle, str]) -> None:
+    """It divides a gradient by its size: what cancels, as of one row of each label at the start, moves by η
+    this way or that. The gradients themselves agree, as SGD shows."""
+    bundle, model = tiny
+    theta = encode_theta(initial_theta(bundle.manifest.adapter, 0))
+
+    def deltas(pool: Pool, training: TrainingSpec) -> Theta:
+        """(D, P), after one step from the first version."""
+        asked = requests_of(bundle, WORDS, COUNTS, training=replace(training, local_steps=1))
+        asked = [
+            replace(each, version=theta, plan=replace(each.plan, version=version_digest(theta)))
+            for each in asked
+        ]
+        return np.stack([delta_of(r, u) for r, u in zip(asked, _updates(pool, asked), strict=True)])
+
+    def alone() -> Pool:
+        return OneByOnePool(onnx_runtimes())
+
+    gradient = deltas(alone(), SGD) / -SGD.learning_rate
+    clear = np.abs(gradient) > 1e-5  # a thousand times AdamW's ε
+    assert 0.1 < clear.mean() < 1
+    of_adamw = deltas(alone(), ADAMW)
+    for open_pool in (onnx_pool, torch_pool):
+        of_sgd = deltas(open_pool(bundle, model=model), SGD) / -SGD.learning_rate
+        np.testing.assert_allclose(of_sgd, gradient, atol=TOLERANCE * float(np.linalg.norm(gradient)))
+        apart = np.abs(deltas(open_pool(bundle, model=model), ADAMW) - of_adamw) / ADAMW.learning_rate
+        assert apart[clear].max() < 1e-4
+        assert apart.max() <= 2
 
 
 def test_private_trainings_clip_each_example_and_add_the_noise_of_their_device(
