@@ -161,13 +161,13 @@ def _placed_anew(
 def join_group(tx: Transaction, adapter: AdapterSpec, task: Task, device_id: str) -> int:
     """The group of a device that is in none yet: where it is missed most.
 
-    Of a device of which nothing was measured its name decides, which is a hash: groups grow alike. It is
-    placed anew at the end of the first period in which it takes part.
+    One of which nothing was measured joins the slowest, whom it cannot hold up, until the end of the first
+    period in which it takes part.
     """
     numbers = [group.number for group in task.groups]
     part = tx.participation(task.id, device_id)
     if part is None or (part.duration_s is None and part.label_counts is None):
-        return numbers[int(device_id[:16], 16) % len(numbers)]
+        return numbers[-1]
     belongs = tx.members(task.id)
     parts = [p for p in tx.participants(task.id) if belongs.get(p.device_id) in numbers]
     return _placed([part], parts, numbers, belongs, adapter, task)[0]

@@ -102,7 +102,7 @@ def test_a_device_that_is_in_no_group_yet_joins_one_and_stays(server: GroupedSer
     (new, *_) = [device for device in server.devices if group_of(server, device) is None]
     server.check_in(new)
     joined = group_of(server, new)
-    assert joined in {1, 2}
+    assert joined == 2  # the slowest
     server.check_in(new)
     assert group_of(server, new) == joined
 
@@ -378,13 +378,12 @@ def test_groups_are_formed_anew_every_so_often() -> None:
         assert len(tx.members(server.task_id)) == 4
     for _ in range(8):
         server.everyone()
-        server.now += 50.0
     assert len(server.versions()) >= 5
     with server.store.reading() as tx:
         members, measured = tx.members(server.task_id), tx.participants(server.task_id)
-    assert set(members) >= {part.device_id for part in measured}
+    assert len(measured) == 8
     sizes = [list(members.values()).count(number) for number in (1, 2)]
-    assert abs(sizes[0] - sizes[1]) <= 1
+    assert sizes == [4, 4]
 
 
 def test_stopping_ends_the_rounds_of_all_groups(server: GroupedServer) -> None:

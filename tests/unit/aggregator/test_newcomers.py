@@ -1,4 +1,4 @@
-"""Devices that come after the warm-up: put in by their names, then, once measured, where they fit."""
+"""Devices that come after the warm-up: with the slowest first and, once measured, where they fit."""
 
 from __future__ import annotations
 
@@ -67,11 +67,20 @@ def test_devices_that_come_after_the_warm_up_end_in_groups_of_their_own_speed() 
     fleet = Fleet(MemoryStore())
     fleet.until(1)
     assert len(fleet.rounds_of()) == 3  # three quarters of the fleet are unknown when groups are formed
-    for version in range(2, 30):
+    meant, version = {device: 1 + kind for device, kind in fleet.kind.items()}, 1
+    while fleet.where() != meant:
+        version += 1
         fleet.until(version)
-        if len(fleet.rounds_of()) == DEVICES:
-            break
-    assert fleet.where() == {device: 1 + kind for device, kind in fleet.kind.items()}
+    assert len(fleet.rounds_of()) == DEVICES
+    assert version < 25
+
+
+def test_an_unknown_device_holds_up_no_group_but_the_slowest() -> None:
+    fleet = Fleet(MemoryStore())
+    fleet.until(3)
+    known = fleet.rounds_of()
+    assert len(known) < DEVICES - 2
+    assert {fleet.where()[device] for device in fleet.kind.keys() - known.keys()} == {3}
 
 
 def test_only_devices_that_took_part_since_the_last_version_change_their_group() -> None:
