@@ -78,11 +78,11 @@ def name_of(row: Row) -> str:
     return f"{SUFFIX.get(row.runtime, row.runtime)}_{row.base}_{depth}_{row.batch}x{row.tokens}"
 
 
-def medians(found: Found, part: str, figure: str, *, cached: bool = False) -> dict[str, float]:
-    """Of the turns of each row, by its name; cached: of those over kept activations alone."""
+def medians(found: Found, part: str, figure: str) -> dict[str, float]:
+    """Of the turns of each row that has the figure, by its name."""
     values: dict[str, list[float]] = {}
     for row, line in found.items():
-        if row.part == part and (row.cached or not cached):
+        if row.part == part and figure in line:
             values.setdefault(name_of(row), []).append(line[figure])
     return {name: statistics.median(turns) for name, turns in values.items()}
 
@@ -92,7 +92,7 @@ def asked(runtime: str, ms: dict[str, float], found: Found) -> dict[str, float]:
     suffix = SUFFIX[runtime]
     full, cached = (f"{suffix}_fp32_{depth}_8x64" for depth in ("full", "k2_cached"))
     reuse = next(line for row, line in found.items() if row.part == "round" and name_of(row) == cached)
-    filled_ms = medians(found, "step", "fill_cpu_ms", cached=True)[cached]
+    filled_ms = medians(found, "step", "fill_cpu_ms")[cached]
     peaks = medians(found, "round", "peak_mb")
     integers = {
         f"step_{depth}_int8_products_over_eager_cpu_{suffix}": ms[name] / ms["torch_fp32_full_8x64"]

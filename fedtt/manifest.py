@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from fedtt.adapter import AdapterSpec
 from fedtt.errors import BundleError, ConfigError, LayoutError
-from fedtt.names import Hex, Sha256
+from fedtt.names import Sha256, SignatureHex
 
 __all__ = [
     "FORMAT",
@@ -130,7 +130,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requires: dict[str, Version]  #: runtime package -> least version
     initial: str  #: safetensors file with the first factors
     files: dict[str, FileEntry]
-    signature: Hex | None = None  #: see `fedtt.release`
+    signature: SignatureHex | None = None  #: see `fedtt.release`
 
 
 #: Made here and not at first use: two threads that make msgspec learn a type at once crash it (0.22).

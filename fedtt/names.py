@@ -6,11 +6,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
-__all__ = ["WHOLE", "DeviceId", "Hex", "LeaseId", "Name", "Sha256", "Slug"]
+__all__ = ["WHOLE", "DeviceId", "LeaseId", "Name", "Sha256", "SignatureHex", "Slug"]
 
 WHOLE = "$(?!\n)"  #: the end of a text: `$` alone would let one line feed through after it
 
-Hex = Annotated[str, Meta(pattern=f"^[0-9a-f]{{128}}{WHOLE}")]  #: of 64 bytes, a signature
+SignatureHex = Annotated[str, Meta(pattern=f"^[0-9a-f]{{128}}{WHOLE}")]  #: of Ed25519, 64 bytes
 Sha256 = Annotated[str, Meta(pattern=f"^[0-9a-f]{{64}}{WHOLE}")]
 DeviceId = Annotated[str, Meta(pattern=f"^[0-9a-f]{{32}}{WHOLE}")]
 LeaseId = Annotated[str, Meta(pattern=f"^[0-9a-f]{{32}}{WHOLE}")]
