@@ -31,13 +31,13 @@ START_S = 1_767_225_600.0  #: when every run begins by its own clock: 2026-01-01
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Experiment:
-    """What a run is made from."""
+    """What runs are made from: one may follow another, and none leaves anything here."""
 
     spec: FleetSpec
     bundle: Bundle
     shards: Sequence[RowShard]
     evaluation: Sequence[Example] | None
-    population: Population
+    population: Population  #: as it is before a run, which makes its own `anew`
     availability: Availability
     conditions: Daily | None  #: what devices read of themselves
     fingerprint: str  #: equal where two runs give the same bits

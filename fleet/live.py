@@ -67,7 +67,7 @@ async def live_against(
                 visit_every_s=spec.fleet.visit_every_s,
                 needs_memory_mb=spec.fleet.needs_memory_mb,
             ),
-            experiment.population,
+            experiment.population.anew(),
             experiment.shards,
             SharedBundle(experiment.bundle, download_bytes=0),
             beside,
@@ -99,7 +99,7 @@ async def live_against(
             await clock.close()
             beside.close()
         outcome = _outcome(experiment, fleet, state, directory, time.monotonic() - wall)
-        files.end(outcome, experiment.population)
+        files.end(outcome, fleet.population)
     return outcome
 
 
@@ -143,7 +143,7 @@ def _line(fleet: Fleet, granted: Granted, wall_s: float) -> VersionLine:
 
 
 def _outcome(experiment: Experiment, fleet: Fleet, state: str, directory: Path, wall_s: float) -> Outcome:
-    books, population = fleet.participations, experiment.population
+    books, population = fleet.participations, fleet.population
     reasons = {
         "finished": fleet.last_waited_for,
         "ended early": "no device will come again" if fleet.is_over else fleet.why_time_was_over,

@@ -7,6 +7,7 @@ everything else exists only while the device is awake.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -39,6 +40,16 @@ class Population:
         self.size, self.profiles, self.seed = size, tuple(profiles), seed
         self.profile = _dealt([profile.share for profile in profiles], size, seed)  #: index into `profiles`
         self.shard = (np.arange(size) % shards).astype(np.int32)
+        self._begin()
+
+    def anew(self) -> Population:
+        """The same devices before they first come: of another run, that shares only who they are."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def _begin(self) -> None:
+        size = self.size
         self.next_at = np.zeros(size)  #: when it comes next, Unix seconds; inf while it is awake or has left
         self.sent_bytes = np.zeros(size, np.int64)
         self.received_bytes = np.zeros(size, np.int64)  #: without bundles

@@ -102,6 +102,7 @@ class _Run:
     ) -> None:
         self._experiment, self._files = experiment, files
         self._tell, self._started = on_version, time.monotonic()
+        self._population = experiment.population.anew()
         spec, seed = experiment.spec, experiment.spec.fleet.seed
         self._time = VirtualTime(START_S)
         blobs = MemoryBlobs()
@@ -123,7 +124,7 @@ class _Run:
                 visit_every_s=spec.fleet.visit_every_s,
                 needs_memory_mb=spec.fleet.needs_memory_mb,
             ),
-            experiment.population,
+            self._population,
             experiment.shards,
             experiment.shared_bundle(),
             pool,
@@ -154,7 +155,7 @@ class _Run:
         judged = {} if interrupted else self._judge.judge_devices(server.version.sha256, stopped)
         outcome = self._outcome(interrupted=interrupted)
         if not interrupted:
-            self._files.end(outcome, self._experiment.population, judged)
+            self._files.end(outcome, self._population, judged)
             self._files.result(self._result())
         return outcome
 
@@ -197,7 +198,7 @@ class _Run:
             bundle_bytes=books.traffic.bundle_bytes,
             frame_bytes=books.frame_bytes,
             outcomes=dict(books.outcomes),
-            participations=spread(self._experiment.population.participations),
+            participations=spread(self._population.participations),
             report=version.report,
         )
         self._files.version(self._last)
@@ -221,7 +222,7 @@ class _Run:
 
     def _outcome(self, *, interrupted: bool) -> Outcome:
         fleet, server = self._fleet, self._server
-        books, population = fleet.participations, self._experiment.population
+        books, population = fleet.participations, self._population
         state, reason = server.task.state.value, server.task.reason
         if interrupted:
             state, reason = "interrupted", ""

@@ -133,6 +133,26 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits_and_lines(file: Path,
     assert rows(file, "parts") == rows(file, "whole")
 
 
+def test_one_experiment_is_lived_again_and_gone_on_with_as_if_it_were_read_anew(file: Path) -> None:
+    """A run leaves nothing in what it was made from: its devices are as new to the next."""
+    whole, experiment, lines = lived(file, "whole"), prepare(read_fleet(file)), list[VersionLine]()
+
+    def lived_again(name: str, *, until: int | None = None) -> Outcome:
+        lines.clear()
+        return run_fleet(
+            experiment,
+            file.parent / name,
+            pool=OneByOnePool(Runtimes(lambda bundle: MeanTarget())),
+            on_version=lines.append,
+            stopped=lambda: until is not None and len(lines) > until,
+        )
+
+    assert lived_again("parts", until=2).state == "interrupted"
+    for name in ("parts", "again"):
+        assert lived_again(name).sha256 == whole.sha256
+        assert rows(file, name) == rows(file, "whole")
+
+
 def test_going_on_trains_nothing_twice(file: Path) -> None:
     lived(file, "run")
     trained: list[object] = []
