@@ -50,18 +50,30 @@ def joined(address: str | None, cpus: int) -> Iterator[Any]:
     options: dict[str, Any] = {"address": address or "local"}
     if address is None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECTS_BYTES}
-    ends = signal.getsignal(signal.SIGTERM)  # which Ray takes for itself
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False)
+        with _kept_sigterm():
+            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False)
     except (Exception, SystemExit) as error:  # its errors share no base of their own
         ray.shutdown()
         raise Unreachable(_refusal(address, " ".join(str(error).split())[:300])) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ends)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Put back, whatever happens, what SIGTERM does, which Ray takes for itself.
+
+    Ray's stays in a program that had set its own outside of Python, which Python cannot put back.
+    """
+    ends = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if ends is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)
 
 
 def _ours() -> dict[str, str]:

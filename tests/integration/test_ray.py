@@ -212,3 +212,22 @@ def test_workers_that_are_sent_the_bundle_train_as_those_that_read_it(
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.stdout.endswith("the same\n"), done.stderr
+
+
+OF_ANOTHER = """
+import ctypes, sys
+handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(int)
+ctypes.pythonapi.PyOS_setsig(15, handler)
+del sys.modules["_signal"]  # whose next import finds there what is no function of Python
+import signal
+assert signal.getsignal(15) is None
+from fleet.ray_cluster import joined
+with joined(None, 1) as ray:
+    print("joined")
+"""
+
+
+def test_a_program_may_have_a_handler_of_sigterm_that_is_no_function_of_python() -> None:
+    command = [sys.executable, "-c", OF_ANOTHER]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "joined\n"), done.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -96,6 +98,30 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(Unreachable, match=r"there is no Ray at 127\.0"), joined(address, 1):
             pass
+
+
+NO_START = """
+import signal
+from fedtt.errors import Unreachable
+from fleet.ray_cluster import joined
+before = lambda number, frame: None
+signal.signal(signal.SIGTERM, before)
+try:
+    with joined(None, 1):
+        pass
+except Unreachable as error:
+    print(error)
+assert signal.getsignal(signal.SIGTERM) is before
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="SKIPPED: Ray is not installed: pip install '.[ray]'")
+def test_a_program_keeps_its_own_sigterm_where_ray_does_not_start() -> None:
+    environment = os.environ | {"RAY_JOB_CONFIG_JSON_ENV_VAR": "no JSON"}  # read once it has taken SIGTERM
+    command = [sys.executable, "-c", NO_START]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Ray did not start here: ")
 
 
 def test_no_workers_are_refused(bundle: Bundle) -> None:
