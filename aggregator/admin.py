@@ -104,7 +104,8 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Tas
     def create(tx: Transaction) -> TaskRow | Problem:
         if tx.task(spec.name) is not None:
             return conflict_name(spec.name)
-        task = service.lifecycle.create(tx, service.clock.now(), spec, bundle_sha256, *first)
+        now, draw_key = service.clock.now(), service.new_draw_key()
+        task = service.lifecycle.create(tx, now, spec, bundle_sha256, *first, draw_key=draw_key)
         return _task_row(tx, task)
 
     return await audited(service, "task.create", spec.name, create, bundle=bundle_sha256)

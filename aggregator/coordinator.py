@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -31,6 +32,7 @@ from fedtt.messages import (
     Wait,
     Work,
 )
+from fedtt.sampling import next_turn
 from fedtt.task import TaskSpec
 from storage.records import (
     Device,
@@ -49,15 +51,22 @@ __all__ = ["IDLE_RETRY_S", "NO_TASK", "Coordinator"]
 NO_TASK = "no task is active"  #: why a device waits where there is none
 IDLE_RETRY_S = 60.0  #: where no task is active
 _FOLDING_S = 1.0  #: after which devices ask again, on average
-_INVITATIONS_KEPT = 16  #: rounds
+_ROUNDS_KEPT = 16
+
+
+class _Drawn(NamedTuple):
+    """Who is invited to a round, and the round before it."""
+
+    invited: frozenset[str]
+    last: Round | None
 
 
 class Coordinator(Population, Uploads):
-    """Answers devices; `lifecycle` moves rounds on. Stateless but for who was invited and what they train."""
+    """Answers devices; `lifecycle` moves rounds on. Stateless but for what open rounds have for good."""
 
     def __init__(self, lifecycle: Lifecycle, new_lease_id: Callable[[], str] | None = None) -> None:
         super().__init__(lifecycle)
-        self._invitations: dict[tuple[int, str, int, float], frozenset[str]] = {}
+        self._rounds: dict[tuple[int, str, int, float], _Drawn] = {}
         self._plans: dict[
             tuple[int, str, int | None], Plan
         ] = {}  #: of a task, a branch and a rank: the newest
@@ -128,7 +137,7 @@ class Coordinator(Population, Uploads):
         if held is None and (why := self._sits_out(tx, device, task, round_)):
             return self._wait(spec, round_, device, why)
         if held is not None or not self._has_seat(tx, now, device, task, round_):
-            return self._wait(spec, round_, device, "not needed in this round")
+            return self._not_needed(tx, now, device, task, round_)
         return self._grant(tx, now, device, task, round_)
 
     def _wait_for_round(self, tx: Transaction, task: Task, branch: str, device: Device) -> Wait:
@@ -150,20 +159,31 @@ class Coordinator(Population, Uploads):
         again_s = rules.retry_after_s(spec.rounds, spec.seed, round_.number, device.id)
         return Wait(retry_after_s=again_s, reason=reason)
 
+    def _not_needed(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> Wait:
+        """Until the next round that may draw this device, where that can be foreseen."""
+        wait = self._wait(task.spec, round_, device, "not needed in this round")
+        if not task.spec.sampling.is_plain or task.groups:
+            return wait
+        cohort, last = task.spec.rounds.cohort, self._drawn(tx, round_).last
+        turn = next_turn(task.draw_key, device.id, round_.number, cohort, round_.drawn_from)
+        foreseen_s = rules.foreseen_s(task.spec, last, round_, turn, now, device.id)
+        return replace(wait, retry_after_s=max(wait.retry_after_s, foreseen_s))
+
     def _has_seat(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> bool:
         spec = self.lifecycle.seats(task, round_.branch)
         if rules.free_seats(spec, tx.count_leases(task.id, round_.branch, round_.number)) <= 0:
             return False
-        return rules.seat_open_to_all(spec, round_, now) or device.id in self._invited(round_)
+        return rules.seat_open_to_all(spec, round_, now) or device.id in self._drawn(tx, round_).invited
 
-    def _invited(self, round_: Round) -> frozenset[str]:
-        """The devices sampled for a round, which never change."""
+    def _drawn(self, tx: Transaction, round_: Round) -> _Drawn:
+        """What never changes while a round is open."""
         key = (round_.task_id, round_.branch, round_.number, round_.opened_at)
-        if key not in self._invitations:
-            while len(self._invitations) >= _INVITATIONS_KEPT:
-                del self._invitations[next(iter(self._invitations))]
-            self._invitations[key] = frozenset(round_.invited)
-        return self._invitations[key]
+        if key not in self._rounds:
+            while len(self._rounds) >= _ROUNDS_KEPT:
+                del self._rounds[next(iter(self._rounds))]
+            last = tx.round(round_.task_id, round_.branch, round_.number - 1)
+            self._rounds[key] = _Drawn(frozenset(round_.invited), last)
+        return self._rounds[key]
 
     @staticmethod
     def _sits_out(tx: Transaction, device: Device, task: Task, round_: Round) -> str | None:

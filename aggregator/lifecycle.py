@@ -189,10 +189,11 @@ class Lifecycle(Periods):
         bundle: str,
         first_sha256: str,
         variants: Mapping[int, str] = MappingProxyType({}),
+        draw_key: str = "",
     ) -> Task:
         """Open a task on a bundle the store has; version 0 is the factors of this hash.
 
-        variants: rank -> hash of version 0 at each of the method's other ranks.
+        variants: rank -> hash of version 0 at each of the method's other ranks. draw_key: of its cohorts.
         """
         task = tx.add_task(
             Task(
@@ -203,6 +204,7 @@ class Lifecycle(Periods):
                 reason="",
                 created_at=now,
                 resumed_after=0,
+                draw_key=draw_key,
             )
         )
         Lifecycle._add(

@@ -88,18 +88,20 @@ class Rounds:
         if base.state is VersionState.CANDIDATE:
             return None
         number = self.newest_round(tx, task) + 1
+        invited, drawn_from = self._drawn(tx, now, task, branch, number)
         round_ = Round(
             task_id=task.id,
             branch=branch,
             number=number,
             version_number=base.number,
             live=self.live(tx, task, group, number, base),
-            invited=self._invited(tx, now, task, branch, number),
+            invited=invited,
             state=RoundState.OPEN,
             opened_at=now,
             deadline_at=None,
             closed_at=None,
             reason="",
+            drawn_from=drawn_from,
         )
         tx.put_round(round_)
         return round_
@@ -119,10 +121,10 @@ class Rounds:
             return method.live_at(adapter, group.depth).indices
         return task.spec.live(adapter, number, self._state_of(base)).indices
 
-    def _invited(
+    def _drawn(
         self, tx: Transaction, now: float, task: Task, branch: str, round_number: int
-    ) -> tuple[str, ...]:
-        """The cohort, of the devices of the branch seen lately that can do the work."""
+    ) -> tuple[tuple[str, ...], int]:
+        """The cohort, of devices of the branch seen lately that can do the work, and how many these are."""
         spec, seen_since, runtimes = task.spec, now - SEEN_WITHIN_S, self.runtimes(tx, task)
         few, seats, group = spec.min_examples, self.seats(task, branch).cohort, group_on(task, branch)
         needed_mb = spec.budget.memory_mb or 0
@@ -134,7 +136,7 @@ class Rounds:
                 memory_mb=needed_mb,
                 member_of=(task.id, group.number) if group else None,
             )
-            return uniformly(spec.seed, round_number, devices, seats)
+            return uniformly(task.draw_key, round_number, devices, seats), len(devices)
         candidates = tx.candidates(
             task.id,
             seen_since=seen_since,
@@ -143,4 +145,4 @@ class Rounds:
             memory_mb=needed_mb,
             group=group.number if group else None,
         )
-        return invite(spec.sampling, spec.seed, round_number, candidates, seats)
+        return invite(spec.sampling, task.draw_key, round_number, candidates, seats), len(candidates)

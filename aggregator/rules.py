@@ -22,6 +22,7 @@ from storage.records import Lease, LeaseState, Round, RoundState
 __all__ = [
     "Due",
     "due",
+    "foreseen_s",
     "free_seats",
     "idle_retry_s",
     "refusal",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _GRACE = 0.25  #: of the deadline, for which seats are kept for the invited
+_LATEST_S = 6 * 3600.0  #: that a device is told to come for a round that is foreseen
 
 
 class Due(Enum):
@@ -102,10 +104,32 @@ def retry_after_s(
     return _spread(min(mean_s, spec.retry_s), seed, round_number, device_id)
 
 
+def foreseen_s(
+    task: TaskSpec, last: Round | None, current: Round, turn: int, now: float, device_id: str
+) -> float:
+    """When a device asks again whose turn is round `turn`; 0 where that cannot be foreseen.
+
+    last: the round before the current one. Rounds are taken to go on as these two followed each other, as
+    long as the invited come by themselves: not where the last was still open when its seats were open to
+    all, so that there everybody goes on asking. Rounds may become quicker, so a device asks after half to
+    three quarters of the time, and is then told the rest; from two rounds before its turn it asks as others.
+    """
+    if last is None or last.state is not RoundState.FOLDED or last.closed_at is None:
+        return 0.0
+    if last.closed_at >= last.opened_at + _GRACE * task.rounds.deadline_s:
+        return 0.0
+    round_s = current.opened_at - last.opened_at
+    left_s = (turn - current.number) * round_s - (now - current.opened_at)
+    if left_s < 2 * round_s:
+        return 0.0
+    return min(_spread(0.25 * left_s, task.seed, current.number, device_id, least=2.0), _LATEST_S)
+
+
 def idle_retry_s(mean_s: float, now: float, device_id: str) -> float:
     """The same where there is no round to draw by: devices that came together do not come back together."""
     return _spread(mean_s, 0, int(now), device_id)
 
 
-def _spread(mean_s: float, seed: int, number: int, device_id: str) -> float:
-    return mean_s * (0.5 + uniform_at(seed, Purpose.BACKOFF, number, int(device_id[:16], 16)))
+def _spread(unit_s: float, seed: int, number: int, device_id: str, *, least: float = 0.5) -> float:
+    """Between `least` units and one more."""
+    return unit_s * (least + uniform_at(seed, Purpose.BACKOFF, number, int(device_id[:16], 16)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from aggregator.coordinator import Coordinator
@@ -104,6 +106,7 @@ class Service:
         self.metrics = Metrics()
         self.started_at = clock.now()
         self.pace = Pace()
+        self.new_draw_key: Callable[[], str] = partial(secrets.token_hex, 16)  #: of each task
         self.draining = False  #: about to stop: no longer ready for new devices
         self.server_key: ServerKey | None = None  #: signs answers to check-ins, where there is one
         self.aside: Aside = at_once if inline else asyncio.to_thread

@@ -8,13 +8,18 @@ Separation and cap: C. A. Choquette-Choo et al. "(Amplified) banded matrix facto
 to private training". NeurIPS 2023, arXiv 2306.08153 (b-min-sep participation).
 Weighted draws: P. S. Efraimidis, P. G. Spirakis. "Weighted random sampling with a reservoir". Information
 Processing Letters 97(5), 2006.
+Lots: the cohort are those whose keyed hashes are lowest, so that rounds to come can be foretold: the
+cryptographic sortition of Y. Gilad et al. "Algorand". SOSP 2017, §5, with one key, the server's.
 
-What a device reports of itself, examples and loss, is bounded before it counts.
+Draws are by a secret of the task, hexadecimal: whoever knew it could make keys of devices that are drawn
+together. What a device reports of itself, examples and loss, is bounded before it counts.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -24,7 +29,18 @@ from numpy.typing import NDArray
 from fedtt.errors import ConfigError
 from fedtt.rng import Purpose, rng_for
 
-__all__ = ["ByExamples", "Candidate", "Oort", "PowerOfChoice", "Sampling", "Uniform", "invite", "uniformly"]
+__all__ = [
+    "FORETOLD_ROUNDS",
+    "ByExamples",
+    "Candidate",
+    "Oort",
+    "PowerOfChoice",
+    "Sampling",
+    "Uniform",
+    "invite",
+    "next_turn",
+    "uniformly",
+]
 
 Positions = NDArray[np.intp]
 Weights = NDArray[np.float64]
@@ -33,6 +49,8 @@ Count = Annotated[int, Meta(ge=1, le=10**9)]
 
 _CLIP = 0.95  #: share of the known devices above which a loss or a utility counts no more, as in Oort
 _LOSS_LIMIT = 1e6
+FORETOLD_ROUNDS = 64  #: that a device's next turn is looked for in
+_ROUND = struct.Struct("<Q")
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -76,7 +94,7 @@ class _Strategy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, t
     def choose(
         self, able: Sequence[Candidate], seats: int, round_number: int, rng: np.random.Generator
     ) -> Positions:
-        """`seats` < len(able) positions in `able`, in any order."""
+        """`seats` < len(able) positions in `able`, in any order; of a uniform draw they go by lots."""
         raise NotImplementedError
 
 
@@ -84,11 +102,6 @@ class Uniform(_Strategy, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """Every device alike, without replacement."""
 
     always_uniform: ClassVar[bool] = True
-
-    def choose(
-        self, able: Sequence[Candidate], seats: int, round_number: int, rng: np.random.Generator
-    ) -> Positions:
-        return _uniform(rng, len(able), seats)
 
 
 class ByExamples(_Strategy, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="examples"):
@@ -180,7 +193,7 @@ Sampling = Uniform | ByExamples | PowerOfChoice | Oort
 
 
 def invite(
-    sampling: Sampling, seed: int, round_number: int, candidates: Sequence[Candidate], seats: int
+    sampling: Sampling, draw_key: str, round_number: int, candidates: Sequence[Candidate], seats: int
 ) -> tuple[str, ...]:
     """The names of at most `seats` candidates that may take part, in the order they came in.
 
@@ -191,19 +204,44 @@ def invite(
         for c in candidates
         if c.last_round is None or sampling.refusal(c.count, c.last_round, round_number) is None
     ]
+    if sampling.always_uniform:
+        return uniformly(draw_key, round_number, [c.device_id for c in able], seats)
     if len(able) > seats:
-        rng = rng_for(seed, Purpose.SAMPLING, round_number)
+        rng = rng_for(int(draw_key[:16] or "0", 16), Purpose.SAMPLING, round_number)
         chosen = sampling.choose(able, seats, round_number, rng)
         able = [able[i] for i in np.sort(chosen)]
     return tuple(c.device_id for c in able)
 
 
-def uniformly(seed: int, round_number: int, devices: Sequence[str], seats: int) -> tuple[str, ...]:
-    """What `invite` gives where the strategy is plain, without a candidate for each device."""
+def uniformly(draw_key: str, round_number: int, devices: Sequence[str], seats: int) -> tuple[str, ...]:
+    """Those `seats` of the devices whose lots are lowest, in the order they came in; all where they are few.
+
+    Each is as likely as any other, and whether it is drawn does not depend on where it stands.
+    """
     if len(devices) <= seats:
         return tuple(devices)
-    chosen = _uniform(rng_for(seed, Purpose.SAMPLING, round_number), len(devices), seats)
-    return tuple(devices[i] for i in np.sort(chosen))
+    lots = np.array([_lot(draw_key, round_number, device) for device in devices])
+    chosen = np.sort(np.argpartition(lots, seats - 1)[:seats])
+    return tuple(devices[i] for i in chosen)
+
+
+def next_turn(draw_key: str, device_id: str, after: int, seats: int, drawn_from: int) -> int:
+    """The first round past `after` for which `uniformly` may draw this device, should few come or go.
+
+    seats: of a round. drawn_from: devices that the newest cohort was drawn from. The highest lot of a cohort
+    is about seats / drawn_from; what is taken in its place is so much higher that it misses one round of a
+    hundred for one seat, and fewer for more. At the latest the round FORETOLD_ROUNDS past `after`.
+    """
+    share = seats * (1 + 4 / seats**0.5) / max(drawn_from, 1)
+    rounds = range(after + 1, after + FORETOLD_ROUNDS)
+    return next((r for r in rounds if _lot(draw_key, r, device_id) < share), after + FORETOLD_ROUNDS)
+
+
+def _lot(draw_key: str, round_number: int, device_id: str) -> float:
+    """In [0, 1), a multiple of 2^-53."""
+    address = _ROUND.pack(round_number) + bytes.fromhex(device_id)
+    digest = blake2b(address, key=bytes.fromhex(draw_key), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def _uniform(rng: np.random.Generator, count: int, seats: int) -> Positions:

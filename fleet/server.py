@@ -54,6 +54,7 @@ class FleetServer:
         """Open the task; raises FedttError where the bundle cannot serve it."""
         self.service = Service(store, blobs, time, inline=True)
         self.service.coordinator = Coordinator(self.service.lifecycle, _lease_ids(seed).__next__)
+        self.service.new_draw_key = rng_for(seed, Purpose.SAMPLING).bytes(16).hex
         self._time, self._shelf = time, Shelf()
         self._settling, self._on_version = False, on_version
         self._arrived, self._enough = 0, spec.rounds.closes_at  #: updates since the last version

@@ -188,6 +188,7 @@ class TaskRow(Base):
     resumed_after: Mapped[Count]  #: newest round when it was last resumed or rolled back; 0 where never
     resumed_at: Mapped[Seconds] = mapped_column(server_default="0")  #: when it was last resumed
     groups: Mapped[tuple[Group, ...]] = mapped_column(_GROUPS, server_default="[]")  #: as JSON
+    draw_key: Mapped[str] = mapped_column(String(32), server_default="")  #: secret, of its cohorts; hex
 
 
 class VersionRow(Base):
@@ -253,6 +254,7 @@ class RoundRow(Base):
     deadline_at: Mapped[Seconds | None]  #: set when the first lease is given
     closed_at: Mapped[Seconds | None]  #: when it was folded or abandoned
     reason: Mapped[Reason]  #: why it was abandoned
+    drawn_from: Mapped[Count] = mapped_column(server_default="0")  #: devices that could have been sampled
 
 
 class LeaseRow(Base):

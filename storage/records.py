@@ -188,6 +188,7 @@ class Task(Struct, frozen=True, kw_only=True):
     resumed_after: int  #: newest round when it was last resumed or rolled back; later ones count as failures
     resumed_at: float = 0.0  #: when it was last resumed
     groups: tuple[Group, ...] = ()  #: in which its devices train now; none while all train together
+    draw_key: str = ""  #: 16 secret bytes by which cohorts are drawn, hexadecimal; empty of a task of before
 
 
 class Version(Struct, frozen=True, kw_only=True):
@@ -225,6 +226,7 @@ class Round(Struct, frozen=True, kw_only=True):
     deadline_at: float | None  #: set when the first lease is given
     closed_at: float | None
     reason: str
+    drawn_from: int = 0  #: devices that could have been sampled; 0 of a round of before
 
 
 class Lease(Struct, frozen=True, kw_only=True):

@@ -107,3 +107,44 @@ def test_devices_for_which_there_is_nothing_come_back_at_different_times_too() -
     assert len(set(times)) == 50
     assert rules.idle_retry_s(60.0, 1000.9, POPULATION[3]) == times[3]
     assert rules.idle_retry_s(60.0, 1100.0, POPULATION[3]) != times[3]
+
+
+# what is foreseen
+
+REGULAR = {"closed_at": 330.0, "opened_at": 312.0, "state": RoundState.FOLDED, "reason": ""}
+
+
+def foreseen(turn: int, now: float, name: str = POPULATION[0], **last: Any) -> float:
+    """In round 5, opened at 332; round 4 was opened at 312, so rounds follow each other by 20 s."""
+    task = TaskSpec(name="t", rounds=SPEC)
+    before = round_(number=4, **REGULAR | last)
+    return rules.foreseen_s(task, before, round_(number=5, opened_at=332.0), turn, now, name)
+
+
+def test_whose_turn_is_foreseen_asks_again_after_half_to_three_quarters_of_the_time() -> None:
+    times = [foreseen(8, 342.0, name) for name in POPULATION]
+    assert all(25.0 <= time < 37.5 for time in times)  # round 8 is opened at 392
+    assert len(set(times)) == 50
+    assert foreseen(8, 342.0, POPULATION[3]) == times[3]
+    assert foreseen(10**6, 342.0) == 6 * 3600.0
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"opened_at": 300.0, "closed_at": 325.0},  # its seats were open to all by then
+        {"state": RoundState.ABANDONED, "reason": "too few"},
+    ],
+)
+def test_nothing_is_foreseen_where_the_last_round_did_not_fill_by_itself(last: dict[str, Any]) -> None:
+    assert foreseen(8, 342.0, **last) == 0.0
+
+
+def test_nothing_is_foreseen_in_a_first_round() -> None:
+    assert rules.foreseen_s(TaskSpec(name="t", rounds=SPEC), None, round_(), 9, 301.0, POPULATION[0]) == 0.0
+
+
+def test_whose_turn_is_within_two_rounds_goes_on_asking() -> None:
+    assert foreseen(7, 332.1) == 0.0
+    assert foreseen(8, 352.1) == 0.0
+    assert foreseen(8, 351.9) > 0.0
