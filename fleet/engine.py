@@ -367,15 +367,16 @@ class Fleet:
 
     def _count(self, index: int, link: Link) -> None:
         """Move what has travelled to the books."""
-        if not (link.sent_bytes or link.received_bytes or link.bundle_bytes):
+        if not (link.sent_bytes or link.received_bytes or link.bundle_bytes or link.check_ins):
             return
         population, totals = self.population, self.participations.traffic
         population.sent_bytes[index] += link.sent_bytes
         population.received_bytes[index] += link.received_bytes
+        totals.check_ins += link.check_ins
         totals.sent_bytes += link.sent_bytes
         totals.received_bytes += link.received_bytes
         totals.bundle_bytes += link.bundle_bytes
-        link.sent_bytes = link.received_bytes = link.bundle_bytes = 0
+        link.sent_bytes = link.received_bytes = link.bundle_bytes = link.check_ins = 0
 
     def _leave_out(self, index: int, reason: str) -> None:
         if not self.population.left_out[index]:

@@ -223,5 +223,6 @@ def _print_work(outcome: run_files.Outcome, say: Callable[..., None]) -> None:
         say(f"  {count:8d} {name}")
     for reason, count in outcome.left_out.items():
         say(f"  {count:8d} devices left out: {reason}")
-    say(f"{outcome.sent_bytes / 1e6:.2f} MB up, {outcome.received_bytes / 1e6:.2f} MB down", end="")
+    say(f"{outcome.check_ins} check-ins, {outcome.sent_bytes / 1e6:.2f} MB up", end="")
+    say(f", {outcome.received_bytes / 1e6:.2f} MB down", end="")
     say(f", bundles {outcome.bundle_bytes / 1e6:.1f} MB")

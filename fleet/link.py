@@ -60,12 +60,14 @@ class Link:
         self.sent_bytes = 0
         self.received_bytes = 0  #: without bundles
         self.bundle_bytes = 0
+        self.check_ins = 0
 
     async def enroll(self, message: Enroll) -> Enrolled:
         await self._up(len(encode(message)))
         return self._answered(await self._inner.enroll(message))
 
     async def check_in(self, message: CheckIn | AsTold) -> CheckInAnswer:
+        self.check_ins += 1
         await self._up(len(encode(message)))
         return self._answered(await self._inner.check_in(message))
 

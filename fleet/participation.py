@@ -31,8 +31,9 @@ COLUMNS = (
 
 @dataclass
 class Traffic:
-    """Bytes of bodies, of all devices together."""
+    """Check-ins, and bytes of bodies, of all devices together."""
 
+    check_ins: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0  #: without bundles
     bundle_bytes: int = 0

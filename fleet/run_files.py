@@ -67,6 +67,7 @@ class VersionLine(Struct, frozen=True, kw_only=True):
     train_loss_last: float | None
     loss: float | None  #: on the evaluation data; None where it was not judged
     accuracy: float | None
+    check_ins: int = 0  #: of all devices
     sent_bytes: int
     received_bytes: int  #: without bundles
     bundle_bytes: int
@@ -93,6 +94,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     left_out: dict[str, int]  #: devices that could not take part, by reason
     outcomes: dict[str, int]
     steps: int
+    check_ins: int = 0
     sent_bytes: int
     received_bytes: int
     bundle_bytes: int

@@ -44,7 +44,7 @@ class Set(_Part, frozen=True, kw_only=True):
 class Arm(_Part, frozen=True, kw_only=True):
     """One method with its adapter."""
 
-    name: str
+    name: str  #: with {} in it one arm for each of the plan's variants, whose name stands there then
     partitions: tuple[str, ...] = ()  #: on which it is run; none for all
     rate_of: str = ""  #: the arm whose chosen rate it takes, of `rates_from` or here; none for its own
     bound: Literal["", "local only", "centralised"] = ""  #: no federation, but what it is measured against
@@ -62,6 +62,7 @@ class Plan(_Part, frozen=True, kw_only=True):
     verdict: str = ""  #: what came of it, in words, once results are there
     sets: Annotated[tuple[Set, ...], Meta(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)]
+    variants: dict[str, Settings] = {}  #: name -> settings of the task, over those of an arm
     partitions: Annotated[dict[str, Settings], Meta(min_length=1)]
     rates: tuple[float, ...] = ()  #: learning rates every arm may choose from
     rates_from: str = ""  #: the experiment whose choices this one takes, set by set; it makes none then
@@ -152,6 +153,14 @@ def _over(low: Settings, high: Settings) -> Settings:
     return found
 
 
+def _varied(arm: Arm, plan: Plan) -> Iterator[Arm]:
+    if "{}" not in arm.name:
+        yield arm
+        return
+    for name, settings in plan.variants.items():
+        yield msgspec.structs.replace(arm, name=arm.name.format(name), task=_over(arm.task, settings))
+
+
 def small(plan: Plan) -> Plan:
     """The same plan with hardly any work: to see that all of it runs, not to compare anything."""
     arms = [msgspec.structs.replace(arm, task=_over(arm.task, _least(arm))) for arm in plan.arms]
@@ -177,6 +186,7 @@ def read_plan(path: Path) -> Plan:
         plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
     except msgspec.DecodeError as error:
         raise ConfigError(path.name, "…", str(error)) from None
+    plan = msgspec.structs.replace(plan, arms=tuple(v for arm in plan.arms for v in _varied(arm, plan)))
     if bool(plan.rates) == bool(plan.rates_from):
         raise ConfigError("rates", plan.rates, "given, or those of another experiment named as rates_from")
     if plan.rates and plan.search_partition not in plan.partitions:

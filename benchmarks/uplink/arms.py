@@ -36,6 +36,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     participations: int
     frame_bytes_mean: float
     frame_bytes_worst: int
+    check_ins_mean: float = 0.0  #: of a participation; most are told to wait
     sent_bytes_mean: float  #: of a participation, with its check-ins
     received_bytes_mean: float  #: without the bundle
     curve: list[Point]
@@ -72,6 +73,7 @@ def run_arm(case: Case, until: int | None = None) -> ArmResult:
         participations=len(frames),
         frame_bytes_mean=round(fmean(frames), 1),
         frame_bytes_worst=max(frames),
+        check_ins_mean=round(outcome.check_ins / len(frames), 2),
         sent_bytes_mean=round(outcome.sent_bytes / len(frames), 1),
         received_bytes_mean=round(outcome.received_bytes / len(frames), 1),
         curve=[Point.of(line) for line in lines if line.loss is not None],

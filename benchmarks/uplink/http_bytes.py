@@ -58,14 +58,12 @@ class HttpBytes(Struct, frozen=True, kw_only=True):
     update_sent: int
     update_received: int
 
-    @property
-    def sent(self) -> int:
-        """What a participation's three calls add to their bodies."""
-        return self.check_in_sent + self.version_sent + self.update_sent
+    def sent(self, check_ins: float) -> float:
+        """What a participation's calls add to their bodies: so many check-ins, a download and an upload."""
+        return check_ins * self.check_in_sent + self.version_sent + self.update_sent
 
-    @property
-    def received(self) -> int:
-        return self.check_in_received + self.version_received + self.update_received
+    def received(self, check_ins: float) -> float:
+        return check_ins * self.check_in_received + self.version_received + self.update_received
 
 
 class _Relay:

@@ -9,7 +9,17 @@ from statistics import fmean, stdev
 from benchmarks.page_table import put_table
 from benchmarks.uplink.arms import ArmResult
 from benchmarks.uplink.http_bytes import HttpBytes
-from benchmarks.uplink.report import LOWER_TARGET, Bytes, both_ways, by_arm, bytes_to, finals, sent
+from benchmarks.uplink.report import (
+    LOWER_TARGET,
+    Bytes,
+    both_ways,
+    by_arm,
+    bytes_to,
+    down_with_headers,
+    finals,
+    sent,
+    up_with_headers,
+)
 
 __all__ = ["write_table"]
 
@@ -17,6 +27,7 @@ _HEADINGS = (
     "arm",
     "frame, mean",
     "worst",
+    "check-ins",
     "up",
     "down",
     "seeds",
@@ -47,8 +58,9 @@ def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str
     return (
         f"{fmean(run.frame_bytes_mean for run in runs):,.0f}",
         f"{max(run.frame_bytes_worst for run in runs):,}",
-        f"{fmean(run.sent_bytes_mean for run in runs) + http.sent:,.0f}",
-        f"{fmean(run.received_bytes_mean for run in runs) + http.received:,.0f}",
+        f"{fmean(run.check_ins_mean for run in runs):.1f}",
+        f"{up_with_headers(runs, http):,.0f}",
+        f"{down_with_headers(runs, http):,.0f}",
         str(len(runs)),
         str(min(run.rounds for run in runs)),
         f"{100 * fmean(accuracies):.1f}{spread} %",

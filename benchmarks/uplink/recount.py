@@ -35,12 +35,13 @@ def recounted(stored: ArmResult, case: Case) -> ArmResult:
     shutil.rmtree(directory)
     if (found := outcome.outcomes["acknowledged"]) != stored.participations:
         raise RuntimeError(f"{case.key}: {stored.participations} updates were sent, without training {found}")
-    beside = {line.version: line.sent_bytes - line.frame_bytes for line in lines} | {0: 0}
-    rest = (outcome.sent_bytes - lines[-1].frame_bytes) / found
+    sent = {line.version: line.sent_bytes - line.frame_bytes for line in lines} | {0: 0}
+    beside = (outcome.sent_bytes - lines[-1].frame_bytes) / found
     return replace(
         stored,
-        sent_bytes_mean=round(stored.frame_bytes_mean + rest, 1),
-        curve=[_moved(point, beside[point.version]) for point in stored.curve],
+        check_ins_mean=round(outcome.check_ins / found, 2),
+        sent_bytes_mean=round(stored.frame_bytes_mean + beside, 1),
+        curve=[_moved(point, sent[point.version]) for point in stored.curve],
     )
 
 

@@ -19,11 +19,13 @@ __all__ = [
     "both_ways",
     "by_arm",
     "bytes_to",
+    "down_with_headers",
     "figures_of",
     "finals",
     "plot",
     "sent",
     "target_of",
+    "up_with_headers",
 ]
 
 OURS = "Fed-SB r32 on value and output, sign, falling rate"  #: within a kilobyte, by the search rows
@@ -39,8 +41,8 @@ AGAINST = {
     "participation_bytes": LORA_FP32,
     "uplink_bytes_lora_fp32, total_bytes_lora_fp32": LORA_DENSE,
     "total_bytes_lora_coded": "the LoRA variant with our head and codec that has the target for fewest bytes",
-    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; HTTP's own, one "
-    "request of each kind a participation, are those of the line `http` and only in figures that say so",
+    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; HTTP's own, as in the "
+    "line `http` for each check-in, download and upload, are only in figures that say so",
 }
 
 Figures = dict[str, float | None]
@@ -60,10 +62,14 @@ def both_ways(point: Point) -> float:
     return point.sent_bytes + point.received_bytes
 
 
-def with_headers(of: Bytes, headers_bytes: int, runs: Sequence[ArmResult]) -> Bytes:
-    """And HTTP's own bytes of the three requests of each participation."""
-    cohort = runs[0].participations / runs[0].rounds if runs else 0.0
-    return lambda point: of(point) + headers_bytes * cohort * point.version
+def with_headers(of: Bytes, http: HttpBytes, runs: Sequence[ArmResult]) -> Bytes:
+    """And HTTP's own bytes of all requests of each participation; those of answers where these count."""
+    if not runs:
+        return of
+    cohort = runs[0].participations / runs[0].rounds
+    check_ins = fmean(run.check_ins_mean for run in runs)
+    headers = http.sent(check_ins) + (http.received(check_ins) if of is both_ways else 0.0)
+    return lambda point: of(point) + headers * cohort * point.version
 
 
 def bytes_to(results: Iterable[ArmResult], target: float, of: Bytes) -> float | None:
@@ -113,16 +119,14 @@ def figures_of(results: Sequence[ArmResult], http: HttpBytes) -> Figures:
     frames = fmean(run.frame_bytes_mean for run in ours)
     up, total = bytes_to(ours, target, sent), bytes_to(ours, target, both_ways)
     dense = [run for name, runs in arms.items() if name.startswith(LORA_DENSE) for run in runs]
-    sent_by = with_headers(sent, http.sent, dense), with_headers(sent, http.sent, ours)
-    both_by = (
-        with_headers(both_ways, http.sent + http.received, dense),
-        with_headers(both_ways, http.sent + http.received, ours),
-    )
+    sent_by = with_headers(sent, http, dense), with_headers(sent, http, ours)
+    both_by = with_headers(both_ways, http, dense), with_headers(both_ways, http, ours)
     return {
         "uplink_mean_bytes": round(frames, 1),
         "uplink_worst_bytes": max(run.frame_bytes_worst for run in ours),
         "uplink_mean_bytes_with_http_headers": round(frames + http.update_sent, 1),
-        "participation_up_bytes_with_http_headers": round(_mean_sent(ours) + http.sent, 1),
+        "participation_up_bytes_with_http_headers": round(up_with_headers(ours, http), 1),
+        "check_ins_mean": round(fmean(run.check_ins_mean for run in ours), 2),
         "downlink_mean_bytes": round(fmean(run.received_bytes_mean for run in ours), 1),
         "accuracy": round(final, 4),
         "accuracy_gap_points": _gap(arms, FP32, final),
@@ -181,8 +185,13 @@ def _final(runs: Sequence[ArmResult]) -> float:
     return fmean(finals(runs))
 
 
-def _mean_sent(runs: Sequence[ArmResult]) -> float:
-    return fmean(run.sent_bytes_mean for run in runs)
+def up_with_headers(runs: Sequence[ArmResult], http: HttpBytes) -> float:
+    """All that a participation sends, HTTP's own with it."""
+    return fmean(run.sent_bytes_mean + http.sent(run.check_ins_mean) for run in runs)
+
+
+def down_with_headers(runs: Sequence[ArmResult], http: HttpBytes) -> float:
+    return fmean(run.received_bytes_mean + http.received(run.check_ins_mean) for run in runs)
 
 
 def _frame(runs: Sequence[ArmResult]) -> float | None:

@@ -28,6 +28,7 @@ _FIGURES: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Loss", lambda run: _last(run, lambda line: line.loss, NUMBER)),
     ("Versions", lambda run: "–" if run.version is None else f"{run.version:,}"),
     ("Took part", lambda run: f"{len(run.work):,} of {run.population:,}"),
+    ("Check-ins", lambda run: "–" if run.totals is None else f"{run.totals.check_ins:,}"),
     ("Sent up", lambda run: _total(run, "sent_bytes", BYTES)),
     ("Sent down", lambda run: _total(run, "received_bytes", BYTES)),
     ("Bundles down", lambda run: _total(run, "bundle_bytes", BYTES)),
