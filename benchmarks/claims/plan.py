@@ -63,6 +63,7 @@ class Plan(_Part, frozen=True, kw_only=True):
     sets: Annotated[tuple[Set, ...], Meta(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)]
     variants: dict[str, Settings] = {}  #: name -> settings of the task, over those of an arm
+    varied: tuple[str, ...] = ()  #: names of the arms with variants, as they stand in the file
     partitions: Annotated[dict[str, Settings], Meta(min_length=1)]
     rates: tuple[float, ...] = ()  #: learning rates every arm may choose from
     rates_from: str = ""  #: the experiment whose choices this one takes, set by set; it makes none then
@@ -186,7 +187,11 @@ def read_plan(path: Path) -> Plan:
         plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
     except msgspec.DecodeError as error:
         raise ConfigError(path.name, "…", str(error)) from None
-    plan = msgspec.structs.replace(plan, arms=tuple(v for arm in plan.arms for v in _varied(arm, plan)))
+    plan = msgspec.structs.replace(
+        plan,
+        arms=tuple(v for arm in plan.arms for v in _varied(arm, plan)),
+        varied=tuple(arm.name for arm in plan.arms if "{}" in arm.name),
+    )
     if bool(plan.rates) == bool(plan.rates_from):
         raise ConfigError("rates", plan.rates, "given, or those of another experiment named as rates_from")
     if plan.rates and plan.search_partition not in plan.partitions:

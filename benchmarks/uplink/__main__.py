@@ -20,7 +20,7 @@ from benchmarks.claims.plan import Case, Plan, read_plan
 from benchmarks.harness import ROOT, arguments, machine
 from benchmarks.uplink.arms import ArmResult, run_arm
 from benchmarks.uplink.http_bytes import HttpBytes, measured
-from benchmarks.uplink.page import write_table
+from benchmarks.uplink.page import write_codecs, write_table
 from benchmarks.uplink.recount import recounted
 from benchmarks.uplink.report import AGAINST, figures_of, plot, target_of
 
@@ -108,7 +108,9 @@ def main() -> None:
     if kept.path and not args.search:
         plot(kept.arms, kept.path.with_suffix(".svg"))
     if kept.path == RESULTS and (target := target_of(kept.arms)) is not None:
-        write_table(kept.arms, kept.http, target, PAGE)
+        beside = {arm.format(codec) for arm in plan.varied for codec in plan.variants if codec != "sign"}
+        write_table([arm for arm in kept.arms if arm.arm not in beside], kept.http, target, PAGE)
+        write_codecs(kept.arms, plan, PAGE)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from benchmarks.claims.plan import Plan
 from benchmarks.page_table import put_table
 from benchmarks.uplink.arms import ArmResult
 from benchmarks.uplink.http_bytes import HttpBytes
@@ -21,7 +22,9 @@ from benchmarks.uplink.report import (
     up_with_headers,
 )
 
-__all__ = ["write_table"]
+__all__ = ["write_codecs", "write_table"]
+
+COMMAND = "python -m benchmarks.uplink --page"
 
 _HEADINGS = (
     "arm",
@@ -49,7 +52,24 @@ def write_table(results: Iterable[ArmResult], http: HttpBytes, target: float, pa
     headings = [heading.format(**shown) for heading in _HEADINGS]
     rows = sorted(by_arm(results).items(), key=lambda item: fmean(r.frame_bytes_mean for r in item[1]))
     lines = [(name, *_row(runs, http, target)) for name, runs in rows]
-    put_table(page, "python -m benchmarks.uplink --page", headings, lines)
+    put_table(page, COMMAND, headings, lines)
+
+
+def write_codecs(results: Iterable[ArmResult], plan: Plan, page: Path) -> None:
+    """Put the table of methods by codecs into the same page: the last accuracy, and mean bytes of a frame."""
+    arms = by_arm(results)
+    headings = ["codec", *(arm.format("…") for arm in plan.varied)]
+    lines = [
+        (variant, *(_cell(arms.get(arm.format(variant), [])) for arm in plan.varied))
+        for variant in plan.variants
+    ]
+    put_table(page, f"{COMMAND}, codecs", headings, lines)
+
+
+def _cell(runs: Sequence[ArmResult]) -> str:
+    if not runs:
+        return "–"
+    return f"{100 * fmean(finals(runs)):.1f} %, {fmean(run.frame_bytes_mean for run in runs):,.0f}"
 
 
 def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ AGAINST = {
     "participation_bytes": LORA_FP32,
     "uplink_bytes_lora_fp32, total_bytes_lora_fp32": LORA_DENSE,
     "total_bytes_lora_coded": "the LoRA variant with our head and codec that has the target for fewest bytes",
-    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; HTTP's own, as in the "
+    "bytes": "of bodies: frames, all check-ins and versions, head and metrics with them; HTTP's own, by the "
     "line `http` for each check-in, download and upload, are only in figures that say so",
 }
 
@@ -199,28 +200,44 @@ def _frame(runs: Sequence[ArmResult]) -> float | None:
 
 
 def plot(results: Iterable[ArmResult], path: Path) -> None:
-    """Accuracy against the bytes of all devices, up and both ways; one line for each arm's first seed."""
+    """Accuracy against the bytes of all devices, up and both ways: first seeds, a colour a method."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     first = {result.arm: result for result in reversed(list(results))}
+    families = sorted({_family(result) for result in first.values()})
+    colours = {family: f"C{at}" for at, family in enumerate(families)}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
     for axis, of, title in zip(axes, (sent, both_ways), ("up", "up and down"), strict=True):
-        for name, result in sorted(first.items()):
+        for result in first.values():
             points = [point for point in result.curve if of(point)]
             axis.plot(
                 [of(point) / 1e6 for point in points],
                 [100 * (point.accuracy or 0) for point in points],
-                marker=".",
-                label=name,
+                color=colours[_family(result)],
+                linestyle=_LINES.get(result.codec.quantise, ":"),
+                linewidth=1.0,
             )
         axis.set_xscale("log")
         axis.set_xlabel(f"megabytes {title}, all devices together")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on CLINC150, %")
     axes[0].set_ylim(60, None)
+    for family in families:
+        axes[1].plot([], [], color=colours[family], label=family)
+    for codec, style in (*_LINES.items(), ("other codecs", ":")):
+        axes[1].plot([], [], color="grey", linestyle=style, label=codec)
     axes[1].legend(fontsize="small", loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+_LINES = {"fp32": "-", "sign": "--"}
+
+
+def _family(result: ArmResult) -> str:
+    """Its method, and whether its head is dense: what comes before the rank in an arm's name."""
+    method = re.split(r" r[0-9]", result.arm)[0]
+    return f"{method}, dense head" if "dense head" in result.arm else method
