@@ -19,7 +19,7 @@ STRATEGIES: list[Sampling] = [Uniform(), ByExamples(), PowerOfChoice(candidates=
 
 
 def fleet(directory: Path, sampling: Sampling, **rounds: object) -> SmallFleet:
-    task = small_task(rounds=ROUNDS, cohort=4, **rounds)
+    task = small_task(**{"rounds": ROUNDS, "cohort": 4} | rounds)  # type: ignore[arg-type]
     return SmallFleet(directory, devices=DEVICES, task=replace(task, sampling=sampling), profiles=PROFILES)
 
 
@@ -56,10 +56,12 @@ def test_a_task_comes_to_its_end_within_every_devices_bounds(
 
 def test_oort_asks_quick_devices_more_often_than_slow_ones(tmp_path: Path) -> None:
     """Once all are known: before that they are explored alike."""
-    small = fleet(tmp_path, Oort(exploration=0.5, exploration_decay=0.5, least_exploration=0))
+    small = fleet(tmp_path, Oort(exploration=1.0, exploration_decay=0.85, least_exploration=0), rounds=24)
     small.run(lasts_s=7 * 86400.0)
     with small.server.service.store.reading() as tx:
         took_s = {d.id: p.duration_s for d in tx.devices() if (p := tx.participation(1, d.id))}
-        invited = [name for round_ in tx.rounds(1)[: ROUNDS // 2] for name in round_.invited]
+        newest = tx.rounds(1)[: ROUNDS // 2]
+    invited = [name for round_ in newest for name in round_.invited]
+    assert len(took_s) == DEVICES
     quick = sum((took_s.get(name) or 999.0) < 20.0 for name in invited)
     assert quick > 3 * (len(invited) - quick)

@@ -127,7 +127,7 @@ def test_a_device_whose_window_ends_goes_on_in_the_next_one(tmp_path: Path) -> N
 def test_a_device_that_cannot_train_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
     profiles = (Profile(name="able"), Profile(name="tiny", memory_mb=10))
     small = SmallFleet(
-        tmp_path, devices=10, task=small_task(cohort=5), profiles=profiles, needs_memory_mb=100
+        tmp_path, devices=10, task=small_task(rounds=9, cohort=5), profiles=profiles, needs_memory_mb=100
     )
     small.run()
     assert small.server.task.state is TaskState.FINISHED

@@ -368,7 +368,11 @@ def test_rows_survive_every_migration_up_and_down(tmp_path: Path) -> None:
             name for rows in oldest.values() for row in rows for name in row
         )
         upgrade(connection, path)
-        assert _rows(connection) == newest
+        migrated = _rows(connection)
+        (key,) = [task.pop("draw_key") for task in migrated["tasks"]]
+        assert re.fullmatch("[0-9a-f]{32}", str(key))  # a secret that is made anew
+        assert [task.pop("draw_key") for task in newest["tasks"]] == [""]
+        assert migrated == newest
     engine.dispose()
     with closing(SqlStore.open(path)) as store, store.reading() as tx:
         assert tx.tasks() == [ledger.task(id=1)]
