@@ -375,7 +375,7 @@ def test_rows_survive_every_migration_up_and_down(tmp_path: Path) -> None:
         assert migrated == newest
     engine.dispose()
     with closing(SqlStore.open(path)) as store, store.reading() as tx:
-        assert tx.tasks() == [ledger.task(id=1)]
+        assert tx.tasks() == [ledger.task(id=1, draw_key=key)]
         assert tx.versions(1) == [ledger.version(0)]
         assert tx.device(ledger.device().id) == ledger.device()
         assert list(tx.updates(1, "main", 1, UpdateState.ACCEPTED)) == [waiting]
