@@ -42,7 +42,9 @@ def test_a_ledger_goes_back_and_forward_and_keeps_its_rows(
         assert capsys.readouterr().out == said + "\n"
     database = place[1] if place[0] == "--database" else Path(place[1]) / "fedtt.db"
     with closing(SqlStore.open(database)) as store, store.reading() as tx:
-        assert tx.tasks() == [ledger.task(id=1)]
+        (task,) = tx.tasks()
+        assert task == ledger.task(id=1, draw_key=task.draw_key)  # which is made anew
+        assert len(task.draw_key) == 32
 
 
 def test_a_schema_that_nobody_knows_changes_nothing(
