@@ -31,7 +31,9 @@ from fedtt.server_optimiser import ServerState
 __all__ = ["ExactFedTT"]
 
 
-class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="exact-fedtt"):
+class ExactFedTT(
+    FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="exact-fedtt"
+):
     """W = L G_k R is linear in one core, so Σ_k w_k L (G + Δ_k) R = L (G + Σ_k w_k Δ_k) R.
 
     What is exact: the mean of each TT matrix, for one base, one gauge and one live set. What is not: the
@@ -39,6 +41,10 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     Folds that are no weighted mean (a median of cores is no median of matrices) run, and lose the word:
     the report's `exact_mean` says which it was. Server optimisers see the exact mean as their
     pseudo-gradient, and keep their moments by core.
+
+    With `whole_head` all cores of the head are live in every round, as with `FedTT`, so that both have the
+    same head. The mean of the head is then that of each core, not of its matrix, and no epoch and no gauge is
+    its own; all that is said here, `exact_mean` too, is of the adapters alone.
 
     Biases and dense matrices are live in every round, unless `cores_only`: a bias is added to a matrix's
     product and a dense matrix is its own only factor, so the mean stays exact, and both are few beside the
@@ -57,6 +63,7 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     schedule: Literal["cyclic", "norm", "sweep", "alternate"] = "cyclic"
     epoch_rounds: Annotated[int, Meta(ge=1, le=10**6)] = 1  #: rounds that each live set lasts
     cores_only: bool = False  #: biases and dense matrices stay as they started
+    whole_head: bool = False  #: all cores of the head are live in every round, and their mean is not exact
     orthogonal: bool = False  #: train and send in coordinates whose norm is that of the matrix (`Gauge`)
 
     def __post_init__(self) -> None:
@@ -72,18 +79,21 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         return not self.orthogonal
 
     def same_gauge(self, earlier: int, later: int) -> bool:
-        """Within an epoch only the live set moves: what surrounds it, and with it the gauge, stays."""
+        """Within an epoch only the live set moves: what surrounds it, and with it the gauge, stays.
+
+        A whole head has no gauge; its late updates of an epoch are folded core by core, as those of `FedTT`.
+        """
         return self._epoch(earlier) == self._epoch(later)
 
     def check(self, adapter: AdapterSpec) -> None:
-        check_trains(adapter, "exact-fedtt")
+        check_trains(adapter, "exact-fedtt", whole_head=self.whole_head)
         if adapter.inserted.kind in ("lora", "lora-sb"):
             raise ConfigError(
                 "method.name", "exact-fedtt", "not for LoRA, whose matrices it would train whole"
             )
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
-        """One core of every train, or of every second one; rounds count from 1.
+        """One core of every train, or of every second one, and all of a whole head; rounds count from 1.
 
         Until a first fold the first epoch goes on, for rounds may fail: where a train starts at zero, nothing
         but its last core would learn.
@@ -91,7 +101,9 @@ class ExactFedTT(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         epoch = 0 if state is None else self._epoch(round_number)
         chosen = set[int]() if self.cores_only else set(outside_trains(adapter))
         for side, train in sided_trains(adapter):
-            if self.schedule != "alternate":
+            if side == "head" and self.whole_head:
+                chosen.update(train.indices)
+            elif self.schedule != "alternate":
                 chosen.add(train.indices[self._core(train, epoch, state)])
             elif side == "head":
                 chosen.add(train.indices[_cyclic(train, epoch)])

@@ -6,8 +6,8 @@ tensorized federated fine-tuning of large language models". Findings of ACL 2025
 Theirs: portions of the tensor factors are frozen, in turn, which brings the mean of the cores nearer to
 that of the matrices; the first, the last and one core between them are trained. Ours, where the paper
 leaves a choice: in which order the core between goes round, for how many rounds each stays, and that a
-head which is a tensor train is treated as the adapters are, while biases and a dense head, being no
-trains, are trained in every round.
+head which is a tensor train is treated as the adapters are, unless `whole_head`, while biases and a
+dense head, being no trains, are trained in every round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms.fedavg import FedAvg
-from fedtt.algorithms.trains import check_trains, outside_trains
+from fedtt.algorithms.trains import check_trains, outside_trains, sided_trains
 from fedtt.errors import ConfigError
 from fedtt.layout import LiveSet
 from fedtt.server_optimiser import ServerState
@@ -26,7 +26,9 @@ from fedtt.server_optimiser import ServerState
 __all__ = ["FedTTPlus"]
 
 
-class FedTTPlus(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fedtt-plus"):
+class FedTTPlus(
+    FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag="fedtt-plus"
+):
     """Of every train G_1 ··· G_J, the cores G_1, G_j and G_J are trained, sent and averaged core by core.
 
     With μ = 0, 1, 2, … counting periods of rounds, j = 2 + μ mod (J - 2). Three live cores still leave
@@ -35,19 +37,26 @@ class FedTTPlus(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
     rotation: Literal["cyclic", "fixed"] = "cyclic"  #: fixed: always the one halfway
     period: Annotated[int, Meta(ge=1, le=10**6)] = 1  #: rounds before the rotation goes on
+    whole_head: bool = False  #: all cores of the head are live in every round, as with `FedTT`
 
     def __post_init__(self) -> None:
         if self.rotation == "fixed" and self.period != 1:
             raise ConfigError("method.period", self.period, "1 with rotation 'fixed', which has no periods")
 
     def check(self, adapter: AdapterSpec) -> None:
-        check_trains(adapter, "fedtt-plus")
+        check_trains(adapter, "fedtt-plus", whole_head=self.whole_head)
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
-        """The ends of every train and the one between whose turn it is; rounds count from 1."""
+        """The ends of every train and the one between whose turn it is; all of the head if it is whole.
+
+        Rounds count from 1.
+        """
         turn = (round_number - 1) // self.period
         chosen = set(outside_trains(adapter))
-        for train in adapter.tt_matrices:
+        for side, train in sided_trains(adapter):
+            if side == "head" and self.whole_head:
+                chosen.update(train.indices)
+                continue
             ends, between = train.indices[:: len(train.indices) - 1], train.indices[1:-1]
             chosen.update(ends)
             if between:

@@ -50,10 +50,12 @@ class _LiveCore(NamedTuple):
 
 
 class Gauge:
-    """The change of coordinates of a live set with at most one core a train.
+    """The change of coordinates of a live set with one core of a train, none or all.
+
+    A train that is live whole has no core that it could be orthogonal around, and is left as it is.
 
     It depends on the cores that are not live alone, so it is one and the same for all base versions
-    between which only the live set moved. Raises LayoutError for a live set with two cores of one train,
+    between which only the live set moved. Raises LayoutError for a live set with some cores of one train,
     WireError where the factors are too large for an interface to be finite.
     """
 
@@ -80,6 +82,8 @@ def _live_cores(adapter: AdapterSpec, theta: Theta, live: LiveSet) -> Iterator[_
     places = {i: slice(end - n, end) for i, n, end in zip(live.indices, live.sizes, ends, strict=True)}
     for train in adapter.tt_matrices:
         centres = [k for k, index in enumerate(train.indices) if index in places]
+        if len(centres) == len(train.indices):
+            continue
         if len(centres) > 1:
             raise LayoutError(f"{train.prefix} has {len(centres)} live cores, these coordinates are of one")
         shapes = train.matrix.core_shapes

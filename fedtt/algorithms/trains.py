@@ -13,10 +13,18 @@ __all__ = ["Side", "check_trains", "outside_trains", "sided_trains"]
 Side = Literal["down", "up", "head"]
 
 
-def check_trains(adapter: AdapterSpec, name: str) -> None:
-    """Raise ConfigError where a method that chooses among the cores of trains would find none."""
-    if not adapter.tt_matrices:
+def check_trains(adapter: AdapterSpec, name: str, *, whole_head: bool = False) -> None:
+    """Raise ConfigError where a method that chooses among the cores of trains would find none.
+
+    whole_head: it leaves those of the head together, so both the head and what is beside it must be trains.
+    """
+    sides = {side for side, _ in sided_trains(adapter)}
+    if not sides:
         raise ConfigError("method.name", name, "only for a bundle whose adapters or head are tensor trains")
+    if whole_head and not sides > {"head"}:
+        raise ConfigError(
+            "method.whole_head", True, "only for a bundle whose adapters and head are tensor trains"
+        )
 
 
 def outside_trains(adapter: AdapterSpec) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ def text_of(method: str, *, rounds: int = 6, feedback: bool = True, more: str = 
 CASES: dict[str, tuple[str, Method]] = {
     "fedtt": ('name = "fedtt"', FedTT()),
     "fedtt-plus": ('name = "fedtt-plus"', FedTTPlus()),
+    "fedtt-plus, whole head": ('name = "fedtt-plus"\nwhole_head = true', FedTTPlus(whole_head=True)),
     "exact": ('name = "exact-fedtt"', ExactFedTT()),
     "exact by norm": ('name = "exact-fedtt"\nschedule = "norm"', ExactFedTT(schedule="norm")),
     "exact sweep": ('name = "exact-fedtt"\nschedule = "sweep"', ExactFedTT(schedule="sweep")),
@@ -61,6 +62,10 @@ CASES: dict[str, tuple[str, Method]] = {
         ExactFedTT(schedule="alternate", epoch_rounds=2),
     ),
     "exact, orthogonal": ('name = "exact-fedtt"\northogonal = true', ExactFedTT(orthogonal=True)),
+    "exact, orthogonal, whole head": (
+        'name = "exact-fedtt"\northogonal = true\nwhole_head = true',
+        ExactFedTT(orthogonal=True, whole_head=True),
+    ),
 }
 
 

@@ -347,6 +347,15 @@ def test_a_devices_name_is_the_beginning_of_its_keys_hash() -> None:
     assert device_id(bytes(32)) == hashlib.sha256(bytes(32)).hexdigest()[:32]
 
 
+@pytest.mark.parametrize("method", [FedTTPlus(), ExactFedTT()])
+def test_options_at_their_defaults_are_not_in_a_plan_so_that_clients_from_before_them_read_it(
+    method: FedTTPlus | ExactFedTT,
+) -> None:
+    whole = msgspec.structs.replace(method, whole_head=True)
+    assert set(msgspec.to_builtins(method)) == {"name"}
+    assert set(msgspec.to_builtins(whole)) == {"name", "whole_head"}
+
+
 def test_an_answer_of_another_release_names_its_lease_where_it_is_work() -> None:
     lease = "0f" * 16
     for answer in ({"type": "work", "lease": lease, "plan": "later"}, {"type": "judge", "lease": lease}):

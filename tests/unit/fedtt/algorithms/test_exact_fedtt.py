@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedtt.adapter import AdapterSpec
-from fedtt.algorithms import ExactFedTT, FedTT, Gradient, Method, drive
+from fedtt.algorithms import ExactFedTT, FedTT, FedTTPlus, Gradient, Method, drive
 from fedtt.algorithms.gauge import Gauge
 from fedtt.algorithms.trains import outside_trains
 from fedtt.codec import CodecSpec
@@ -49,12 +49,12 @@ def norms(**rms: Sequence[float]) -> ServerState:
     return ServerState(first=empty, second=empty, norms=found.astype(np.float32))
 
 
-def live_at(method: ExactFedTT, t: int) -> LiveSet:
+def live_at(method: Method, t: int) -> LiveSet:
     """After at least one fold, which moved all cores alike."""
     return method.live(ADAPTER, t, norms())
 
 
-def live_cores(method: ExactFedTT, t: int, state: ServerState | None = None) -> dict[str, list[int]]:
+def live_cores(method: Method, t: int, state: ServerState | None = None) -> dict[str, list[int]]:
     """train -> which of its cores are live, the first being 0."""
     live = set((live_at(method, t) if state is None else method.live(ADAPTER, t, state)).indices)
     assert len(LAYOUT.factors) - 1 in live  # the bias
@@ -135,6 +135,18 @@ def test_every_core_is_live_at_some_time(schedule: Schedule, t: int) -> None:
     assert seen == set(range(len(LAYOUT.factors)))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_whole_head_is_live_in_every_round_and_the_adapters_take_the_turns_they_would(
+    schedule: Schedule,
+) -> None:
+    """As FedTT has it, so that neither wins by its head."""
+    for t in range(1, 13):
+        whole, in_turn = (live_cores(ExactFedTT(schedule=schedule, whole_head=w), t) for w in (True, False))
+        assert whole.pop(HEAD) == live_cores(FedTT(), t)[HEAD] == [0, 1, 2, 3]
+        assert len(in_turn.pop(HEAD)) == 1
+        assert whole == in_turn
+
+
 # what is exact
 
 
@@ -212,6 +224,28 @@ def _rounding(theta: Theta) -> dict[str, float]:
         prefix: 1e-6 * math.prod(float(np.linalg.norm(core)) for core in cores_of(ADAPTER, theta, prefix))
         for prefix, _, _ in ADAPTER.tt_matrices
     }
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_with_a_whole_head_the_mean_of_the_adapters_matrices_is_exact_and_that_of_the_head_is_not(
+    orthogonal: bool,
+) -> None:
+    method, theta = ExactFedTT(whole_head=True, orthogonal=orthogonal), random_theta(ADAPTER, 0)
+    live = live_at(method, 2)
+    given_ = some_deltas(live, 1, scale=0.5)
+    step = folded(method, theta, live, given_)
+    found, expected = dense_matrices(ADAPTER, step.theta), mean_of_matrices(method, theta, live, given_)
+    assert distance({HEAD: found.pop(HEAD)}, {HEAD: expected.pop(HEAD)}) > 0.05
+    assert distance(found, expected) < 1e-5
+    assert step.report == {"exact_mean": 1.0}
+    of_fedtt = folded(FedTT(), theta, LAYOUT.everything, [widened(live, c) for c in given_]).theta
+    for one, same in zip(*(cores_of(ADAPTER, at, HEAD) for at in (step.theta, of_fedtt)), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6)
+
+
+def widened(live: LiveSet, given_: Contribution) -> Contribution:
+    """The same of all factors."""
+    return Contribution(delta=live.scatter(given_.delta), examples=given_.examples)
 
 
 def test_the_mean_of_all_cores_at_once_is_far_from_it() -> None:
@@ -391,8 +425,10 @@ def test_the_fold_of_one_device_is_where_that_device_ended(method: ExactFedTT, t
 
 def test_a_live_set_of_another_method_is_refused_where_coordinates_would_change() -> None:
     method = ExactFedTT(orthogonal=True)
-    with pytest.raises(LayoutError, match="5 live cores"):
-        method.client_step(ADAPTER, random_theta(ADAPTER, 0), LAYOUT.everything, [1.0], TrainingSpec())
+    with pytest.raises(LayoutError, match="3 live cores"):
+        method.client_step(
+            ADAPTER, random_theta(ADAPTER, 0), FedTTPlus().live(ADAPTER, 1), [1.0], TrainingSpec()
+        )
 
 
 # buffered asynchrony
@@ -409,6 +445,26 @@ def test_an_update_from_an_older_base_of_its_epoch_is_folded_exactly(orthogonal:
     at_old, at_late = (dense_matrices(ADAPTER, at) for at in (old, at_device(method, old, live, late.delta)))
     base = dense_matrices(ADAPTER, new)
     assert distance(found, {n: base[n] + at_late[n] - at_old[n] for n in base}) < 1e-5
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_late_update_of_its_epoch_with_a_whole_head_is_exact_but_for_the_head(orthogonal: bool) -> None:
+    """All of the head has moved since, so there it counts core by core, as a late update of FedTT does."""
+    method = ExactFedTT(epoch_rounds=2, whole_head=True, orthogonal=orthogonal)
+    old, live = random_theta(ADAPTER, 0), live_at(method, 1)
+    new = folded(method, old, live, some_deltas(live, 1)).theta
+    (late,) = some_deltas(live, 2, count=1)
+    after = folded(method, new, live, [late]).theta
+    found, base = dense_matrices(ADAPTER, after), dense_matrices(ADAPTER, new)
+    at_old, at_late = (dense_matrices(ADAPTER, at) for at in (old, at_device(method, old, live, late.delta)))
+    meant = {n: base[n] + at_late[n] - at_old[n] for n in base}
+    assert distance({HEAD: found.pop(HEAD)}, {HEAD: meant.pop(HEAD)}) > 0.05
+    assert distance(found, meant) < 1e-5
+    plain = cores_of(ADAPTER, new + live.scatter(late.delta), HEAD)
+    for one, moved in zip(cores_of(ADAPTER, after, HEAD), plain, strict=True):
+        np.testing.assert_allclose(one, moved, rtol=1e-6, atol=1e-6)
+    assert method.same_gauge(1, 2)
+    assert not method.same_gauge(2, 3)
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
@@ -444,6 +500,20 @@ def test_lora_and_bundles_without_trains_are_refused() -> None:
     for adapter in refused:
         with pytest.raises(ConfigError, match=r"method\.name = 'exact-fedtt'"):
             ExactFedTT().check(adapter)
+
+
+@pytest.mark.parametrize("method", [ExactFedTT(whole_head=True), FedTTPlus(whole_head=True)])
+def test_a_whole_head_is_refused_where_head_or_adapters_are_no_trains(method: Method) -> None:
+    method.check(ADAPTER)
+    no_trains = [
+        long_adapter(head=None),
+        small_adapter("tt", hidden=16, layers=1, head="dense"),
+        small_adapter("none", hidden=16, layers=1, head="label-names"),
+        small_adapter("dense", hidden=16, layers=1, head="tt"),
+    ]
+    for adapter in no_trains:
+        with pytest.raises(ConfigError, match=r"method\.whole_head = True .* adapters and head are"):
+            method.check(adapter)
 
 
 def test_epochs_by_norm_last_one_round() -> None:

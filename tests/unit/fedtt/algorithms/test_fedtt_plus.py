@@ -37,6 +37,14 @@ def test_first_last_and_one_between_that_goes_round() -> None:
     assert head == [[0, 1, 3], [0, 2, 3], [0, 1, 3]]
 
 
+def test_a_whole_head_is_live_in_every_round_beside_adapters_that_go_round() -> None:
+    for t in (1, 2, 3, 4):
+        whole, in_turn = (live_cores(FedTTPlus(whole_head=w), ADAPTER, t) for w in (True, False))
+        assert whole.pop("head.weight") == [0, 1, 2, 3]
+        assert len(in_turn.pop("head.weight")) == 3
+        assert whole == in_turn
+
+
 def test_each_between_stays_for_a_period() -> None:
     slow = FedTTPlus(period=2)
     up = [live_cores(slow, ADAPTER, t)["block.0.mlp.up"][1] for t in range(1, 9)]

@@ -140,6 +140,20 @@ def test_a_direction_that_hardly_reaches_the_matrix_is_not_stretched_without_bou
     assert np.linalg.norm(out) <= 1.001 * np.linalg.norm(x) / (1e-3 * sigma * right.min())
 
 
+def test_a_train_that_is_live_whole_is_left_as_it_is_beside_one_that_is_not() -> None:
+    theta = random_theta(ADAPTER, 0)
+    (head,) = (found for found in ADAPTER.tt_matrices if found.prefix == "head.weight")
+    both = LiveSet(ADAPTER.layout, [TRAIN.indices[2], *head.indices])
+    x = random_delta(both, 0)
+    alone = both.scatter(x)[live_core(2).positions]
+    for found, core in (
+        (Gauge(ADAPTER, theta, both).enter(x), Gauge(ADAPTER, theta, live_core(2)).enter(alone)),
+        (Gauge(ADAPTER, theta, both).leave(x), Gauge(ADAPTER, theta, live_core(2)).leave(alone)),
+    ):
+        assert found[: len(core)].tobytes() == core.tobytes()
+        assert found[len(core) :].tobytes() == x[len(core) :].astype(np.float64).tobytes()
+
+
 def test_two_live_cores_of_one_train_have_no_such_coordinates() -> None:
     with pytest.raises(LayoutError, match=r"block\.0\.attention\.down has 2 live cores"):
         Gauge(ADAPTER, random_theta(ADAPTER, 0), LiveSet(ADAPTER.layout, TRAIN.indices[:2]))
