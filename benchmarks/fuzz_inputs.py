@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -43,6 +44,7 @@ __all__ = [
     "sound_manifest",
     "sound_messages",
     "sound_signature",
+    "sound_tokenizers",
     "sound_updates",
 ]
 
@@ -113,6 +115,40 @@ def sound_manifest() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         bundle_of(Path(directory), 40)
         return (Path(directory) / MANIFEST).read_bytes()
+
+
+def sound_tokenizers() -> tuple[bytes, ...]:
+    """One of each model, with what BERT's and Llama's have around theirs."""
+    special = {"id": "a", "ids": [0], "tokens": ["a"]}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    pieces: list[dict[str, object]] = [
+        {
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "model": {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0, "##b": 1}},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, text],
+                "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"a": special},
+            },
+        },
+        {
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+            "decoder": {"type": "ByteFallback"},
+        },
+        {
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "_"},
+            "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.5]]},
+        },
+        {
+            "added_tokens": [{"id": 1, "content": "[b]", "special": True}],
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Removed"},
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "[b]": 1}, "unk_token": "a"},
+        },
+    ]
+    return tuple(json.dumps({"version": "1.0", **piece}).encode() for piece in pieces)
 
 
 def sound_graphs() -> tuple[bytes, ...]:

@@ -6,11 +6,14 @@ else is a finding, a broken law about what was taken included (`_law`).
 
 from __future__ import annotations
 
+import atexit
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.message import Message as Protobuf
 
+from benchmarks.bundles import bundle_of
 from benchmarks.fuzz_inputs import (
     LABELS,
     header_lines,
@@ -26,9 +30,13 @@ from benchmarks.fuzz_inputs import (
     sound_manifest,
     sound_messages,
     sound_signature,
+    sound_tokenizers,
     sound_updates,
 )
 from benchmarks.fuzz_programs import names_in, sound_programs
+from edge_client import tokens
+from edge_client.bundle import Bundle
+from edge_client.tokens import Tokens
 from fedtt import (
     codec,
     graph_file,
@@ -109,13 +117,14 @@ def targets() -> dict[str, Target]:
         "manifest": Target(_manifest, (sound_manifest(),), BundleError),
         "graph": Target(_graph, sound_graphs(), BundleError),
         "program": Target(_program, sound_programs(), BundleError),
+        "tokenizer": Target(_tokenizer, sound_tokenizers(), BundleError),
     }
 
 
 def decoders() -> Iterator[FunctionType]:
     """The functions whose branches guide the fuzzer."""
     read = (codec, coded, difference, plain, quantise, range_coder, wire)
-    for module in (*read, graph_file, label_counts, manifest, messages, program_file, signature):
+    for module in (*read, graph_file, label_counts, manifest, messages, program_file, signature, tokens):
         for value in vars(module).values():
             for member in vars(value).values() if isinstance(value, type) else [value]:
                 if isinstance(member, FunctionType) and member.__module__ == module.__name__:
@@ -213,6 +222,25 @@ def _program(data: bytes) -> None:
     """FlatBuffers' own reader finds the same operators and back ends."""
     needs = program_needs(data, "the program")
     assert names_in(data) == needs
+
+
+def _tokenizer(data: bytes) -> None:
+    """As a device reads it, and texts with it; its own code is Rust, which nothing guides."""
+    bundle = _bundle()
+    bundle.path(bundle.manifest.tokenization.file).write_bytes(data)
+    read = Tokens(bundle)
+    rows, _ = read.rows(["wake me at seven", ("a\u0000b", "\u0130\U0001f600 " * 20), "[b]"])
+    for row in rows:
+        assert len(row) <= bundle.manifest.tokenization.max_tokens
+        read.text(row)
+
+
+@cache
+def _bundle() -> Bundle:
+    """In a directory that goes with the process, whose tokenizer is written anew for each input."""
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    return bundle_of(Path(directory.name), 40)
 
 
 def _parts(message: Protobuf) -> Iterator[Protobuf]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle
 from edge_client.examples import Text
-from fedtt.errors import BundleError
+from fedtt.errors import BundleError, FedttError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ __all__ = ["Batch", "Ids", "KeptTokens", "RememberedTokens", "Tokens"]
 _LIMIT_BYTES = 64 << 20  #: of a tokenizer's file; those with 250,000 words have 17 MB
 _KEPT = 2  #: ways of reading the texts of one bundle: as its task cuts them, and as judging does
 _DEVICE_TOKENS = 500_000  #: remembered of each: 2 MB
+_PANIC = "pyo3_runtime"  #: where PanicException is, which nothing can be imported from
 _TEXT_TOKENS = 50  #: as which each text counts beside its own: 200 bytes that Python takes to hold it
 
 Ids = NDArray[np.int64]
@@ -70,7 +71,13 @@ class Tokens:
         for text in texts:
             go_on()
             first, second = (text, None) if isinstance(text, str) else text
-            encoding = self._read().encode(first, second)
+            with _of_tokenizer(self._path):
+                encoding = self._read().encode(first, second)
+            if len(encoding.ids) > self._limit:  # it cuts nothing where its special tokens alone are as many
+                raise BundleError(
+                    f"{self._path} makes {len(encoding.ids)} tokens of a text, {self._limit} are allowed: "
+                    "is the task's max_tokens too small for its special tokens?"
+                )
             rows.append(encoding.ids)
             cuts.append(bool(encoding.overflowing))
         return rows, cuts
@@ -91,7 +98,8 @@ class Tokens:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return str(self._read().decode(list(ids)))
+        with _of_tokenizer(self._path):
+            return str(self._read().decode(list(ids)))
 
     def _read(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -197,10 +205,25 @@ def _tokenizer(path: Path, limit: int) -> Tokenizer:
 
     if path.is_file() and (size := path.stat().st_size) > _LIMIT_BYTES:
         raise BundleError(f"{path} has {size} bytes, a tokenizer has at most {_LIMIT_BYTES}")
-    try:
+    with _of_tokenizer(path):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise BundleError(f"{path} is not a tokenizer this program can read ({error})") from None
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(limit)
     return tokenizer
+
+
+@contextmanager
+def _of_tokenizer(path: Path) -> Iterator[None]:
+    """What the library raises, a panic in its Rust with it, as a BundleError: a file of the bundle made it.
+
+    Of what is no Exception a panic alone; asking a program to end goes on.
+    """
+    try:
+        yield
+    except FedttError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != _PANIC:
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise BundleError(f"{path} is not a tokenizer this program can read ({why})") from None

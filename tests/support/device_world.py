@@ -209,9 +209,11 @@ class World:
 
 
 @asynccontextmanager
-async def device_world(tmp_path: Path, spec: TaskSpec = SPEC) -> AsyncIterator[World]:
+async def device_world(
+    tmp_path: Path, spec: TaskSpec = SPEC, tokenizer_file: bytes | None = None
+) -> AsyncIterator[World]:
     clock = VirtualClock()
-    write_small_bundle(tmp_path / "bundle", base_bytes=250_000)
+    write_small_bundle(tmp_path / "bundle", base_bytes=250_000, tokenizer_file=tokenizer_file)
     ids = iter(range(1, 1000))
     with locked_home(tmp_path / "home") as home:
         async with memory_service(tmp_path / "blobs", spec, tmp_path / "bundle", clock) as service:
@@ -219,9 +221,14 @@ async def device_world(tmp_path: Path, spec: TaskSpec = SPEC) -> AsyncIterator[W
             yield World(service, home, clock)
 
 
-def in_world(tmp_path: Path, test: Callable[[World], Awaitable[None]], spec: TaskSpec = SPEC) -> None:
+def in_world(
+    tmp_path: Path,
+    test: Callable[[World], Awaitable[None]],
+    spec: TaskSpec = SPEC,
+    tokenizer_file: bytes | None = None,
+) -> None:
     async def run() -> None:
-        async with device_world(tmp_path, spec) as world:
+        async with device_world(tmp_path, spec, tokenizer_file) as world:
             await test(world)
 
     asyncio.run(run())

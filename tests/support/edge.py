@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ __all__ = [
     "WholeSteps",
     "living_tokenizers",
     "locked_home",
+    "panicking_tokenizer",
     "small_bundle",
     "write_small_bundle",
 ]
@@ -81,7 +83,15 @@ class MeanTarget(WholeSteps):
         return np.zeros((len(batch.ids), 2), np.float32)
 
 
-def write_small_bundle(directory: Path, base_bytes: int = 300_000) -> str:
+def panicking_tokenizer() -> bytes:
+    """One at whose sight the library's Rust panics: its merges are shorter than what they should begin with."""
+    model = {"type": "BPE", "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1, "ab": 2}}
+    return json.dumps({"version": "1.0", "model": {**model, "merges": ["a b"]}}).encode()
+
+
+def write_small_bundle(
+    directory: Path, base_bytes: int = 300_000, tokenizer_file: bytes | None = None
+) -> str:
     """A bundle with a real tokenizer, first factors all zero and a base of random bytes; -> its name.
 
     Its graphs are never loaded.
@@ -94,7 +104,7 @@ def write_small_bundle(directory: Path, base_bytes: int = 300_000) -> str:
         "step.onnx": b"step",
         "eval.onnx": b"eval",
         "base.bin": np.random.default_rng(0).bytes(base_bytes),
-        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer.json": tokenizer_file or tokenizer.to_str().encode(),
         "factors.safetensors": save(layout.unflatten(np.zeros(layout.size, np.float32))),
     }
     files = {n: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for n, data in contents.items()}

@@ -28,7 +28,7 @@ from tests.support.device_world import (
     lease_of,
     refusal,
 )
-from tests.support.edge import MeanTarget, living_tokenizers
+from tests.support.edge import MeanTarget, living_tokenizers, panicking_tokenizer
 
 
 class Failing(MeanTarget):
@@ -58,6 +58,18 @@ def test_a_bundle_that_fails_as_no_check_foresaw_costs_its_lease_alone(
         )
 
     in_world(tmp_path, test)
+
+
+def test_a_bundle_whose_tokenizer_panics_costs_its_lease_alone(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        device, transport = world.device()
+        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
+        assert isinstance(step, events.GaveUp)
+        assert "tokenizer.json is not a tokenizer this program can read" in step.detail
+        assert [failure.code for failure in transport.failures] == [FailureCode.BUNDLE]
+        assert device.journal.state.phase == Idle()
+
+    in_world(tmp_path, test, tokenizer_file=panicking_tokenizer())
 
 
 def test_a_graph_that_fails_gives_the_lease_back_without_telling_why(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from edge_client.tokens import KeptTokens, Tokens
+from edge_client.bundle import Bundle
+from edge_client.tokens import KeptTokens, Tokens, _of_tokenizer
 from fedtt.errors import BundleError
-from tests.support.edge import living_tokenizers, small_bundle
+from tests.support.edge import living_tokenizers, panicking_tokenizer, small_bundle
 from tests.support.tiny import tiny_manifest
 
 SPEC = tiny_manifest().tokenization  # min_tokens 3, max_tokens 16, pad_id 0
@@ -78,6 +81,62 @@ def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     bundle.path("tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer.json is not a tokenizer this program can read"):
         Tokens(bundle).rows(["on"])
+
+
+A = {"Sequence": {"id": "A", "type_id": 0}}
+SPECIAL = {"SpecialToken": {"id": "[PAD]", "type_id": 0}}
+
+
+def template(*single: dict[str, object], known: bool = True) -> dict[str, object]:
+    special = {"[PAD]": {"id": "[PAD]", "ids": [0], "tokens": ["[PAD]"]}} if known else {}
+    pair = [A, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": list(single),
+        "pair": pair,
+        "special_tokens": special,
+    }
+
+
+def with_changes(bundle: Bundle, **changes: object) -> Bundle:
+    """The same, with other parts in its tokenizer's file."""
+    path = bundle.path(SPEC.file)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return bundle
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        json.loads(panicking_tokenizer()),
+        {"post_processor": template(SPECIAL, known=False)},
+        {"post_processor": {"type": "Sequence", "processors": [template(A), template(A)]}},
+    ],
+    ids=["when read", "at a text", "not implemented"],
+)
+def test_a_tokenizer_at_which_its_library_panics_is_a_clear_error(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    tokens = Tokens(with_changes(small_bundle(tmp_path), **changes))
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer this program can read"):
+        tokens.rows(["on"])
+
+
+@pytest.mark.parametrize("single", [[SPECIAL] * 17 + [A], [A, A]], ids=["special tokens", "texts twice"])
+def test_a_tokenizer_that_makes_more_tokens_than_the_graph_takes_is_a_clear_error(
+    single: list[dict[str, object]], tmp_path: Path
+) -> None:
+    tokens = Tokens(with_changes(small_bundle(tmp_path), post_processor=template(*single)))
+    with pytest.raises(BundleError, match=r"makes \d\d tokens of a text, 16 are allowed"):
+        tokens.rows(["on off " * 50])
+
+
+@pytest.mark.parametrize("asked", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_a_program_that_is_asked_to_end_while_it_reads_ends(
+    asked: type[BaseException], tmp_path: Path
+) -> None:
+    with pytest.raises(asked), _of_tokenizer(tmp_path):
+        raise asked
 
 
 def test_a_tokenizer_that_is_too_large_is_not_read(tmp_path: Path) -> None:
