@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from edge_client.files import file_digest, storage_errors
-from fedtt.errors import BundleError
+from fedtt.errors import BundleError, DiskFullError, StorageError, UnavailableError
 from fedtt.manifest import (
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
@@ -18,7 +20,15 @@ from fedtt.manifest import (
     decode_manifest,
 )
 
-__all__ = ["Bundle", "RuntimeName", "file_fault", "needed_files", "open_bundle"]
+__all__ = [
+    "Bundle",
+    "RuntimeName",
+    "check_there",
+    "file_fault",
+    "needed_files",
+    "open_bundle",
+    "reading",
+]
 
 RuntimeName = Literal["onnxruntime", "executorch"]
 
@@ -36,6 +46,27 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         return self.directory / name
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the file system says of a bundle's file into UnavailableError: whoever shares the cache may
+    remove a bundle behind its check, and what cannot be read now can be tried, or downloaded, again.
+    """
+    try:
+        with storage_errors(path):
+            yield
+    except DiskFullError:
+        raise
+    except StorageError as error:
+        raise UnavailableError(str(error)) from None
+
+
+def check_there(*paths: Path) -> None:
+    """Raise UnavailableError where one of a bundle's files cannot be read, which is why a library failed."""
+    for path in paths:
+        with reading(path), path.open("rb") as file:
+            file.read(1)
 
 
 def _graphs(manifest: Manifest, runtime: RuntimeName, where: str) -> Graphs:

@@ -38,6 +38,7 @@ from fedtt.errors import (
     LayoutError,
     Refused,
     RuntimeFailure,
+    UnavailableError,
     Unreachable,
     WireError,
 )
@@ -155,14 +156,14 @@ class Device:
         """Take one step and say what came of it.
 
         Raises ConfigError without consent or a token to enrol with, Refused where the token is not taken,
-        StorageError where the journal cannot be written, unless for want of room; anything else that fails
-        becomes an event.
+        StorageError where the journal or the examples cannot be used, unless that may pass (no room, no open
+        files); anything else that fails becomes an event.
         """
         if self.journal.state.consented_at is None:
             raise ConfigError("consent", None, "the owner of this device must agree before it takes part")
         try:
             step = await self._advance()
-        except (DiskFullError, Unreachable, WireError) as error:
+        except (DiskFullError, UnavailableError, Unreachable, WireError) as error:
             step = events.Retrying(error=str(error), pause_s=self._backoff.failed())
         except Refused as error:
             step = await self._retry_refused(error)

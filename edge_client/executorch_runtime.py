@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.bundle import Bundle, RuntimeName
-from edge_client.files import storage_errors
+from edge_client.bundle import Bundle, RuntimeName, check_there, reading
 from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
@@ -128,11 +127,15 @@ class ExecutorchRuntime:
             )
         if len(self._graphs.weights) != 1:
             raise RuntimeFailure(f"{name} needs one file of weights, the bundle has {self._graphs.weights}")
-        path = self._bundle.path(name)
-        with storage_errors(path):
+        path, weights = self._bundle.path(name), self._bundle.path(self._graphs.weights[0])
+        with reading(path):
             check_size(path.stat().st_size, name)
             check_program(path.read_bytes(), name)
-        return _Program(library, path, self._bundle.path(self._graphs.weights[0]))
+        try:
+            return _Program(library, path, weights)
+        except RuntimeFailure:
+            check_there(path, weights)
+            raise
 
     def _check(self, name: str, found: int) -> None:
         """Raise RuntimeFailure for more rows than memory was planned for."""

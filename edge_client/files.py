@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedtt.errors import DiskFullError, StorageError
+from fedtt.errors import DiskFullError, StorageError, UnavailableError
 
 __all__ = ["file_digest", "publish", "storage_errors", "sync_directory", "try_lock", "write_atomically"]
 
@@ -21,20 +21,28 @@ _REMEDIES = {
     errno.ENOSPC: "free some space and start again; nothing acknowledged is lost",
     errno.EDQUOT: "free some space and start again; nothing acknowledged is lost",
     errno.EFBIG: "allow this process larger files (ulimit -f); nothing acknowledged is lost",
+    errno.EMFILE: "allow this process more open files (ulimit -n); nothing acknowledged is lost",
+    errno.ENFILE: "this machine has too many open files; nothing acknowledged is lost",
     errno.ENOTDIR: "a file stands where a directory should be: name another directory",
     errno.EEXIST: "a file stands where a directory should be: name another directory",
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BUSY = {errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system says about `path` into a StorageError that says what to do."""
+    """Turn what the file system says about `path` into a StorageError that says what to do.
+
+    It is a DiskFullError for want of room, and UnavailableError for want of open files: both may pass.
+    """
     try:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "check the directory and the disk")
         kind = DiskFullError if error.errno in _FULL else StorageError
+        if error.errno in _BUSY:
+            kind = UnavailableError
         raise kind(f"{path} cannot be used ({error.strerror or error}): {remedy}") from None
 
 

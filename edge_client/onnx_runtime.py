@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.bundle import Bundle, RuntimeName
-from edge_client.files import storage_errors
+from edge_client.bundle import Bundle, RuntimeName, check_there, reading
 from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
@@ -90,11 +89,16 @@ class OnnxRuntime:
             if name not in self._sessions:
                 _check_installed(self._bundle.manifest.requires.get("onnxruntime", "0"))
                 path = self._bundle.path(name)
-                with storage_errors(path):
+                with reading(path):
                     check_size(path.stat().st_size, name)
                     check_graph(path.read_bytes(), name, self._graphs.weights)
                 integers = self._bundle.manifest.model.products != "fp32"
-                self._sessions[name] = _load(path, self._threads, self._layout.size, integers=integers)
+                try:
+                    session = _load(path, self._threads, self._layout.size, integers=integers)
+                except RuntimeFailure:
+                    check_there(path, *map(self._bundle.path, self._graphs.weights))
+                    raise
+                self._sessions[name] = session
             return self._sessions[name]
 
 

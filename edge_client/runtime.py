@@ -30,7 +30,9 @@ Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S,
 
 
 class Scorer(Protocol):
-    """What judging needs of a runtime; raises RuntimeFailure where the graph cannot be loaded or run."""
+    """What judging needs of a runtime; raises RuntimeFailure where the graph cannot be loaded or run, and
+    UnavailableError where its files cannot be read now.
+    """
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
@@ -40,7 +42,7 @@ class Scorer(Protocol):
 class Runtime(Scorer, Protocol):
     """The graphs of one bundle, loaded when first used; may be called from several threads at once.
 
-    All raise RuntimeFailure where the graph cannot be loaded or run.
+    All raise what `Scorer` does.
     """
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, check_there, reading
 from edge_client.examples import Text
 from fedtt.errors import BundleError, FedttError
 
@@ -200,15 +200,23 @@ def _digest(text: Text) -> bytes:
 
 
 def _tokenizer(path: Path, limit: int) -> Tokenizer:
-    """Of a file, cutting at so many tokens; BundleError where it is none."""
+    """Of a file, cutting at so many tokens; BundleError where it is none, UnavailableError where it cannot
+    be read now.
+    """
     from tokenizers import Tokenizer  # kept out of the cold start
 
-    if path.is_file() and (size := path.stat().st_size) > _LIMIT_BYTES:
+    with reading(path):
+        size = path.stat().st_size
+    if size > _LIMIT_BYTES:
         raise BundleError(f"{path} has {size} bytes, a tokenizer has at most {_LIMIT_BYTES}")
-    with _of_tokenizer(path):
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(limit)
+    try:
+        with _of_tokenizer(path):
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(limit)
+    except BundleError:
+        check_there(path)
+        raise
     return tokenizer
 
 

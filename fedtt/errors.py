@@ -135,4 +135,6 @@ class DiskFullError(StorageError):
 
 
 class UnavailableError(StorageError):
-    """The database does not answer now and may do so soon; whether it kept the last change is unknown."""
+    """For now: a database does not answer, whether or not it kept the last change, or a file of a bundle
+    cannot be read, which may be had again.
+    """

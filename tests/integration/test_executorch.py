@@ -28,7 +28,7 @@ from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Batch, Tokens
 from export import verify_bundle
 from export.verify import verify_graphs
-from fedtt.errors import BundleError, ConfigError, RuntimeFailure
+from fedtt.errors import BundleError, ConfigError, RuntimeFailure, UnavailableError
 from fedtt.layout import Theta
 from fedtt.program_file import check_program, program_needs
 from tests.support.torch_runtime import TorchRuntime, adapted_model
@@ -132,6 +132,19 @@ print(loss)
     theta = np.full(bundle.manifest.adapter.layout.size, 0.05, np.float32)
     expected, _ = OnnxRuntime(open_bundle(executorch_bundle)).gradient(theta, some_batch(bundle))
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["step.pte", "base.ptd"])
+def test_a_file_that_is_gone_when_its_program_is_loaded_is_one_that_may_come_back(
+    name: str, executorch_bundle: Path, executorch_library: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(Path(shutil.copytree(executorch_bundle, tmp_path / "bundle")), "executorch")
+    runtime = ExecutorchRuntime(bundle, library=executorch_library)
+    bundle.path(name).rename(tmp_path / name)
+    with pytest.raises(UnavailableError, match=rf"{name} cannot be used \(No such file or directory\)"):
+        runtime.gradient(first_theta(bundle), some_batch(bundle))
+    (tmp_path / name).rename(bundle.path(name))
+    runtime.gradient(first_theta(bundle), some_batch(bundle))
 
 
 def test_a_missing_library_is_one_line_with_the_remedy(bundle: Bundle, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from edge_client.bundle import Bundle, open_bundle
 from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import initial_theta
-from fedtt.errors import BundleError, LayoutError, RuntimeFailure
+from fedtt.errors import BundleError, LayoutError, RuntimeFailure, UnavailableError
 from fedtt.layout import Theta
 from fedtt.planning import plan_adapter, plan_tt
 
@@ -72,6 +73,33 @@ def test_several_threads_get_what_one_gets(tiny_bundle: Path) -> None:
     assert len(found) == 4
     assert all(np.array_equal(grad, expected) for grad in found)
     assert runtimes.open(bundle) is runtimes.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "base.bin"])
+def test_a_file_that_is_gone_when_its_graph_is_loaded_is_one_that_may_come_back(
+    name: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
+    bundle.path(name).rename(tmp_path / name)
+    with pytest.raises(UnavailableError, match=rf"{name} cannot be used \(No such file or directory\)"):
+        runtime.gradient(theta, batch)
+    (tmp_path / name).rename(bundle.path(name))
+    expected, _ = OnnxRuntime(open_bundle(tiny_bundle)).gradient(theta, batch)
+    assert runtime.gradient(theta, batch)[0] == expected
+
+
+def test_a_process_with_too_many_open_files_may_try_again(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(UnavailableError, match=r"Too many open files.*ulimit -n"):
+            runtime.gradient(theta, batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    runtime.gradient(theta, batch)
 
 
 def test_a_theta_of_another_size_is_refused(tiny_bundle: Path) -> None:
