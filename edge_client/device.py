@@ -115,7 +115,7 @@ class Device:
         self._is_new = False  #: to the server, as far as this run of the client knows
         self._clock, self._observe, self._aside = clock or SystemClock(), observe, aside
         self._watch = Watch(conditions, config.limits, config.watch_s, aside, hold)
-        self._training = LocalTraining(
+        training = LocalTraining(
             self._name,
             transport,
             examples,
@@ -126,7 +126,7 @@ class Device:
             aside,
         )
         self._work = LeasedWork(
-            config, journal, self._training, examples, self._watch, self._clock, uniform, aside
+            config, journal, training, examples, self._watch, self._clock, uniform, aside
         )
         self._backoff = Backoff(
             device=address(self._name),
@@ -287,13 +287,14 @@ class Device:
         )
 
     async def _judge(self, question: Judge) -> Step:
-        """Answer at once: a question that a crash cuts short is asked again, so nothing of it is kept."""
+        """Answer at once: a question that a crash cuts short is asked again, and its crashes are counted."""
+        if (cut_short := self._work.cut_short(question)) >= self.config.max_attempts:
+            why = f"judging was cut short {cut_short} times"
+            return await self._give_up(question.lease, FailureCode.OTHER, why)
         try:
-            release_key = self.journal.state.release_key or None
-            limit_bytes = self.config.budget.download_bytes
-            verdict = await self._watch.holding(
-                lambda: self._training.judge(question, release_key, limit_bytes)
-            )
+            verdict = await self._watch.holding(lambda: self._work.judge(question))
+        except LeaseOverError as error:
+            return self._dropped(question.lease, str(error))
         except (BundleError, DataError, Declined, LayoutError, RuntimeFailure, WireError) as error:
             return await self._give_up(question.lease, _failure(error), str(error))
         try:

@@ -19,7 +19,7 @@ class DeviceConfig:
     token: str = ""  #: for enrolment; not needed once enrolled
     client: str = "fedtt-edge"  #: program and version, shown to whoever runs the server
     memory_mb: int = 0  #: training may use; 0 leaves the choice of a rank to the task
-    max_training_s: float | None = None  #: longest training of one round; None for as long as it takes
+    max_training_s: float | None = None  #: longest training, or judging; None for as long as it is of use
     max_download_mb: int | None = None  #: most that a task may load before it trains; None for any number
     judges: bool = True  #: whether versions may be judged on this device's examples
     activation_limit_mb: int = 256  #: of disk, for what frozen blocks give of each example; 0 keeps nothing
@@ -30,7 +30,7 @@ class DeviceConfig:
     seed: int = 0  #: of the jitter of retries
     retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
     retry_limit_s: float = 600.0  #: and never exceeds this
-    max_attempts: int = 3  #: trainings of one lease that may end in a crash before it is given back
+    max_attempts: int = 3  #: trainings or judgings of one lease that may end in a crash before it is given back
 
     def __post_init__(self) -> None:
         if not 0 < self.retry_first_s <= self.retry_limit_s:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edge_client.bundle import Bundle, open_bundle
 from edge_client.examples import Example, Text, label_index
 from edge_client.files import storage_errors
 from edge_client.onnx_runtime import OnnxRuntime
+from edge_client.passes import PASSES, passes_in_order
 from edge_client.runtime import Scorer
 from edge_client.tokens import Batch, Tokens
 from fedtt.errors import BundleError, DataError, LayoutError
@@ -23,7 +25,8 @@ from fedtt.wire import encode_theta, version_digest
 
 __all__ = ["Evaluation", "Model", "Prediction"]
 
-_BATCH = 32
+_ROWS = 32  #: of a batch, as far as its tokens and the runtime allow
+_PIECE = 1 << 17  #: numbers whose logarithms are taken at once: 1 MiB in float64
 Logits = NDArray[np.float32]
 
 
@@ -100,11 +103,15 @@ class Model:
             ids.append(int(logits[0, len(ids) - 1].argmax()))
         return self._tokens.text(ids)
 
-    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Loss and, for a classifier, accuracy. Raises DataError for an example it cannot be judged by."""
+    def evaluate(self, examples: Sequence[Example], go_on: Callable[[], None] = lambda: None) -> Evaluation:
+        """Loss and, for a classifier, accuracy. Raises DataError for an example it cannot be judged by.
+
+        go_on: called before each text that is read and before each batch; what it raises ends this.
+        """
         labels = [label_index(e, self.manifest.labels) for e in examples] if self.manifest.labels else None
         loss, weight, right, cut_texts, start = 0.0, 0, 0, 0, 0
-        for batch, cuts, chunk in self._batches([example.words for example in examples]):
+        for batch, cuts, chunk in self._batches([example.words for example in examples], go_on):
+            go_on()
             logits = self._runtime.logits(self._theta, batch)
             if labels is None:
                 nll, count = _next_token_nll(logits, batch)
@@ -121,10 +128,14 @@ class Model:
             cut_texts=cut_texts,
         )
 
-    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[Batch, list[bool], Sequence[Text]]]:
-        rows, cuts = self._tokens.rows(texts)
-        for start in range(0, len(texts), _BATCH):
-            part = slice(start, start + _BATCH)
+    def _batches(
+        self, texts: Sequence[Text], go_on: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Batch, list[bool], Sequence[Text]]]:
+        """In their order, none with more tokens than a pass of training."""
+        rows, cuts = self._tokens.rows(texts, go_on)
+        limits = replace(PASSES, rows=min(_ROWS, self._runtime.rows or _ROWS))
+        least = self.manifest.tokenization.min_tokens
+        for part in passes_in_order([len(row) for row in rows], limits, least=least):
             yield self._tokens.padded(*rows[part]), cuts[part], texts[part]
 
 
@@ -163,13 +174,18 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 
 def _nll(logits: Logits, expected: NDArray[np.int64]) -> float:
-    """Sum of -log p of the expected classes; logits (B, C), expected (B,)."""
-    return -float(np.take_along_axis(_log_softmax(logits), expected[:, None], axis=1).sum())
+    """Sum of -log p of the expected classes; logits (N, C), expected (N,). Takes a piece of memory at a time."""
+    rows, nll = max(1, _PIECE // logits.shape[1]), 0.0
+    for start in range(0, len(expected), rows):
+        part = slice(start, start + rows)
+        log_p = _log_softmax(logits[part])
+        nll -= float(np.take_along_axis(log_p, expected[part, None], axis=1).sum())
+    return nll
 
 
 def _next_token_nll(logits: Logits, batch: Batch) -> tuple[float, int]:
     """Sum of -log p of every token after the first that is no padding, and how many; logits (B, S, V)."""
-    log_p = _log_softmax(logits[:, :-1])
-    chosen = np.take_along_axis(log_p, batch.ids[:, 1:, None], axis=2)[..., 0]
-    real = batch.mask[:, 1:] == 1
-    return -float(chosen[real].sum()), int(real.sum())
+    lengths = batch.mask.sum(1).tolist()  # padding comes last
+    rows = zip(logits, batch.ids, lengths, strict=True)
+    nll = sum(_nll(row[: n - 1], ids[1:n]) for row, ids, n in rows if n > 1)
+    return nll, sum(max(0, n - 1) for n in lengths)

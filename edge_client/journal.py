@@ -26,6 +26,7 @@ from fedtt.messages import Receipt, Work
 __all__ = [
     "Idle",
     "Journal",
+    "Judging",
     "Leased",
     "Phase",
     "Place",
@@ -54,6 +55,13 @@ class Leased(Struct, frozen=True, kw_only=True, tag="leased", forbid_unknown_fie
     work: Work
     expires_at: float  #: by the device's clock, Unix seconds
     attempts: Annotated[int, Meta(ge=0)] = 0  #: trainings begun and not ended: crashes, out of memory
+
+
+class Judging(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A question that is being answered."""
+
+    lease: str = ""  #: its name; "" for none
+    attempts: Annotated[int, Meta(ge=0)] = 0  #: judgings begun and not ended: crashes, out of memory
 
 
 class Residual(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +93,7 @@ class State(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     consented_at: float | None = None  #: when the owner said yes, Unix seconds
     clock_offset_s: float = 0.0  #: the server's clock less ours, where it matters
     phase: Phase = Idle()
+    judging: Judging = Judging()
     finished_lease: str = ""  #: the last lease that came to an end: never to be trained again
     acknowledged: int = 0  #: updates the server has acknowledged
     receipt: Receipt | None = None  #: the last one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_client.batches import address
@@ -31,14 +32,21 @@ class JudgingRequest:
     before: bytes  #: of the versions' factors, as the question names them
     after: bytes
     examples: Examples  #: read when judging begins
+    time_limit_s: float | None = None  #: after which it ends without a verdict; None for as long as it takes
 
 
-def judge(request: JudgingRequest, runtime: Runtime, tokens: Tokens | None = None) -> Verdict:
+def judge(
+    request: JudgingRequest,
+    runtime: Runtime,
+    tokens: Tokens | None = None,
+    go_on: Callable[[], None] = lambda: None,
+) -> Verdict:
     """Judge here and now, on as many of the examples as are asked for, drawn by seed, version and device.
 
     tokens: of the bundle, where they are at hand; before they read what is new the runtime's graphs go.
     Raises DataError (no or unusable examples), LayoutError or WireError (a version is another one),
-    RuntimeFailure (graph).
+    RuntimeFailure (graph) and what `go_on` does, which is called before each text that is read and before
+    each batch.
     """
     question, layout = request.question, request.bundle.manifest.adapter.layout
     examples = _drawn(request)
@@ -49,7 +57,7 @@ def judge(request: JudgingRequest, runtime: Runtime, tokens: Tokens | None = Non
         if tokens is not None and not tokens.know([example.words for example in examples]):
             runtime.release()  # a tokenizer comes, and does not lie in memory beside a graph
         model = Model(request.bundle, decode_theta(version, layout, sha256), runtime, tokens)
-        found = model.evaluate(examples)
+        found = model.evaluate(examples, go_on)
         loss = min(found.loss, _MOST_LOSS) if math.isfinite(found.loss) else _MOST_LOSS
         right = None if found.accuracy is None else round(found.accuracy * found.examples)
         return Judged(loss=max(0.0, loss), right=right)

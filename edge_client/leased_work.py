@@ -1,8 +1,9 @@
-"""From a lease to a frame on disk: within the budget, in one training, noted in the journal."""
+"""From a lease to a frame on disk, or to a verdict: within the budget, in one go, noted in the journal."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,14 +26,14 @@ from edge_client.bundle import Bundle
 from edge_client.conditions import Watch
 from edge_client.device_config import DeviceConfig
 from edge_client.examples import Examples
-from edge_client.journal import Journal, Leased, Residual, Trained, residual_key
+from edge_client.journal import Journal, Judging, Leased, Residual, Trained, residual_key
 from edge_client.label_counts import told_labels
 from edge_client.local_training import LocalTraining
 from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
 from fedtt.errors import Declined, FedttError
-from fedtt.messages import Plan
+from fedtt.messages import Judge, Plan, Verdict
 from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
 from fedtt.wire import with_label_counts
@@ -53,11 +54,11 @@ class _Begun(NamedTuple):
 
 
 class LeaseOverError(FedttError):
-    """A lease ended before its training could begin."""
+    """A lease ended before its training or judging could begin."""
 
 
 class LeasedWork:
-    """Trains what a lease asks for; holds nothing that the journal does not."""
+    """Trains or judges what a lease asks for; holds nothing that the journal does not."""
 
     def __init__(
         self,
@@ -80,6 +81,35 @@ class LeasedWork:
         """
         with self._training.using(leased.work.plan):
             return await self._train(leased)
+
+    async def judge(self, question: Judge) -> Verdict:
+        """Fetch two versions and judge them, within the owner's limits and as long as the server waits.
+
+        That it begins is noted, so that what kills the process is not tried for ever (`cut_short`). Raises
+        LeaseOverError where the download outlasted the lease, and what `LocalTraining` does.
+        """
+        ends_at, budget = self._clock.now() + question.expires_in_s, self._config.budget
+        with self._training.using(question):
+            request = await self._training.fetch_question(
+                question, self._journal.state.release_key or None, budget.download_bytes
+            )
+            if (left_s := ends_at - self._clock.now()) <= 0:
+                raise LeaseOverError("the lease expired while what it judges was loaded, which is kept")
+            limit_s = left_s if budget.time_s is None else min(left_s, budget.time_s)
+            note = Judging(lease=question.lease, attempts=self.cut_short(question) + 1)
+            await self._aside(self._journal.update, judging=note)
+            try:
+                verdict = await self._training.judge(dataclasses.replace(request, time_limit_s=limit_s))
+            except (asyncio.CancelledError, FedttError):  # a clean end is no crash
+                await self._aside(self._journal.update, judging=Judging())
+                raise
+            await self._aside(self._journal.update, judging=Judging())
+            return verdict
+
+    def cut_short(self, question: Judge) -> int:
+        """How often judging for this question began and did not end."""
+        begun = self._journal.state.judging
+        return begun.attempts if begun.lease == question.lease else 0
 
     async def _train(self, leased: Leased) -> events.Trained:
         plan = leased.work.plan

@@ -29,7 +29,7 @@ _log = logging.getLogger("fedtt.edge_client")
 
 
 class Interrupted(Exception):
-    """Training was asked to stop between two batches; nothing was kept of it."""
+    """Training or judging was asked to stop between two batches; nothing was kept of it."""
 
 
 class LocalTrainer:
@@ -57,38 +57,44 @@ class LocalTrainer:
         return await self._aside(partial(self._train, request, stop), stop)
 
     async def judge(self, request: JudgingRequest) -> Verdict:
-        """Judge on the executor; raises what `judge` does. Cancelling waits for its end."""
+        """Judge on the executor; raises what `judge` does, and Declined as `train`. Cancelling waits likewise."""
+        stop = threading.Event()
+        return await self._aside(partial(self._judge, request, stop), stop)
 
-        def judged() -> Verdict:
-            tokens = self._tokens.open(request.bundle)
-            return judge(request, self._runtimes.open(request.bundle), tokens)
-
-        return await self._aside(judged)
-
-    async def _aside(self, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+    async def _aside(self, work: Callable[[], T], stop: threading.Event) -> T:
         """`work` on the executor; `stop` is set when this is cancelled."""
         future = asyncio.get_running_loop().run_in_executor(self._executor, _contained, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if stop is not None:
-                stop.set()
+            stop.set()
             await asyncio.wait([future])
             future.exception()  # seen: it is Interrupted, or came too late to matter
             raise
 
     def _train(self, request: TrainingRequest, stop: threading.Event) -> LocalUpdate:
-        began, limit_s = time.monotonic(), request.time_limit_s
-
-        def go_on() -> None:
-            if stop.is_set():
-                raise Interrupted
-            if limit_s is not None and time.monotonic() - began > limit_s:
-                raise Declined(f"training has taken the {limit_s:g} s that it may", "time")
-
+        began = time.monotonic()
+        go_on = _until(stop, began, request.time_limit_s, "training")
         tokens = self._tokens.open(request.bundle, request.plan.training.max_tokens)
         update = train(request, tokens, self._runtimes.open(request.bundle), go_on)
         return replace(update, training_s=time.monotonic() - began)
+
+    def _judge(self, request: JudgingRequest, stop: threading.Event) -> Verdict:
+        go_on = _until(stop, time.monotonic(), request.time_limit_s, "judging")
+        tokens = self._tokens.open(request.bundle)
+        return judge(request, self._runtimes.open(request.bundle), tokens, go_on)
+
+
+def _until(stop: threading.Event, began: float, limit_s: float | None, what: str) -> Callable[[], None]:
+    """What work calls again and again: raises Interrupted once `stop` is set, Declined after its limit."""
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise Interrupted
+        if limit_s is not None and time.monotonic() - began > limit_s:
+            raise Declined(f"{what} has taken the {limit_s:g} s that it may", "time")
+
+    return go_on
 
 
 def _contained(work: Callable[[], T]) -> T:

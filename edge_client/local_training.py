@@ -39,9 +39,9 @@ class LocalTraining:
         self._bundles, self._versions, self._trainer = bundles, versions, trainer
         self._activations, self._aside = activations, aside
 
-    def using(self, plan: Plan) -> AbstractContextManager[None]:
-        """For as long as what `fetch` gives is worked with: the bundle stays."""
-        return self._bundles.using(plan.bundle)
+    def using(self, work: Plan | Judge) -> AbstractContextManager[None]:
+        """For as long as what is fetched of it is worked with: the bundle stays."""
+        return self._bundles.using(work.bundle)
 
     async def fetch(
         self, plan: Plan, release_key: bytes | None = None, limit_bytes: int | None = None
@@ -60,14 +60,10 @@ class LocalTraining:
         except (Refused, WireError) as error:
             raise _of_download(error) from None
 
-    async def judge(
+    async def fetch_question(
         self, question: Judge, release_key: bytes | None = None, limit_bytes: int | None = None
-    ) -> Verdict:
-        """Answer a question; raises what `fetch` and `Trainer.judge` do."""
-        with self._bundles.using(question.bundle):
-            return await self._judge(question, release_key, limit_bytes)
-
-    async def _judge(self, question: Judge, release_key: bytes | None, limit_bytes: int | None) -> Verdict:
+    ) -> JudgingRequest:
+        """All that a verdict is made from, checked; raises what `fetch` does."""
         try:
             bundle = await self._bundles.ensure(self._transport, question.bundle, release_key, limit_bytes)
             layout = bundle.manifest.adapter.layout
@@ -77,16 +73,18 @@ class LocalTraining:
             ]
         except (Refused, WireError) as error:
             raise _of_download(error) from None
-        return await self._trainer.judge(
-            JudgingRequest(
-                question=question,
-                device=self._device,
-                bundle=bundle,
-                before=before,
-                after=after,
-                examples=self._examples,
-            )
+        return JudgingRequest(
+            question=question,
+            device=self._device,
+            bundle=bundle,
+            before=before,
+            after=after,
+            examples=self._examples,
         )
+
+    async def judge(self, request: JudgingRequest) -> Verdict:
+        """Answer a question; raises what `Trainer.judge` does."""
+        return await self._trainer.judge(request)
 
     async def _version(self, task: str, sha256: str, layout: FactorLayout, limit_bytes: int | None) -> bytes:
         """The version held if it is the wanted one, else what comes, from a difference where that serves."""

@@ -7,7 +7,7 @@ add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,15 @@ from edge_client.tokens import Batch
 from fedtt.errors import ConfigError
 from fedtt.layout import Theta
 
-__all__ = ["PASSES", "Pass", "PassLimits", "in_passes", "padded_tokens", "plan_passes"]
+__all__ = [
+    "PASSES",
+    "Pass",
+    "PassLimits",
+    "in_passes",
+    "padded_tokens",
+    "passes_in_order",
+    "plan_passes",
+]
 
 Rows = NDArray[np.intp]
 
@@ -97,6 +105,20 @@ def in_passes(
         found.append((share, *gradient(Batch(ids=batch.ids[cut], mask=batch.mask[cut], labels=labels))))
     mean: Theta = np.sum([np.float32(share) * own for share, _, own in found], axis=0)
     return sum(share * loss for share, loss, _ in found), mean
+
+
+def passes_in_order(lengths: Sequence[int], limits: PassLimits, *, least: int = 1) -> Iterator[slice]:
+    """Rows as they come, by their lengths, as many together as a pass may hold."""
+    start, width = 0, least
+    for row, length in enumerate(lengths):
+        count, wider = row + 1 - start, max(width, length)
+        full = count * wider > limits.tokens or (limits.rows is not None and count > limits.rows)
+        if full and count > 1:
+            yield slice(start, row)
+            start, wider = row, max(least, length)
+        width = wider
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 def padded_tokens(passes: list[Pass]) -> int:

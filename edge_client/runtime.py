@@ -34,6 +34,11 @@ class Scorer(Protocol):
     UnavailableError where its files cannot be read now.
     """
 
+    @property
+    def rows(self) -> int | None:
+        """Most rows of a batch; None for any number."""
+        ...
+
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         """theta (P,) -> (B, C) for classification, (B, S, V) for causal-lm."""
         ...
@@ -53,11 +58,6 @@ class Runtime(Scorer, Protocol):
     @property
     def depths(self) -> tuple[int, ...]:
         """How many of the last blocks can be trained over what lies below them, rising."""
-        ...
-
-    @property
-    def rows(self) -> int | None:
-        """Most rows of a batch; None for any number."""
         ...
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:

@@ -103,7 +103,7 @@ class Trainer(Protocol):
         ...
 
     async def judge(self, request: JudgingRequest) -> Verdict:
-        """The same, without training."""
+        """The same, without training; its request has a limit of its own."""
         ...
 
 

@@ -179,7 +179,11 @@ class EmulatedTrainer:
         if self._judges is None:
             raise RuntimeFailure("this fleet has nothing to judge versions with")
         rows = min(request.question.examples, request.examples.count())
-        await self._clock.sleep(self._speed * judging_s(self._profile, rows))
+        lasts_s = self._speed * judging_s(self._profile, rows)
+        if (limit_s := request.time_limit_s) is not None and lasts_s > limit_s:
+            await self._clock.sleep(limit_s)
+            raise Declined(f"judging has taken the {limit_s:g} s that it may", "time")
+        await self._clock.sleep(lasts_s)
         runtime = self._judges.open(request.bundle)
         return await self._aside(judge, request, runtime)
 

@@ -135,6 +135,8 @@ class _Lasting:
 class Torch:
     """A Backend of batched training and a Scorer, above the blocks that are never trained."""
 
+    rows: int | None = None  #: of a batch: any number
+
     def __init__(self, bundle: Bundle, base: Base, activations: Activations) -> None:
         manifest = bundle.manifest
         self.cut, self.passes_at_once = manifest.adapter.blocks.start, 1

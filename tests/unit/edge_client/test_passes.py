@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.passes import Pass, PassLimits, in_passes, padded_tokens, plan_passes
+from edge_client.passes import (
+    Pass,
+    PassLimits,
+    in_passes,
+    padded_tokens,
+    passes_in_order,
+    plan_passes,
+)
 from edge_client.tokens import Batch
 from fedtt.errors import ConfigError
 from fedtt.layout import Theta
@@ -36,6 +43,23 @@ def test_every_row_is_in_one_pass_that_is_wide_enough_and_within_the_limit(
         assert part.rows.tolist() == sorted(part.rows.tolist())
         assert len(part.rows) == 1 or len(part.rows) * part.width <= limits.tokens
         assert len(part.rows) <= (limits.rows or len(lengths))
+
+
+@given(LENGTHS, LIMITS)
+def test_rows_in_their_order_are_each_in_one_pass_within_the_limit_and_no_pass_ends_early(
+    lengths: list[int], limits: PassLimits
+) -> None:
+    passes = [range(*part.indices(len(lengths))) for part in passes_in_order(lengths, limits, least=3)]
+    assert [row for part in passes for row in part] == list(range(len(lengths)))
+
+    def fits(count: int, rows: range) -> bool:
+        width = max(3, *(lengths[row] for row in rows))
+        return count == 1 or (count * width <= limits.tokens and count <= (limits.rows or count))
+
+    for number, part in enumerate(passes):
+        assert fits(len(part), part)
+        if number + 1 < len(passes):
+            assert not fits(len(part) + 1, range(part.start, part.stop + 1))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=25), st.integers(0, 30))
