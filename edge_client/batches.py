@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Batches:
     ) -> None:
         self._plan, self._device, self._tokens, self._count = plan, device, tokens, len(examples)
         self._labels = [label_index(e, manifest.labels) for e in examples] if manifest.labels else None
-        self._texts = {row: examples[row].words for rows in self._order() for row in rows.tolist()}
+        self._texts = {row: examples[row].words for rows in self._first() for row in rows.tolist()}
         self._rows: dict[int, tuple[NDArray[np.int32], bool]] = {}  #: token ids, and whether they were cut
         self.cut_texts = 0
 
@@ -46,20 +47,24 @@ class Batches:
             self._rows = {row: (np.array(ids, np.int32), cut) for row, ids, cut in found}
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, cut in self._made():
+        for batch, cut in self._made(self._order()):
             self.cut_texts += cut
             yield batch
 
     def ahead(self) -> Iterator[Batch]:
-        """The same, from the first on, to be looked at only."""
-        return (batch for batch, _ in self._made())
+        """Those from the first on that have rows which none before had, to be looked at only."""
+        return (batch for batch, _ in self._made(self._first()))
 
-    def _made(self) -> Iterator[tuple[Batch, int]]:
+    def _made(self, order: Iterator[NDArray[np.intp]]) -> Iterator[tuple[Batch, int]]:
         self.read()
-        for rows in self._order():
+        for rows in order:
             labels = None if self._labels is None else [self._labels[row] for row in rows]
             found = [self._rows[row] for row in rows.tolist()]
             yield self._tokens.padded(*(ids for ids, _ in found), labels=labels), sum(cut for _, cut in found)
+
+    def _first(self) -> Iterator[NDArray[np.intp]]:
+        """Of the first epoch, in which each row is once: whatever a plan asks for, no more than there are."""
+        return islice(self._order(), -(-self._count // self._plan.training.batch_size))
 
     def _order(self) -> Iterator[NDArray[np.intp]]:
         training = self._plan.training

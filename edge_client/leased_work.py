@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,9 @@ from fedtt.wire import with_label_counts
 from fedtt.work import trained_depth
 
 __all__ = ["LeaseOverError", "LeasedWork"]
+
+
+_LATE_S = 86400.0  #: by which an update may be behind its round
 
 
 class _Begun(NamedTuple):
@@ -95,7 +99,7 @@ class LeasedWork:
             )
             if (left_s := ends_at - self._clock.now()) <= 0:
                 raise LeaseOverError("the lease expired while what it judges was loaded, which is kept")
-            limit_s = left_s if budget.time_s is None else min(left_s, budget.time_s)
+            limit_s = min(left_s, budget.time_s or math.inf)
             note = Judging(lease=question.lease, attempts=self.cut_short(question) + 1)
             await self._aside(self._journal.update, judging=note)
             try:
@@ -120,18 +124,18 @@ class LeasedWork:
         )
         if self._clock.now() >= leased.expires_at:
             raise LeaseOverError("the lease expired while its bundle was loaded, which is kept")
-        begun = None
+        begun, limit_s = None, min(self._of_use_s(leased), budget.time_s or math.inf)
         try:
             begun = await self._aside(self._begin, leased, bundle, budget)
             update = await self._training.run(
-                plan, bundle, version, begun.residual, noise_key=begun.noise_key, time_limit_s=budget.time_s
+                plan, bundle, version, begun.residual, noise_key=begun.noise_key, time_limit_s=limit_s
             )
         except asyncio.CancelledError:
             await self._aside(self._journal.update, phase=leased)  # a clean stop is no crash
             raise
         except Declined:
             if begun is not None:  # it ran out of time: it is as slow as that at least
-                await self._aside(self._keep, begun.pace, plan, budget, 1.01 * (budget.time_s or 0.0))
+                await self._aside(self._keep, begun.pace, plan, budget, 1.01 * limit_s)
             raise
         frame = with_label_counts(update.frame, begun.label_counts) if begun.label_counts else update.frame
         await self._aside(
@@ -163,6 +167,16 @@ class LeasedWork:
             prefixes_reused=update.prefixes_reused,
             epsilon=epsilon_of(begun.privacy_spent[plan.task], plan.privacy.delta) if plan.privacy else None,
         )
+
+    def _of_use_s(self, leased: Leased) -> float:
+        """Seconds after which nobody waits for an update: a day after the end of its lease and its round.
+
+        A server takes one later where its task has rounds that overlap (`max_staleness`), which no plan says;
+        one so old counts for little there.
+        """
+        work = leased.work
+        left_s = min(leased.expires_at - self._clock.now(), work.expires_in_s)
+        return left_s + max(0.0, (work.round_ends_in_s or 0.0) - work.expires_in_s) + _LATE_S
 
     def _begin(self, leased: Leased, bundle: Bundle, budget: Budget) -> _Begun:
         """Check what can be told of a training, and note that it begins.

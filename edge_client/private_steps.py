@@ -88,16 +88,23 @@ class GaussianMechanism:
 class PrivateGradient:
     """The gradients of a private training, each example's clipped in the runtime's graph.
 
-    least: tokens that the graph needs of a row.
+    least: tokens that the graph needs of a row. go_on: called before each pass; what it raises ends this.
     """
 
-    def __init__(self, runtime: Runtime, mechanism: GaussianMechanism, least: int = 1) -> None:
-        self._runtime, self._mechanism, self._least = runtime, mechanism, least
+    def __init__(
+        self,
+        runtime: Runtime,
+        mechanism: GaussianMechanism,
+        least: int = 1,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._runtime, self._mechanism, self._least, self._go_on = runtime, mechanism, least, go_on
 
     def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
         mechanism = self._mechanism
 
         def one(part: Batch) -> tuple[float, Theta]:
+            self._go_on()
             return self._runtime.private_gradient(theta, part, mechanism.live, mechanism.clip)
 
         limits = replace(PASSES, rows=self._runtime.rows)

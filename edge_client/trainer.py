@@ -197,7 +197,7 @@ def train(
     go_on: Callable[[], None] = lambda: None,
 ) -> LocalUpdate:
     """Train here and now; raises what `Training` does, RuntimeFailure (graph) and what `go_on` does, which
-    is called before each text that is read and before each batch.
+    is called before each text that is read, each batch ahead and each pass.
     """
     training = Training(request, tokens)
     if not training.batches.are_known:
@@ -209,14 +209,9 @@ def train(
         ahead = _checked(training.batches.ahead(), go_on)
         prefix = FrozenPrefix(runtime, request.bundle, depth, request.activations, ahead)
     limits = dataclasses.replace(PASSES, rows=runtime.rows)
-    gradient_of = _short(prefix or runtime, manifest, limits)
+    gradient = _short(prefix or runtime, manifest, limits, go_on)
     if mechanism is not None:
-        gradient_of = PrivateGradient(runtime, mechanism, manifest.tokenization.min_tokens).gradient
-
-    def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
-        go_on()
-        return gradient_of(theta, batch)
-
+        gradient = PrivateGradient(runtime, mechanism, manifest.tokenization.min_tokens, go_on).gradient
     with np.errstate(over="ignore", invalid="ignore"):  # what diverges is refused when it is packed
         result = drive(training.steps(), gradient)
     update = training.pack(result)
@@ -231,12 +226,15 @@ def _checked(batches: Iterable[Batch], go_on: Callable[[], None]) -> Iterator[Ba
         yield batch
 
 
-def _short(step: FrozenPrefix | Runtime, manifest: Manifest, limits: PassLimits) -> Gradient[Batch]:
+def _short(
+    step: FrozenPrefix | Runtime, manifest: Manifest, limits: PassLimits, go_on: Callable[[], None]
+) -> Gradient[Batch]:
     """The gradients of a step, with hardly any padding computed."""
     least, by_tokens = manifest.tokenization.min_tokens, not manifest.labels
 
     def gradient(theta: Theta, batch: Batch) -> tuple[float, Theta]:
         def one(part: Batch) -> tuple[float, Theta]:
+            go_on()
             return step.gradient(theta, part)
 
         return in_passes(batch, limits, one, least=least, by_tokens=by_tokens)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from edge_client import events
+from edge_client import events, leased_work
 from edge_client.examples import ExampleStore
 from edge_client.journal import Idle, Leased, Trained
 from edge_client.tokens import Batch
@@ -244,6 +246,30 @@ def test_cancelling_stops_training_at_its_next_batch_and_costs_no_attempt(tmp_pa
         assert transport.frames[0][0] == phase.work.lease
 
     in_world(tmp_path, test)
+
+
+def test_training_ends_a_day_after_its_lease_and_its_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(MeanTarget):
+        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+            time.sleep(0.03)
+            return super().gradient(theta, batch)
+
+    async def test(world: World) -> None:
+        world.runtime = slow = Slow()
+        device, transport = world.device()
+        step = await device.run(until=lambda step: isinstance(step, events.GaveUp))
+        assert isinstance(step, events.GaveUp)
+        assert re.fullmatch(r"training has taken the 0\.\d+ s that it may", step.detail)
+        assert [failure.code for failure in transport.failures] == [FailureCode.TIME]
+        assert len(slow.batches) < 20
+
+    assert leased_work._LATE_S == 86400.0
+    monkeypatch.setattr(leased_work, "_LATE_S", 0.05)
+    training = replace(SPEC.training, local_steps=50)
+    rounds = replace(SPEC.rounds, deadline_s=0.1, lease_s=0.05)
+    in_world(tmp_path, test, replace(SPEC, training=training, rounds=rounds))
 
 
 def test_the_frame_is_on_disk_before_it_is_sent(tmp_path: Path) -> None:

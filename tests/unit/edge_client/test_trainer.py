@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
-from edge_client.batches import batch_rows
+from edge_client import batches
+from edge_client.batches import Batches, batch_rows
 from edge_client.examples import Example, Shard
 from edge_client.runtime import Runtime
 from edge_client.tokens import Batch, Tokens
@@ -191,6 +194,59 @@ def test_training_stops_between_batches_when_asked(tmp_path: Path) -> None:
     with pytest.raises(Enough):
         run(tmp_path, runtime=runtime, go_on=go_on)
     assert len(runtime.batches) == 1
+
+
+def test_training_stops_between_the_passes_of_a_batch_when_asked(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    runtime = MeanTarget()
+    runtime.rows = 1
+
+    def go_on() -> None:
+        if runtime.batches:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(tmp_path, runtime=runtime, go_on=go_on)
+    assert len(runtime.batches) == 1, "of the four of its first batch"
+
+
+def test_before_the_first_step_each_row_is_looked_at_once_however_many_steps_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    dealt = list[int]()
+
+    def counted(*args: Any) -> Iterator[NDArray[np.intp]]:
+        for rows in batch_rows(*args):
+            dealt.extend(rows.tolist())
+            yield rows
+
+    def go_on() -> None:
+        raise Enough
+
+    monkeypatch.setattr(batches, "batch_rows", counted)
+    training = replace(PLAN.training, local_steps=100_000, batch_size=3)
+    with pytest.raises(Enough):
+        run(tmp_path, replace(PLAN, training=training), go_on=go_on)
+    assert sorted(dealt) == list(range(7))
+
+
+def test_the_batches_ahead_have_each_row_once(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    training = replace(PLAN.training, local_steps=100, batch_size=3)
+    plan = replace(PLAN, training=training)
+    found = Batches(plan, DEVICE, bundle.manifest, Tokens(bundle), EXAMPLES)
+    ahead = list(found.ahead())
+    assert [len(batch.ids) for batch in ahead] == [3, 3, 1]
+    for early, batch in zip(ahead, found, strict=False):
+        assert (early.ids == batch.ids).all()
+    assert len(list(found)) == 100
+    short = replace(plan, training=replace(training, local_steps=2))
+    assert len(list(Batches(short, DEVICE, bundle.manifest, Tokens(bundle), EXAMPLES).ahead())) == 2
 
 
 def test_a_pass_has_no_more_rows_than_the_runtime_takes(tmp_path: Path) -> None:
