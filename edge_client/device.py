@@ -354,7 +354,8 @@ class Device:
                 raise
             await self._aside(self.journal.drop, trained.lease)
             return self._dropped(trained.lease, str(error))
-        if (receipt.lease, receipt.digest) != (trained.lease, update_digest(trained.frame)):
+        digest = await self._aside(update_digest, trained.frame)
+        if (receipt.lease, receipt.digest) != (trained.lease, digest):
             raise WireError("the receipt is for another update than the one sent")
         await self._aside(self.journal.commit, receipt)
         self._backoff.succeeded()

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, TypeVar
 
 import aiohttp
@@ -43,13 +44,14 @@ from fedtt.messages import (
     encode,
 )
 from fedtt.seams import Clock, VersionBody
-from fedtt.signature import LATEST_S
+from fedtt.signature import LATEST_S, content_digest
 
 __all__ = ["HttpTransport", "Traffic"]
 
 M = TypeVar("M")
 _GATEWAY = {502, 503, 504}  #: what proxies say when the server behind them did not answer
 _LEAST_BYTES = 16 * 1024  #: of a bundle's file in the time that any other answer may take
+_LARGE_BYTES = 1 << 20  #: of a body that is hashed and sent beside what else the loop has to do
 _OCTETS = "application/octet-stream"
 
 
@@ -241,13 +243,15 @@ class HttpTransport:
         headers = dict(request.headers)
         if request.body:
             headers["Content-Type"] = request.media
-        headers |= self._sign(request, url)
+        large = len(request.body) > _LARGE_BYTES
+        digest = await beside(content_digest, request.body) if large else ""
+        headers |= self._sign(request, url, digest)
         self.traffic.sent_bytes += len(request.body)
         async with asyncio.timeout(self._timeout_s):  # headers trickle, too
             return await self._open_session().request(
                 request.method,
                 url,
-                data=request.body or None,
+                data=BytesIO(request.body) if large else request.body or None,  # piece by piece
                 headers=headers,
                 allow_redirects=False,  # a signature covers one address
                 timeout=aiohttp.ClientTimeout(
@@ -260,7 +264,7 @@ class HttpTransport:
         journal says of the clocks; the server puts it right where it is wrong."""
         return min(max(0.0, self._clock.now() + self._offset_s), LATEST_S)
 
-    def _sign(self, request: _Request, url: URL) -> dict[str, str]:
+    def _sign(self, request: _Request, url: URL, digest: str) -> dict[str, str]:
         """Microseconds are the nonce, so that it also rises from one run of the client to the next."""
         now = self._now()
         self._nonce = max(self._nonce + 1, int(now * 1e6))
@@ -271,6 +275,7 @@ class HttpTransport:
             body=request.body,
             created=int(now),
             nonce=self._nonce,
+            digest=digest,
         )
 
     def _open_session(self) -> aiohttp.ClientSession:

@@ -54,14 +54,25 @@ class Identity:
         return cls(found)
 
     def sign(
-        self, *, method: str, authority: str, path: str, body: bytes, created: int, nonce: int
+        self,
+        *,
+        method: str,
+        authority: str,
+        path: str,
+        body: bytes,
+        created: int,
+        nonce: int,
+        digest: str = "",
     ) -> dict[str, str]:
-        """The headers that sign one request (see `fedtt.signature`), good for as long as may be."""
+        """The headers that sign one request (see `fedtt.signature`), good for as long as may be.
+
+        digest: `content_digest` of the body, where it has been taken elsewhere.
+        """
         signed = Signed(
             method=method,
             authority=authority,
             path=path,
-            digest=content_digest(body),
+            digest=digest or content_digest(body),
             created=created,
             expires=created + LASTS_S,
             nonce=nonce,

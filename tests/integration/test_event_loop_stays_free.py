@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
+import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from aggregator.app import device_app
-from edge_client import bundle_cache, local_training
+from edge_client import bundle_cache, device, local_training
 from edge_client.aside import beside
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Acknowledged, Step
 from edge_client.examples import Example, ExampleStore
+from edge_client.http_transport import HttpTransport
+from edge_client.identity import Identity
 from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtimes
 from edge_client.session import open_device
 from fedtt.errors import StorageError
+from fedtt.messages import MEDIA_TYPE, Receipt, UpdateState, encode
 from fedtt.seams import SystemClock
+from fedtt.wire import update_digest
+from tests.support.certificates import authority
 from tests.support.device_world import SPEC
-from tests.support.edge import MeanTarget, write_small_bundle
+from tests.support.edge import MeanTarget, locked_home, write_small_bundle
 from tests.support.in_process import TOKEN, listening, memory_service
 
 LAG_S = 0.05
@@ -39,7 +47,7 @@ BLOCKING = (
     *((os, "fsync"), (os, "replace"), (time, "sleep")),
     *((Path, "unlink"), (Path, "read_bytes"), (Path, "mkdir"), (os, "utime")),
     *((bundle_cache, "file_fault"), (bundle_cache, "decode_manifest"), (local_training, "zeros")),
-    *((bundle_cache, "try_lock"), (bundle_cache, "check_manifest")),
+    *((bundle_cache, "try_lock"), (bundle_cache, "check_manifest"), (device, "update_digest")),
 )
 
 
@@ -113,16 +121,16 @@ async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_i
                     config=DeviceConfig(token=TOKEN),
                     trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
                     clock=Behind(),
-                ) as device,
+                ) as opened,
             ):
-                await device.consent()
-                last = await device.run(until=_acknowledged)
+                await opened.consent()
+                last = await opened.run(until=_acknowledged)
                 with pytest.raises(StorageError, match="another client is running"):
                     async with open_device(
                         tmp_path / "home", server=url, examples=store, config=DeviceConfig()
                     ):
                         pass
-            state = device.journal.state
+            state = opened.journal.state
     assert isinstance(last, Acknowledged)
     assert state.clock_offset_s == pytest.approx(7 * 86400, abs=60)
     assert watch.on_loop == []
@@ -131,6 +139,63 @@ async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_i
     assert watch.beside["fsync"] >= 10
     assert watch.beside["file_fault"] >= 4
     assert (watch.beside["count"], watch.beside["read"]) == (1, 1)
+    assert watch.busy_s < LAG_S
+
+
+FRAME = bytes(64 << 20)  #: of a layout of 16 million numbers in fp32
+LEASE = "0" * 32
+
+
+async def take(request: web.Request) -> web.Response:
+    """The server's side of an upload, and no more."""
+    found = hashlib.sha256()
+    async for piece in request.content.iter_chunked(1 << 16):
+        found.update(piece)
+    receipt = Receipt(lease=LEASE, digest=found.hexdigest(), state=UpdateState.ACCEPTED)
+    return web.Response(body=encode(receipt), content_type=MEDIA_TYPE)
+
+
+@contextmanager
+def taking_frames(tls: ssl.SSLContext | None) -> Iterator[str]:
+    """A server on a loop and thread of its own; yields its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    app = web.Application()
+    app.router.add_put("/v1/leases/{lease}/update", take)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+
+    async def start() -> None:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+
+    try:
+        asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+async def test_a_large_frame_is_hashed_and_sent_without_holding_up_the_app(
+    secure: bool, tmp_path: Path
+) -> None:
+    tls, ca = None, ""
+    if secure:
+        authority(tmp_path, "ours")
+        tls, ca = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), str(tmp_path / "ours.pem")
+        tls.load_cert_chain(tmp_path / "server-ours.pem", tmp_path / "server-ours-key.pem")
+    watch = Watch()
+    with locked_home(tmp_path / "home") as home, taking_frames(tls) as url:
+        transport = HttpTransport(url, Identity.open(home), SystemClock(), ca=ca)
+        async with watch.watching():
+            receipt = await transport.upload(LEASE, FRAME)
+        await transport.close()
+    assert receipt.digest == update_digest(FRAME)
     assert watch.busy_s < LAG_S
 
 
