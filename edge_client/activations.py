@@ -66,7 +66,7 @@ class FileActivations:
     def get(self, key: str, shape: tuple[int, int]) -> Half | None:
         with self._guard:
             held = self._known()
-            if key not in held:
+            if held is None or key not in held:
                 return None
             data = self._read(key, _DIGEST_BYTES + 2 * shape[0] * shape[1])
             if data is None or data[:_DIGEST_BYTES] != _digest(key, data[_DIGEST_BYTES:]):
@@ -78,34 +78,45 @@ class FileActivations:
     def put(self, key: str, hidden: Half) -> None:
         data = hidden.astype("<f2", copy=False).tobytes()
         with self._guard:
-            if (size := kept_bytes(hidden.shape)) > self.limit_bytes:
+            if (size := kept_bytes(hidden.shape)) > self.limit_bytes or (held := self._known()) is None:
                 return
-            held = self._known()
             self._drop(key)
-            self._make_room(size)
-            if self._write(key, _digest(key, data) + data):
+            if self._make_room(size) and self._write(key, _digest(key, data) + data):
                 held[key] = size
                 self._held_bytes += size
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int) -> bool:
+        """Whether there is room for so many bytes more, once what can be removed for it has gone."""
         while self._held and self._held_bytes + size > self.limit_bytes:
             self._drop(next(iter(self._held)))
+        return self._held_bytes + size <= self.limit_bytes
 
-    def _known(self) -> OrderedDict[str, int]:
-        """What lies in the directory, read once; what does not fit it now is removed."""
+    def _known(self) -> OrderedDict[str, int] | None:
+        """What lies in the directory, listed once; what does not fit it now is removed. None where it cannot
+        be listed: nothing is kept then, as nobody can say how much there is.
+        """
         if self._held is None:
-            self._held = OrderedDict()
-            with suppress(OSError):
+            try:
                 self._directory.mkdir(mode=0o700, exist_ok=True)
-                entries = [(entry.stat(), entry) for entry in os.scandir(self._directory)]
-                for stat, entry in sorted(entries, key=lambda found: found[0].st_mtime_ns):
-                    if entry.name.endswith(".new"):
-                        Path(entry).unlink()
-                    else:
-                        self._held[entry.name] = _occupied(stat.st_size)
+                names = os.listdir(self._directory)
+            except OSError:
+                return None
+            found = [(stat, name) for name in names if (stat := self._stat(name)) is not None]
+            found.sort(key=lambda entry: entry[0].st_mtime_ns)
+            self._held = OrderedDict((name, _occupied(stat.st_size)) for stat, name in found)
             self._held_bytes = sum(self._held.values())
+            for name in names:
+                if name.endswith(".new"):  # a crash left it
+                    self._drop(name)
             self._make_room(0)
         return self._held
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        """Of an entry as it lies there; None where it cannot be had, as of one that has just gone."""
+        try:
+            return os.lstat(self._directory / name)
+        except OSError:
+            return None
 
     def _read(self, key: str, size: int) -> bytes | None:
         path = self._directory / key
@@ -132,10 +143,14 @@ class FileActivations:
         return True
 
     def _drop(self, key: str) -> None:
-        if (size := self._known().pop(key, None)) is not None:
-            self._held_bytes -= size
-            with suppress(OSError):
-                (self._directory / key).unlink()
+        """Remove it; what cannot be removed is not given again, and goes on to count."""
+        if self._held is None or (size := self._held.pop(key, None)) is None:
+            return
+        try:
+            (self._directory / key).unlink(missing_ok=True)
+        except OSError:
+            return
+        self._held_bytes -= size
 
 
 def _digest(key: str, data: bytes) -> bytes:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -102,6 +103,57 @@ def test_where_the_directory_cannot_be_made_nothing_is_kept_and_nothing_fails(tm
     kept = FileActivations(tmp_path / "file" / "a", 1 << 20)
     kept.put("one", rows(1))
     assert kept.get("one", SHAPE) is None
+
+
+def test_one_entry_that_cannot_be_removed_hides_no_other_from_the_limit(tmp_path: Path) -> None:
+    kept = FileActivations(tmp_path, 4 * BLOCK)
+    for number, name in enumerate(["one", "two", "three"]):
+        kept.put(name, rows(number))
+        os.utime(tmp_path / name, ns=(number, number))
+    (tmp_path / "half.new").mkdir()
+    (tmp_path / "half.new" / "file").write_bytes(b"")
+    again = FileActivations(tmp_path, 2 * BLOCK)
+    again.put("four", rows(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "half.new"], "which counts as one block"
+
+
+def test_where_what_cannot_be_removed_fills_the_directory_nothing_more_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_bytes(b"")
+    kept = FileActivations(tmp_path, BLOCK)
+    for name in ("two", "three"):
+        kept.put(name, rows(0))
+        assert kept.get(name, SHAPE) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_entries_that_vanish_while_the_directory_is_listed_hide_no_other_from_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = FileActivations(tmp_path, 3 * BLOCK)
+    for number, name in enumerate(["one", "two", "three"]):
+        kept.put(name, rows(number))
+        os.utime(tmp_path / name, ns=(number, number))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: ["gone", *listed(path), "gone.new"])
+    again = FileActivations(tmp_path, 2 * BLOCK)
+    again.put("four", rows(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "three"]
+
+
+def test_a_directory_that_cannot_be_listed_now_is_listed_later(tmp_path: Path) -> None:
+    FileActivations(tmp_path, BLOCK).put("one", rows(1))
+    kept = FileActivations(tmp_path, BLOCK)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert kept.get("one", SHAPE) is None
+        kept.put("two", rows(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert kept.get("one", SHAPE) is not None
+    kept.put("two", rows(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
 def test_what_is_held_is_summed_once_and_then_counted(
