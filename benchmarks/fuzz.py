@@ -2,8 +2,8 @@
 
 Needs atheris (pip install atheris), libFuzzer for Python, which is no dependency of ours. Each target
 (`benchmarks.fuzz_targets`: payloads, differences, updates, messages, signatures, manifests, graphs, programs,
-tokenizers) runs in a process of its own, from a few sound inputs; whatever else it raises, a hang of ten seconds or a
-gigabyte of memory ends it and is reported with the input.
+tokenizers) runs in a process of its own, from a few sound inputs; whatever else it raises, a hang of ten
+seconds or a gigabyte of memory ends it and is reported with the input.
 """
 
 from __future__ import annotations

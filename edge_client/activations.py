@@ -98,7 +98,7 @@ class FileActivations:
         if self._held is None:
             try:
                 self._directory.mkdir(mode=0o700, exist_ok=True)
-                names = os.listdir(self._directory)
+                names = [path.name for path in self._directory.iterdir()]
             except OSError:
                 return None
             found = [(stat, name) for name in names if (stat := self._stat(name)) is not None]

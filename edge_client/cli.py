@@ -114,13 +114,14 @@ def _add_run(commands: Commands) -> None:
         default=0,
         metavar="N",
         help="MiB that training may use: the server is told, and may give this device a smaller rank; a task "
-        "that says it may need more is declined",
+        "that says it may need more is declined (judging needs less)",
     )
     run.add_argument(
         "--max-training-s",
         type=float,
         metavar="S",
-        help="decline work that takes longer than so many seconds to train (no limit)",
+        help="decline work that takes longer than so many seconds to train or judge, and end it there (no "
+        "limit; in any case it ends a day after the work is due)",
     )
     run.add_argument(
         "--max-download-mb",
@@ -154,7 +155,7 @@ def _add_run(commands: Commands) -> None:
 def _add_limits(run: argparse.ArgumentParser) -> None:
     limits = run.add_argument_group(
         "conditions",
-        "without them nothing is asked for, and what is under way ends at its next batch; "
+        "without them nothing is asked for, and what is under way ends at its next pass; "
         "files in HOME/conditions say what Linux does not know: battery, charging, unmetered, idle, "
         "temperature_c, memory_mb",
     )

@@ -172,7 +172,7 @@ def status(args: Namespace) -> None:
 
 def pause(args: Namespace) -> None:
     _known_home(args).pause(True)
-    _answer(args, {"paused": True}, "paused: a running client rests within a second or one training batch")
+    _answer(args, {"paused": True}, "paused: a running client rests within a second or one pass of its work")
 
 
 def resume(args: Namespace) -> None:

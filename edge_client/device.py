@@ -125,9 +125,7 @@ class Device:
             activations,
             aside,
         )
-        self._work = LeasedWork(
-            config, journal, training, examples, self._watch, self._clock, uniform, aside
-        )
+        self._work = LeasedWork(config, journal, training, examples, self._watch, self._clock, uniform, aside)
         self._backoff = Backoff(
             device=address(self._name),
             seed=config.seed,
@@ -143,7 +141,8 @@ class Device:
     async def run(self, until: Callable[[Step], bool] = lambda _: False) -> Step:
         """Take steps until the server retires this device or `until` says so of a step; returns that one.
 
-        Cancelling it is safe at any time: training stops at its next batch, and the journal holds the rest.
+        Cancelling it is safe at any time: training and judging stop at their next pass, and the journal holds
+        the rest.
         """
         while True:
             step = await self.step()

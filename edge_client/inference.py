@@ -174,7 +174,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 
 def _nll(logits: Logits, expected: NDArray[np.int64]) -> float:
-    """Sum of -log p of the expected classes; logits (N, C), expected (N,). Takes a piece of memory at a time."""
+    """Sum of -log p of the expected classes; logits (N, C), expected (N,), a piece at a time."""
     rows, nll = max(1, _PIECE // logits.shape[1]), 0.0
     for start in range(0, len(expected), rows):
         part = slice(start, start + rows)

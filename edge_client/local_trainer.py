@@ -57,7 +57,9 @@ class LocalTrainer:
         return await self._aside(partial(self._train, request, stop), stop)
 
     async def judge(self, request: JudgingRequest) -> Verdict:
-        """Judge on the executor; raises what `judge` does, and Declined as `train`. Cancelling waits likewise."""
+        """Judge on the executor; raises what `judge` does, and Declined at its limit of time. Cancelling as
+        in `train`.
+        """
         stop = threading.Event()
         return await self._aside(partial(self._judge, request, stop), stop)
 

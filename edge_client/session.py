@@ -31,7 +31,7 @@ from fedtt.seams import Clock, SystemClock
 __all__ = ["forget", "leave", "open_device", "open_transport", "stopped", "supervise"]
 
 POLL_S = 0.5  #: how often a running client looks at the switches
-_STOP_WAIT_S = 60.0  #: a running client ends at its next batch at the latest
+_STOP_WAIT_S = 60.0  #: a running client ends at its next pass at the latest
 
 
 def open_transport(

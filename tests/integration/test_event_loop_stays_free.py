@@ -142,7 +142,7 @@ async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_i
     assert watch.busy_s < LAG_S
 
 
-FRAME = bytes(64 << 20)  #: of a layout of 16 million numbers in fp32
+FRAME = bytes(160 << 20)  #: of a layout of 40 million numbers in fp32
 LEASE = "0" * 32
 
 

@@ -84,7 +84,7 @@ class MeanTarget(WholeSteps):
 
 
 def panicking_tokenizer() -> bytes:
-    """One at whose sight the library's Rust panics: its merges are shorter than what they should begin with."""
+    """One at which the library's Rust panics: its merges are shorter than what they begin with."""
     model = {"type": "BPE", "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1, "ab": 2}}
     return json.dumps({"version": "1.0", "model": {**model, "merges": ["a b"]}}).encode()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,9 @@ def test_one_entry_that_cannot_be_removed_hides_no_other_from_the_limit(tmp_path
     (tmp_path / "half.new" / "file").write_bytes(b"")
     again = FileActivations(tmp_path, 2 * BLOCK)
     again.put("four", rows(4))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "half.new"], "which counts as one block"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "half.new"], (
+        "which counts as one block"
+    )
 
 
 def test_where_what_cannot_be_removed_fills_the_directory_nothing_more_is_kept(tmp_path: Path) -> None:
@@ -134,9 +136,19 @@ def test_entries_that_vanish_while_the_directory_is_listed_hide_no_other_from_th
     for number, name in enumerate(["one", "two", "three"]):
         kept.put(name, rows(number))
         os.utime(tmp_path / name, ns=(number, number))
-    listed = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: ["gone", *listed(path), "gone.new"])
+    (tmp_path / "half.new").write_bytes(b"")
+    listed = Path.iterdir
+
+    def and_then_gone(directory: Path) -> Iterator[Path]:
+        found = list(listed(directory))
+        for name in ("two", "half.new"):
+            (directory / name).unlink()
+        return iter(found)
+
     again = FileActivations(tmp_path, 2 * BLOCK)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", and_then_gone)
+        assert again.get("two", SHAPE) is None
     again.put("four", rows(4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "three"]
 

@@ -142,7 +142,7 @@ def test_a_judging_that_kills_the_process_each_time_is_given_back(tmp_path: Path
         Asked(world, transport)
         step = await device.run(until=gave_up)
         assert isinstance(step, events.GaveUp)
-        assert step.detail == "judging was cut short 3 times"
+        assert step.detail.startswith("judging was cut short 3 times")
         assert [failure.code for failure in transport.failures] == [FailureCode.OTHER]
 
     in_world(tmp_path, test)
@@ -195,7 +195,7 @@ def test_judging_ends_where_its_owner_gives_it_no_more_time_or_nobody_waits_for_
         asked = Asked(world, transport, question)
         step = await device.run(until=gave_up)
         assert isinstance(step, events.GaveUp)
-        assert step.detail == "judging has taken the 0.01 s that it may"
+        assert step.detail.startswith("judging has taken the 0.01 s that it may")
         assert [failure.code for failure in transport.failures] == [FailureCode.TIME]
         assert (slow.count, asked.verdicts) == (1, [])
 

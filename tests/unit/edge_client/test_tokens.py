@@ -83,8 +83,8 @@ def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
         Tokens(bundle).rows(["on"])
 
 
-A = {"Sequence": {"id": "A", "type_id": 0}}
-SPECIAL = {"SpecialToken": {"id": "[PAD]", "type_id": 0}}
+A: dict[str, object] = {"Sequence": {"id": "A", "type_id": 0}}
+SPECIAL: dict[str, object] = {"SpecialToken": {"id": "[PAD]", "type_id": 0}}
 
 
 def template(*single: dict[str, object], known: bool = True) -> dict[str, object]:
@@ -110,16 +110,15 @@ def with_changes(bundle: Bundle, **changes: object) -> Bundle:
     [
         json.loads(panicking_tokenizer()),
         {"post_processor": template(SPECIAL, known=False)},
-        {"post_processor": {"type": "Sequence", "processors": [template(A), template(A)]}},
     ],
-    ids=["when read", "at a text", "not implemented"],
+    ids=["when read", "at a text"],
 )
 def test_a_tokenizer_at_which_its_library_panics_is_a_clear_error(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     tokens = Tokens(with_changes(small_bundle(tmp_path), **changes))
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer this program can read"):
-        tokens.rows(["on"])
+        tokens.rows(["on " * 50])
 
 
 @pytest.mark.parametrize("single", [[SPECIAL] * 17 + [A], [A, A]], ids=["special tokens", "texts twice"])
@@ -127,7 +126,7 @@ def test_a_tokenizer_that_makes_more_tokens_than_the_graph_takes_is_a_clear_erro
     single: list[dict[str, object]], tmp_path: Path
 ) -> None:
     tokens = Tokens(with_changes(small_bundle(tmp_path), post_processor=template(*single)))
-    with pytest.raises(BundleError, match=r"makes \d\d tokens of a text, 16 are allowed"):
+    with pytest.raises(BundleError, match=r"makes \d+ tokens of a text, 16 are allowed"):
         tokens.rows(["on off " * 50])
 
 
