@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from aggregator.answers import (
     DeviceRow,
@@ -22,6 +20,7 @@ from aggregator.people import audited
 from aggregator.problems import conflict_name, conflict_state, malformed, not_found, unknown_task
 from aggregator.service import Service
 from fedtt.errors import BundleError, ConfigError, LayoutError, WireError
+from fedtt.factor_file import decode_factors
 from fedtt.manifest import Manifest, bundle_digest, decode_manifest
 from fedtt.messages import Problem, UpdateState
 from fedtt.server_optimiser import published
@@ -96,7 +95,7 @@ async def open_task(service: Service, spec: TaskSpec, bundle_sha256: str) -> Tas
         return not_found(f"bundle {bundle_sha256[:12]}…")
     try:
         first = await service.beside_blobs(_first_versions, service, spec, decode_manifest(bundle.manifest))
-    except (BundleError, LayoutError, WireError, SafetensorError) as error:
+    except (BundleError, LayoutError, WireError) as error:
         return malformed(f"the bundle's initial factors cannot be read: {error}")
     except ConfigError as error:
         return malformed(str(error))
@@ -120,8 +119,9 @@ def _first_versions(service: Service, spec: TaskSpec, manifest: Manifest) -> tup
     spec.check(manifest.adapter)
     if spec.evaluation and spec.evaluation.measure == "accuracy" and manifest.task == "causal-lm":
         raise ConfigError("evaluation.measure", "accuracy", "'loss' with a bundle that predicts tokens")
-    factors = load(load_blob(service.blobs, manifest.files[manifest.initial].sha256))
-    theta = published(spec.server, manifest.adapter.layout.flatten(factors))
+    data = load_blob(service.blobs, manifest.files[manifest.initial].sha256)
+    first = decode_factors(data, manifest.adapter.layout, manifest.initial, "export the bundle again")
+    theta = published(spec.server, first)
     if not np.isfinite(theta).all():
         raise LayoutError("a factor is NaN or infinite")
     with np.errstate(over="ignore", invalid="ignore"):

@@ -10,6 +10,8 @@ from typing import Literal
 
 from edge_client.files import file_digest, storage_errors
 from fedtt.errors import BundleError, DiskFullError, StorageError, UnavailableError
+from fedtt.factor_file import decode_factors
+from fedtt.layout import Theta
 from fedtt.manifest import (
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
@@ -46,6 +48,14 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         return self.directory / name
+
+    def first_theta(self) -> Theta:
+        """(P,), of a bundle as exported, where devices download none; checked against its sha256 here."""
+        name = self.manifest.initial
+        _check(self.directory, name, self.manifest.files[name])
+        with storage_errors(path := self.path(name)):
+            data = path.read_bytes()
+        return decode_factors(data, self.manifest.adapter.layout, str(path), "export the bundle again")
 
 
 @contextmanager
@@ -103,6 +113,10 @@ def open_bundle(directory: Path, runtime: RuntimeName = "onnxruntime") -> Bundle
         data = file.read(MANIFEST_LIMIT_BYTES + 1)
     manifest = decode_manifest(data, str(path))
     for name, entry in needed_files(manifest, runtime, str(directory)).items():
-        if fault := file_fault(directory / name, entry):
-            raise BundleError(f"{directory / name} {fault}: export or download the bundle again")
+        _check(directory, name, entry)
     return Bundle(directory=directory, digest=bundle_digest(data), manifest=manifest)
+
+
+def _check(directory: Path, name: str, entry: FileEntry) -> None:
+    if fault := file_fault(directory / name, entry):
+        raise BundleError(f"{directory / name} {fault}: export or download the bundle again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -18,7 +17,8 @@ from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.passes import PASSES, passes_in_order
 from edge_client.runtime import Scorer
 from edge_client.tokens import Batch, Tokens
-from fedtt.errors import BundleError, DataError, LayoutError
+from fedtt.errors import BundleError, DataError
+from fedtt.factor_file import decode_factors
 from fedtt.layout import Theta
 from fedtt.version_config import CONFIG, FACTORS, VersionConfig, decode_config
 from fedtt.wire import encode_theta, version_digest
@@ -148,19 +148,11 @@ def _config(version: Path) -> VersionConfig:
 
 
 def _theta(path: Path, config: VersionConfig) -> Theta:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     if not path.is_file():
         raise BundleError(f"{path} is missing: download the version again")
-    try:
-        with storage_errors(path):
-            named: dict[str, NDArray[Any]] = load(path.read_bytes())
-        theta = config.adapter.layout.flatten(named)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BundleError(f"{path} is not a safetensors file ({error}): download the version again") from None
-    except LayoutError as error:
-        raise LayoutError(f"{path}: {error}; download the version again") from None
+    with storage_errors(path):
+        data = path.read_bytes()
+    theta = decode_factors(data, config.adapter.layout, str(path), "download the version again")
     if version_digest(encode_theta(theta)) != config.version_sha256:
         raise BundleError(f"{path} does not match the sha256 in {CONFIG}: download the version again")
     return theta

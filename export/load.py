@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedtt.errors import BundleError, LayoutError, WireError
+from fedtt.errors import BundleError, WireError
+from fedtt.factor_file import decode_factors
 from fedtt.layout import Theta
 from fedtt.version_config import CONFIG, FACTORS, VersionConfig, decode_config
 from fedtt.wire import decode_theta, encode_theta
@@ -20,6 +19,8 @@ from .base import load_base
 from .step import AdaptedModel
 
 __all__ = ["FineTunedClassifier", "load_version"]
+
+_REMEDY = "download the version again"
 
 
 class FineTunedClassifier(nn.Module):
@@ -47,7 +48,7 @@ def load_version(
 
     base: the model it was exported from, a directory or hub id; by default the name in the config.
     A causal-lm comes back as the transformers model itself, adapters inserted, so `generate` works.
-    Raises BundleError for a damaged directory or another base.
+    Raises BundleError for a damaged directory or another base, LayoutError for other factors.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -79,7 +80,7 @@ def _read_config(directory: Path) -> VersionConfig:
 def _read_theta(path: Path, config: VersionConfig) -> Theta:
     layout = config.adapter.layout
     try:
-        theta = layout.flatten(load(path.read_bytes()))
+        theta = decode_factors(path.read_bytes(), layout, str(path), _REMEDY)
         return decode_theta(encode_theta(theta), layout, config.version_sha256)
-    except (OSError, SafetensorError, ValueError, KeyError, LayoutError, WireError) as error:
-        raise BundleError(f"{path} cannot be used: {error}; download the version again") from None
+    except (OSError, WireError) as error:
+        raise BundleError(f"{path} cannot be used: {error}; {_REMEDY}") from None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from edge_client.inference import Evaluation
 from edge_client.runtime import Scorer
@@ -59,8 +59,7 @@ class Alone:
         """
         bundle, spec = self._experiment.bundle, self._experiment.spec
         count = 1 if self._together else len(self._devices)
-        theta = bundle.manifest.adapter.layout.flatten(load_file(bundle.path(bundle.manifest.initial)))
-        sha256 = save_blob(self._blobs, encode_theta(theta))
+        sha256 = save_blob(self._blobs, encode_theta(bundle.first_theta()))
         self._version(0, sha256, self._evaluated(sha256))
         trained = trained_bound(self._experiment, spec.fleet.bound or "local-only", self._pool)
         found, tested, own = list[Evaluation](), dict[int, Evaluation](), dict[int, Evaluation]()

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from msgspec.structs import replace
-from safetensors.numpy import load_file
 
 from edge_client.bundle import Bundle
 from edge_client.examples import Examples, Shard
@@ -48,10 +47,10 @@ def trained_alone(
     nothing pulls back to the start, as FedProx does, and nothing is coded.
     """
     adapter = bundle.manifest.adapter
-    start = adapter.layout.flatten(load_file(bundle.path(bundle.manifest.initial)))
     depth, everything = spec.training.depth, adapter.layout.everything
     live = everything if depth is None else adapter.live_at(depth, everything)
-    theta, codec = encode_theta(start), CodecSpec(quantise="fp32")
+    start, codec = bundle.first_theta(), CodecSpec(quantise="fp32")
+    theta = encode_theta(start)
     plan = Plan(
         task=spec.name,
         seed=spec.seed,

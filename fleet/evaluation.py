@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.numpy import load
-
 from aggregator.admin_client import AdminClient
 from edge_client.bundle import open_bundle
 from edge_client.examples import Example
 from edge_client.inference import Evaluation, Model
 from edge_client.onnx_runtime import OnnxRuntime
+from fedtt.factor_file import decode_factors
 from fedtt.version_config import FACTORS
 
 __all__ = ["Judge"]
@@ -28,7 +27,8 @@ class Judge:
 
     async def judge(self, admin: AdminClient, task: str, number: int) -> Evaluation:
         """Loss and accuracy of one version of a task."""
-        factors = load(await admin.call("GET", f"/tasks/{task}/versions/{number}/{FACTORS}"))
-        theta = self._bundle.manifest.adapter.layout.flatten(factors)
+        path = f"/tasks/{task}/versions/{number}/{FACTORS}"
+        data, layout = await admin.call("GET", path), self._bundle.manifest.adapter.layout
+        theta = decode_factors(data, layout, path, "is it trained with this bundle, by a server of fedtt?")
         model = Model(self._bundle, theta, self._runtime)
         return await asyncio.to_thread(model.evaluate, self._examples)

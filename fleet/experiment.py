@@ -54,6 +54,7 @@ class Experiment:
 def prepare(spec: FleetSpec) -> Experiment:
     """Raises ConfigError, DataError or BundleError where something is missing or makes no sense."""
     bundle = open_bundle(spec.bundle)
+    bundle.first_theta()  # is there, and sound
     check_pool(spec.fleet.chosen_trainer, bundle, spec.fleet.model)
     labels = bundle.manifest.labels
     spec.task.check(bundle.manifest.adapter)

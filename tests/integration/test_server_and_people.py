@@ -16,6 +16,7 @@ from fedtt.errors import BundleError, FedttError, Unreachable
 from fedtt.manifest import MANIFEST, bundle_digest
 from fedtt.messages import Code
 from tests.support.edge import write_small_bundle
+from tests.support.lying_factors import LIES, with_first_factors
 from tests.support.served import Attacked, Body, refused, task_text
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_accepted_is_lost")]
@@ -234,17 +235,14 @@ async def test_a_file_that_is_not_what_its_name_says_is_not_kept(place: Attacked
     place.server.service.blobs.delete(sha256)
 
 
-async def test_a_bundle_whose_first_factors_are_none_opens_no_task(place: Attacked, bundle: Path) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_bytes())
-    (bundle / "factors.safetensors").write_bytes(b"no tensors")
-    manifest["files"]["factors.safetensors"] = {
-        "sha256": hashlib.sha256(b"no tensors").hexdigest(),
-        "bytes": 10,
-    }
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+@pytest.mark.parametrize("data", LIES)
+async def test_a_bundle_whose_first_factors_lie_opens_no_task(
+    place: Attacked, bundle: Path, data: bytes
+) -> None:
+    with_first_factors(bundle, data)
     digest = await place.server.admin.send_bundle(bundle)
     answer = await place.server.people("POST", f"/tasks?bundle={digest}", TASK.encode())
-    refused(answer, Code.MALFORMED, "the bundle's initial factors cannot be read")
+    refused(answer, Code.MALFORMED, "the bundle's initial factors cannot be read: factors", "export")
 
 
 # the client that people use

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from fedtt.errors import BundleError, DataError, LayoutError
 from fedtt.layout import Theta
 from fedtt.version_config import CONFIG, FACTORS, encode_config, version_config
 from fedtt.wire import encode_theta, version_digest
+from tests.support.lying_factors import LIES
 
 TEXTS = ["set the alarm", "lights off", "pay my card", "weather today"]
 
@@ -148,44 +148,12 @@ def test_factors_of_another_layout_are_named(tiny_bundle: Path, version: Path) -
         Model.open(version, tiny_bundle)
 
 
-def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-def header(*entries: dict[str, object]) -> bytes:
-    """A safetensors file up to its data."""
-    text = json.dumps({f"t{i}": entry for i, entry in enumerate(entries)}).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(struct.pack("<Q", 2**63) + b"{}", id="a header of 2^63 bytes"),
-        pytest.param(struct.pack("<Q", 1000) + b"{}", id="a header past the end"),
-        pytest.param(struct.pack("<Q", 10**5) + b"[" * 10**5, id="a header nested deeply"),
-        pytest.param(header(entry("F32", [4], 0, 16)), id="data past the end"),
-        pytest.param(header(entry("F32", [4], 0, 16), entry("F32", [4], 8, 24)) + bytes(24), id="overlap"),
-        pytest.param(header(entry("F32", [2**62, 8], 0, 16)) + bytes(16), id="a shape beyond 64 bits"),
-        pytest.param(header(entry("I64", [2], 0, 16)) + bytes(16), id="integers"),
-        pytest.param(header(entry("C64", [4], 0, 32)) + bytes(32), id="complex numbers"),
-        pytest.param(header(entry("BF16", [4], 0, 8)) + bytes(8), id="BF16"),
-        pytest.param(header(entry("F8_E4M3", [4], 0, 4)) + bytes(4), id="F8_E4M3"),
-        pytest.param(header(entry("F8_E8M0", [4], 0, 4)) + bytes(4), id="F8_E8M0"),
-        pytest.param(header(entry("F4", [4], 0, 2)) + bytes(2), id="F4"),
-    ],
-)
+@pytest.mark.parametrize("data", LIES)
 def test_factors_behind_a_header_that_lies_are_refused(tiny_bundle: Path, version: Path, data: bytes) -> None:
     (version / FACTORS).write_bytes(data)
     with pytest.raises((BundleError, LayoutError), match="download the version again") as error:
         Model.open(version, tiny_bundle)
     assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_safetensors_is_named(tiny_bundle: Path, version: Path) -> None:
-    (version / FACTORS).write_bytes(b"pickle")
-    with pytest.raises(BundleError, match="is not a safetensors file"):
-        Model.open(version, tiny_bundle)
 
 
 @pytest.mark.parametrize(("name", "message"), [(CONFIG, r"it has no config\.json"), (FACTORS, "is missing")])

@@ -17,7 +17,15 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from edge_client.runtime import Runtimes
-from fedtt.errors import ConfigError, DataError, FedttError, StorageError, WireError
+from fedtt.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    FedttError,
+    LayoutError,
+    StorageError,
+    WireError,
+)
 from fedtt.version_config import CONFIG, FACTORS
 from fleet.experiment import prepare
 from fleet.fleet_file import read_fleet
@@ -26,6 +34,7 @@ from fleet.pool import OneByOnePool, Pool
 from fleet.run import run_fleet
 from fleet.run_files import Outcome, VersionLine
 from tests.support.edge import MeanTarget, write_small_bundle
+from tests.support.lying_factors import LIES, with_first_factors
 
 FILE = """
 bundle = "bundle"
@@ -207,6 +216,19 @@ def test_a_directory_of_another_run_is_refused_until_it_may_be_forgotten(file: P
     with pytest.raises(ConfigError, match="--fresh begins anew"):
         lived(file, "run")
     assert lived(file, "run", fresh=True).state == "finished"
+
+
+@pytest.mark.parametrize("data", [*LIES, pytest.param(None, id="none")])
+def test_a_bundle_without_sound_first_factors_is_refused_before_anything_starts(
+    file: Path, data: bytes | None
+) -> None:
+    bundle = file.parent / "bundle"
+    if data is None:
+        (bundle / FACTORS).unlink()
+    else:
+        with_first_factors(bundle, data)
+    with pytest.raises((BundleError, LayoutError), match=r"factors\.safetensors.* export"):
+        prepare(read_fleet(file))
 
 
 def test_a_pool_is_opened_when_all_else_is_in_order_and_by_the_name_it_was_opened_by_first(
