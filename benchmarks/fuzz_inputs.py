@@ -6,13 +6,16 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 from msgspec.structs import replace
+from safetensors.numpy import save
 
 from benchmarks.bundles import bundle_of
 from fedtt.algorithms.fedtt import FedTT
 from fedtt.codec import CodecSpec
 from fedtt.label_counts import encode_label_counts
+from fedtt.layout import FactorLayout
 from fedtt.manifest import MANIFEST
 from fedtt.messages import (
     AsTold,
@@ -40,6 +43,7 @@ from fedtt.wire import UpdateHeader, encode_update
 __all__ = [
     "LABELS",
     "header_lines",
+    "sound_factors",
     "sound_graphs",
     "sound_manifest",
     "sound_messages",
@@ -108,6 +112,12 @@ def header_lines(signed: Signed, raw: bytes) -> bytes:
     """The three headers of a signed request, one a line."""
     headers = signature_headers(signed, raw)
     return "\n".join((signed.digest, headers["Signature-Input"], headers["Signature"])).encode()
+
+
+def sound_factors(layout: FactorLayout) -> tuple[bytes, ...]:
+    """With metadata and without."""
+    named = layout.unflatten(np.arange(layout.size, dtype=np.float32))
+    return save(named), save(named, metadata={"format": "fedtt"})
 
 
 def sound_manifest() -> bytes:

@@ -21,11 +21,13 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from google.protobuf.message import Message as Protobuf
+from safetensors.numpy import load
 
 from benchmarks.bundles import bundle_of
 from benchmarks.fuzz_inputs import (
     LABELS,
     header_lines,
+    sound_factors,
     sound_graphs,
     sound_manifest,
     sound_messages,
@@ -34,22 +36,27 @@ from benchmarks.fuzz_inputs import (
     sound_updates,
 )
 from benchmarks.fuzz_programs import names_in, sound_programs
+from benchmarks.fuzz_weights import data_in, sound_weights
 from edge_client import tokens
 from edge_client.bundle import Bundle
 from edge_client.tokens import Tokens
 from fedtt import (
     codec,
+    factor_file,
+    flat_buffer,
     graph_file,
     label_counts,
     manifest,
     messages,
     program_file,
     signature,
+    weights_file,
     wire,
 )
 from fedtt.codec import CodecSpec, coded, decode_delta, difference, encode_delta, plain, quantise, range_coder
 from fedtt.codec.difference import decode_difference, encode_difference
-from fedtt.errors import BundleError, FedttError, WireError
+from fedtt.errors import BundleError, FedttError, LayoutError, WireError
+from fedtt.factor_file import decode_factors
 from fedtt.graph_file import graph_needs
 from fedtt.layout import Factor, FactorLayout
 from fedtt.manifest import decode_manifest, encode_manifest
@@ -74,6 +81,7 @@ from fedtt.messages import (
 )
 from fedtt.program_file import program_needs
 from fedtt.signature import parse_signature
+from fedtt.weights_file import stored_data
 from fedtt.wire import decode_update, encode_update
 
 __all__ = ["Target", "decoders", "targets"]
@@ -114,9 +122,11 @@ def targets() -> dict[str, Target]:
         "update": Target(_update, sound_updates()),
         "messages": Target(_messages, sound_messages()),
         "signature": Target(_signature, (sound_signature(),)),
+        "factors": Target(_factors, sound_factors(_LIVE.layout), BundleError),
         "manifest": Target(_manifest, (sound_manifest(),), BundleError),
         "graph": Target(_graph, sound_graphs(), BundleError),
         "program": Target(_program, sound_programs(), BundleError),
+        "weights": Target(_weights, sound_weights(), BundleError),
         "tokenizer": Target(_tokenizer, sound_tokenizers(), BundleError),
     }
 
@@ -124,7 +134,8 @@ def targets() -> dict[str, Target]:
 def decoders() -> Iterator[FunctionType]:
     """The functions whose branches guide the fuzzer."""
     read = (codec, coded, difference, plain, quantise, range_coder, wire)
-    for module in (*read, graph_file, label_counts, manifest, messages, program_file, signature, tokens):
+    files = (factor_file, flat_buffer, graph_file, manifest, program_file, weights_file)
+    for module in (*read, *files, label_counts, messages, signature, tokens):
         for value in vars(module).values():
             for member in vars(value).values() if isinstance(value, type) else [value]:
                 if isinstance(member, FunctionType) and member.__module__ == module.__name__:
@@ -195,6 +206,15 @@ def _signature(data: bytes) -> None:
         assert parse_signature("PUT", "example.org", "/v1", *lines.decode().split("\n")) == (signed, raw)
 
 
+def _factors(data: bytes) -> None:
+    """The library of the format reads the same."""
+    try:
+        found = decode_factors(data, _LIVE.layout, "the factors", "download them again")
+    except LayoutError:
+        return
+    np.testing.assert_array_equal(found, _LIVE.layout.flatten(load(data)))
+
+
 def _manifest(data: bytes) -> None:
     found = decode_manifest(data)
     with _law():
@@ -222,6 +242,13 @@ def _program(data: bytes) -> None:
     """FlatBuffers' own reader finds the same operators and back ends."""
     needs = program_needs(data, "the program")
     assert names_in(data) == needs
+
+
+def _weights(data: bytes) -> None:
+    """FlatBuffers' own reader finds the same, and all of it lies within the file."""
+    found = stored_data(data, "the weights")
+    assert data_in(data) == found
+    assert all(0 <= stored.start <= stored.stop <= len(data) for stored in found.values())
 
 
 def _tokenizer(data: bytes) -> None:

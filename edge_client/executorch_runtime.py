@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ from fedtt.errors import RuntimeFailure
 from fedtt.graph_file import check_size
 from fedtt.layout import Theta
 from fedtt.program_file import check_program
+from fedtt.weights_file import stored_data
 
 __all__ = ["LIBRARY_VARIABLE", "ExecutorchRuntime", "executorch_runtimes", "load_library"]
 
@@ -56,6 +58,7 @@ class ExecutorchRuntime:
         self._bundle, self._threads, self._library = bundle, threads, library
         self._layout = bundle.manifest.adapter.layout
         self._programs: dict[str, _Program] = {}
+        self._are_weights_sound = False
         self._guard = threading.Lock()  # a program is one caller's at a time, and two at once gain nothing
 
     @property
@@ -131,6 +134,9 @@ class ExecutorchRuntime:
         with reading(path):
             check_size(path.stat().st_size, name)
             check_program(path.read_bytes(), name)
+        if not self._are_weights_sound:
+            _check_weights(weights)
+            self._are_weights_sound = True
         try:
             return _Program(library, path, weights)
         except RuntimeFailure:
@@ -141,6 +147,14 @@ class ExecutorchRuntime:
         """Raise RuntimeFailure for more rows than memory was planned for."""
         if self.rows is not None and found > self.rows:
             raise RuntimeFailure(f"{name} takes at most {self.rows} rows, the batch has {found}")
+
+
+def _check_weights(path: Path) -> None:
+    """Raise BundleError where a file of weights lies; reads the pages of its tables alone."""
+    with reading(path), path.open("rb") as file:
+        is_empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+        data = b"" if is_empty else memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    stored_data(data, path.name)
 
 
 class _Program:

@@ -20,6 +20,7 @@ from fedtt.errors import BundleError
 from fedtt.graph_file import check_graph
 from fedtt.manifest import Graphs, Manifest, Products
 from fedtt.program_file import check_program
+from fedtt.weights_file import stored_data
 
 from .base import load_base
 from .bundle import read_bundle
@@ -92,6 +93,8 @@ def verify_graphs(directory: Path, manifest: Manifest, model: AdaptedModel) -> t
     differences: tuple[Difference, ...] = ()
     for runtime, graphs in manifest.graphs.items():
         load = _onnxruntime if runtime == "onnxruntime" else _executorch(directory / graphs.weights[0])
+        if runtime == "executorch":
+            stored_data((directory / graphs.weights[0]).read_bytes(), graphs.weights[0])
         parts = tuple(_parts(graphs, model))
         for part in parts:
             data = (directory / part.file).read_bytes()

@@ -1,8 +1,7 @@
 """What an ExecuTorch program asks of whoever loads it, read before a runtime sees it: its operators.
 
-FlatBuffers' layout (flatbuffers.dev/internals) and the few tables of ExecuTorch's program.fbs that lead to
-an operator, a back end or an instruction; nothing else is read. All is looked up as the runtime does, so
-that both see the same, and nowhere outside the program.
+The few tables of ExecuTorch's program.fbs that lead to an operator, a back end or an instruction; nothing
+else is read.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from fedtt.errors import BundleError
+from fedtt.flat_buffer import field, inner, number, text, vector
 from fedtt.graph_file import check_size
 
 __all__ = ["BACK_ENDS", "PROGRAM_OPERATORS", "ProgramNeeds", "check_program", "program_needs"]
@@ -93,16 +93,16 @@ def program_needs(data: bytes, name: str) -> ProgramNeeds:
     operators, back_ends = set[str](), set[str]()
     try:
         program = _program(memoryview(data))
-        for count, (kind, at) in enumerate(_tables(program, "program", _inner(program, 0))):
+        for count, (kind, at) in enumerate(_tables(program, "program", inner(program, 0))):
             if count == _MOST_TABLES:
                 raise ValueError(f"more than {_MOST_TABLES} parts")
             if len(operators) + len(back_ends) > _MOST_KINDS:
                 raise ValueError(f"more than {_MOST_KINDS} operators")
             if kind == "operator":
-                overload = _text(program, at, 1)
-                operators.add(_text(program, at, 0) + (f".{overload}" if overload else ""))
+                name_of, overload = (text(program, at, place, _LONGEST_NAME_BYTES) for place in (0, 1))
+                operators.add(f"{name_of}.{overload}" if overload else name_of)
             elif kind == "back end":
-                back_ends.add(_text(program, at, 0))
+                back_ends.add(text(program, at, 0, _LONGEST_NAME_BYTES))
             elif kind == "instruction" and (found := _kind(program, at)) not in _CALLS:
                 raise ValueError(f"an instruction of kind {found}, which is no call")
     except ValueError as error:
@@ -118,58 +118,20 @@ def _program(data: memoryview) -> memoryview:
         raise ValueError(f"it does not begin as {_IDENTIFIER.decode()} does")
     if data[8:12] != _HEADER:
         return data
-    size = _number(data, 16, 8)
+    size = number(data, 16, 8)
     if size > len(data):
         raise ValueError(f"a program of {size} bytes where {len(data)} are")
     return data[:size]
 
 
-# FlatBuffers: a table is known by where it begins; its fields by their places in the schema
-
-
 def _tables(data: memoryview, kind: str, at: int) -> Iterator[tuple[str, int]]:
     """A table and those within it, as far as they matter."""
     yield kind, at
-    for place, inner in _WITHIN.get(kind, {}).items():
-        if field := _field(data, at, place):
-            vector = _inner(data, field)
-            for entry in range(_number(data, vector, 4)):
-                yield from _tables(data, inner, _inner(data, vector + 4 + 4 * entry))
+    for place, within in _WITHIN.get(kind, {}).items():
+        for entry in vector(data, at, place) or ():
+            yield from _tables(data, within, inner(data, entry))
 
 
 def _kind(data: memoryview, instruction: int) -> int:
-    field = _field(data, instruction, 0)
-    return _number(data, field, 1) if field else 0
-
-
-def _text(data: memoryview, table: int, place: int) -> str:
-    """Of a field; "" where the table lacks it. It ends with a zero, as the runtime reads up to that."""
-    if not (field := _field(data, table, place)):
-        return ""
-    at = _inner(data, field)
-    size = _number(data, at, 4)
-    if size > _LONGEST_NAME_BYTES:
-        raise ValueError(f"a name of {size} bytes")
-    if _number(data, at + 4 + size, 1):
-        raise ValueError("a name that does not end")
-    return str(data[at + 4 : at + 4 + size], "utf-8")
-
-
-def _field(data: memoryview, table: int, place: int) -> int:
-    """Where a field of a table lies, 0 where the table lacks it."""
-    places = table - _number(data, table, 4, signed=True)
-    slot = 4 + 2 * place
-    offset = _number(data, places + slot, 2) if slot < _number(data, places, 2) else 0
-    return table + offset if offset else 0
-
-
-def _inner(data: memoryview, at: int) -> int:
-    """Where the offset at this place leads."""
-    return at + _number(data, at, 4)
-
-
-def _number(data: memoryview, at: int, size: int, *, signed: bool = False) -> int:
-    """The whole number at this place; ValueError where it is not all within the program."""
-    if not 0 <= at <= len(data) - size:
-        raise ValueError(f"it refers to byte {at} of its {len(data)}")
-    return int.from_bytes(data[at : at + size], "little", signed=signed)
+    at = field(data, instruction, 0)
+    return number(data, at, 1) if at else 0

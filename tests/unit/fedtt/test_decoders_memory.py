@@ -16,18 +16,22 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from benchmarks.fuzz_programs import program_bytes
+from benchmarks.fuzz_weights import Named, weights_bytes
 from fedtt.adapter import MOST_FACTORS, AdapterSpec
 from fedtt.codec import CodecSpec, check_deltas, decode_deltas, encode_delta, payload_bytes
 from fedtt.codec.difference import decode_difference, encode_difference
 from fedtt.errors import BundleError, FedttError
+from fedtt.factor_file import decode_factors
 from fedtt.graph_file import graph_needs
 from fedtt.kinds import Lora, LoraTarget, Target
 from fedtt.layout import Factor, FactorLayout, LiveSet
 from fedtt.manifest import FORMAT, decode_manifest
 from fedtt.messages import Work, decode, decode_answer, decode_check_in
 from fedtt.program_file import program_needs
+from fedtt.weights_file import stored_data
 from fedtt.wire import UpdateHeader, decode_theta, decode_update, encode_update, version_digest
 from tests.support.codecs import CODED, PLAIN
 
@@ -127,6 +131,30 @@ def test_a_frame_takes_its_size_again_and_a_version_twice() -> None:
     for data in (floats(0), floats(1), floats(0) + bytes(1 << 20)):
         found = peak_bytes(decode_theta, data, layout, digest)
         assert found <= 2 * 4 * layout.size + KIB
+
+
+SOME = FactorLayout([Factor(str(i), (1 + i % 5,)) for i in range(300)])
+NUMBERS = save(SOME.unflatten(np.zeros(SOME.size, np.float32)))
+ENTRY = b'{"dtype":"F32","shape":[],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        NUMBERS[8 : 8 + int.from_bytes(NUMBERS[:8], "little")],
+        b"{" + b",".join(b'"%x":0' % i for i in range(17_000)) + b"}",  # as many as the header may have
+        b"{" + b",".join(b'"%x":%s' % (i, ENTRY) for i in range(3000)) + b"}",
+        b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(16_000)) + b"}}",
+        b'{"a":{"dtype":"F32","shape":[%s1],"data_offsets":[0,4]}}' % (b"1," * 80_000),
+        b"{" + b" " * 10**7 + b"}",
+    ],
+    ids=["sound", "names", "entries", "metadata", "shape", "long"],
+)
+def test_factors_take_twice_their_bytes_and_8_kib_each(header: bytes) -> None:
+    data = len(header).to_bytes(8, "little") + header + NUMBERS[-4 * SOME.size :]
+    decode_factors(NUMBERS, SOME, "f", "r")
+    most_bytes = 2 * len(data) + 8 * KIB * len(SOME.factors) + 512 * KIB
+    assert peak_bytes(decode_factors, data, SOME, "f", "r") <= most_bytes
 
 
 PLAN = {"type": "work", "lease": "0" * 32, "expires_in_s": 1.0}
@@ -257,3 +285,19 @@ def test_a_program_takes_two_mebibytes(program: bytes, complaint: str) -> None:
     assert peak_bytes(program_needs, program, "p") <= 2048 * KIB
     with pytest.raises(BundleError, match=complaint) if complaint else contextlib.nullcontext():
         program_needs(program, "p")
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths", "complaint"),
+    [
+        (8192, [24], ""),
+        (8193, [24], "more than 8192 names"),
+        (1, [0] * 8193, "more than 8192 names"),
+    ],
+    ids=["sound", "names", "segments"],
+)
+def test_weights_take_8_mebibytes(names: int, lengths: list[int], complaint: str) -> None:
+    weights = weights_bytes([Named(f"t{i:0199}") for i in range(names)], lengths)
+    assert peak_bytes(stored_data, weights, "w") <= 8 * 1024 * KIB
+    with pytest.raises(BundleError, match=complaint) if complaint else contextlib.nullcontext():
+        stored_data(weights, "w")
