@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from benchmarks.fuzz_programs import names_in
 from edge_client import executorch_runtime
 from edge_client.bundle import Bundle, needed_files, open_bundle
-from edge_client.executorch.build import build, pack
 from edge_client.executorch_runtime import LIBRARY_VARIABLE, ExecutorchRuntime
 from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Batch, Tokens
 from export import verify_bundle
 from export.verify import verify_graphs
-from fedtt.errors import BundleError, ConfigError, RuntimeFailure, UnavailableError
+from fedtt.errors import BundleError, RuntimeFailure, UnavailableError
 from fedtt.layout import Theta
 from fedtt.program_file import check_program, program_needs
 from tests.support.torch_runtime import TorchRuntime, adapted_model
@@ -303,21 +302,6 @@ def test_more_rows_than_were_planned_for_are_refused(bundle: Bundle, executorch_
     runtime = ExecutorchRuntime(bundle, library=executorch_library)
     with pytest.raises(RuntimeFailure, match="takes at most 32 rows, the batch has 33"):
         runtime.gradient(first_theta(bundle), some_batch(bundle, 33))
-
-
-def test_a_wheel_holds_the_library_and_what_it_needs(executorch_library: Path, tmp_path: Path) -> None:
-    wheel = pack(executorch_library.parent, "linux_x86_64")
-    shutil.unpack_archive(wheel, tmp_path, "zip")
-    found = {path.name for path in (tmp_path / "fedtt_executorch").iterdir()}
-    assert executorch_library.name in found
-    assert len([name for name in found if name.endswith(".so")]) == 5
-    assert wheel.stat().st_size < 14e6
-
-
-def test_another_sdk_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "version.py").write_text('__version__ = "1.4.0"\n')
-    with pytest.raises(ConfigError, match=r"executorch 1\.5\.1"):
-        build(tmp_path / "out", tmp_path)
 
 
 def test_what_cannot_be_lowered_is_said_at_export(tiny_bundle: Path) -> None:
