@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from aggregator.grouping import SEEN_WITHIN_S, group_on, hierarchical, join_group
 from aggregator.promised import promised
+from aggregator.update_check import Estimate
 from fedtt.adapter import AdapterSpec
 from fedtt.manifest import Manifest, decode_manifest
 from fedtt.sampling import invite, uniformly
@@ -49,6 +50,13 @@ class Rounds:
         method = hierarchical(task)
         asked = method is not None and method.label_epsilon is not None
         return len(self.manifest(tx, task).labels) if asked else 0
+
+    def estimate(self, tx: Transaction, task: Task, round_: Round) -> Estimate | None:
+        """How counts of labels are estimated from a round's updates; None where they are not."""
+        method = hierarchical(task)
+        if method is None or method.label_source != "updates":
+            return None
+        return Estimate(len(self.manifest(tx, task).labels), task.spec.training_in(round_.number))
 
     def work(self, tx: Transaction, task: Task, live: tuple[int, ...]) -> float:
         """Of a training, over that at full depth, where depths differ."""

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedtt.codec import CodecSpec, check_deltas, check_size
+from msgspec.structs import replace
+
+from fedtt.codec import CodecSpec, check_deltas, check_size, decode_delta
 from fedtt.errors import WireError
+from fedtt.label_counts import COUNT_LIMIT, encode_label_counts
+from fedtt.label_estimate import estimated_label_counts, estimated_shares
 from fedtt.layout import FactorLayout, LiveSet
 from fedtt.messages import Code, Problem
+from fedtt.optimiser import TrainingSpec
 from fedtt.wire import UpdateHeader, decode_update, layout_tag
 
-__all__ = ["Wanted", "check_update", "check_updates"]
+__all__ = ["Estimate", "Wanted", "check_update", "check_updates"]
 
 Checked = tuple[UpdateHeader, bytes] | Problem
 _NUMBERS_AT_ONCE = 1 << 16  #: looked at together: more leave a core's cache, and memory is new each time
+
+
+class Estimate(NamedTuple):
+    """That the counts of labels are estimated from the update; its last live numbers are the head's bias."""
+
+    labels: int
+    training: TrainingSpec
 
 
 class Wanted(NamedTuple):
@@ -24,6 +36,7 @@ class Wanted(NamedTuple):
     live: tuple[int, ...]
     codec: CodecSpec
     labels: int = 0  #: of which it may bring counts; 0 where they were not asked for
+    estimate: Estimate | None = None
 
     @property
     def live_set(self) -> LiveSet:
@@ -31,14 +44,17 @@ class Wanted(NamedTuple):
 
 
 def check_update(frame: bytes, wanted: Wanted) -> Checked:
-    """Header and payload of a sound update, else what is wrong with it."""
+    """Header and payload of a sound update, else what is wrong with it.
+
+    Where they are to be estimated, the header has the counts of labels that the update lets on.
+    """
     checked = _taken_apart(frame, wanted)
     if not isinstance(checked, Problem):
         try:
             check_deltas(wanted.codec, wanted.live_set, [checked[1]])
         except WireError as error:
             return _not_finite(error)
-    return checked
+    return _estimated(checked, wanted)
 
 
 def check_updates(frames: Sequence[tuple[bytes, Wanted]]) -> list[Checked]:
@@ -53,7 +69,7 @@ def check_updates(frames: Sequence[tuple[bytes, Wanted]]) -> list[Checked]:
         step = max(1, _NUMBERS_AT_ONCE // wanted.live_set.size)
         for start in range(0, len(places), step):
             _check_numbers(checked, places[start : start + step], wanted)
-    return checked
+    return [_estimated(one, wanted) for one, (_, wanted) in zip(checked, frames, strict=True)]
 
 
 def _taken_apart(frame: bytes, wanted: Wanted) -> Checked:
@@ -89,6 +105,17 @@ def _check_numbers(checked: list[Checked], places: Sequence[int], wanted: Wanted
             return
         for place in places:
             _check_numbers(checked, [place], wanted)
+
+
+def _estimated(checked: Checked, wanted: Wanted) -> Checked:
+    if wanted.estimate is None or isinstance(checked, Problem):
+        return checked
+    header, payload = checked
+    labels, training = wanted.estimate
+    shift = decode_delta(wanted.codec, wanted.live_set, payload)[-labels:]
+    shares = estimated_shares(shift, training, header.steps)
+    counts = estimated_label_counts(shares, min(header.examples, COUNT_LIMIT))
+    return replace(header, label_counts=encode_label_counts(counts)), payload
 
 
 def _not_finite(error: WireError) -> Problem:

@@ -79,9 +79,9 @@ class Uploads:
             return busy("the newest version is being judged")
         if why := rules.refusal(task.spec, granted, current, lease):
             return stale(why)
-        labels = self.lifecycle.labels(tx, task)
+        labels, estimate = self.lifecycle.labels(tx, task), self.lifecycle.estimate(tx, task, granted)
         layout = self.lifecycle.adapter(tx, task, lease.rank).layout
-        wanted = Wanted(layout, granted.live, task.spec.codec, labels)
+        wanted = Wanted(layout, granted.live, task.spec.codec, labels, estimate)
         return Admission(task=task, lease=lease, wanted=wanted)
 
     def accept(self, tx: Transaction, now: float, upload: Upload) -> Receipt | Problem:

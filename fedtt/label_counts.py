@@ -21,10 +21,16 @@ from numpy.typing import NDArray
 
 from fedtt.errors import WireError
 
-__all__ = ["LABEL_LIMIT", "decode_label_counts", "encode_label_counts", "noisy_label_counts"]
+__all__ = [
+    "COUNT_LIMIT",
+    "LABEL_LIMIT",
+    "decode_label_counts",
+    "encode_label_counts",
+    "noisy_label_counts",
+]
 
 LABEL_LIMIT = 4096  #: labels of a task whose devices may be asked for their counts
-_LARGEST = 2**15 - 1
+COUNT_LIMIT = 2**15 - 1  #: that is told of one label
 
 Counts = NDArray[np.int64]
 Uniform = Callable[[], float]  #: the next number in [0, 1), from a source nobody can guess
@@ -42,12 +48,12 @@ def noisy_label_counts(labels: Sequence[int], classes: int, epsilon: float, unif
 
 def _geometric(epsilon: float, uniform: Uniform) -> int:
     """G with P(G ≥ k) = exp(-ε k); the difference of two is discrete Laplace."""
-    return min(_LARGEST, math.floor(-math.log(1.0 - uniform()) / epsilon))
+    return min(COUNT_LIMIT, math.floor(-math.log(1.0 - uniform()) / epsilon))
 
 
 def encode_label_counts(counts: Sequence[int] | Counts) -> bytes:
     """What does not fit is cut off, which adds nothing to what the noise gives away."""
-    return np.clip(counts, -_LARGEST, _LARGEST).astype("<i2").tobytes()
+    return np.clip(counts, -COUNT_LIMIT, COUNT_LIMIT).astype("<i2").tobytes()
 
 
 def decode_label_counts(data: bytes, classes: int) -> Counts:

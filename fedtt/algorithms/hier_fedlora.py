@@ -9,7 +9,7 @@ Groups: `near_iid`. Their pace: `pace`. What they come to: `group_fold`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HierFedLoRA", "HierFedTT", "Hierarchical"]
 
 
-class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Ordinary rounds first, in which devices are measured; then groups, and global folds of groups.
 
     Between two global folds group g holds τ_g rounds of its own on a branch of its own, in which the last
@@ -46,6 +46,7 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
     time_weight: Annotated[float, Meta(ge=0, le=100)] = 0.3  #: λ: of like speed within a group against labels
     bytes_weight: Annotated[float, Meta(ge=0, le=1)] = 0.5  #: β: of bytes against seconds
     label_epsilon: Annotated[float, Meta(ge=0.01, le=100)] | None = None  #: ε of label counts; None asks none
+    label_source: Literal["devices", "updates"] = "devices"  #: who says a device's labels; `label_estimate`
 
     def live_at(self, adapter: AdapterSpec, depth: int) -> LiveSet:
         """The factors of the last `depth` blocks, and the head."""
@@ -55,6 +56,12 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
         if task.evaluation is not None:
             raise ConfigError(
                 "evaluation", "…", "left out: groups go on from a version as it is put together"
+            )
+        if self.label_source == "updates" and self.label_epsilon is not None:
+            raise ConfigError(
+                "method.label_epsilon",
+                self.label_epsilon,
+                "left out with label_source = 'updates', which asks no device",
             )
         rounds, least = task.rounds, self.groups * task.fold.least
         if rounds.cohort < least:
@@ -79,12 +86,16 @@ class Hierarchical(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "method.min_depth", self.min_depth, f"at most {adapter.depth}, the bundle's adapted blocks"
             )
         labels = adapter.head.labels if adapter.head else 0
-        if self.label_epsilon is not None and not 0 < labels <= LABEL_LIMIT:
-            raise ConfigError(
-                "method.label_epsilon",
-                self.label_epsilon,
-                f"only for a bundle with labels, at most {LABEL_LIMIT}",
-            )
+        for name, asked in (
+            ("label_epsilon", self.label_epsilon is not None),
+            ("label_source", self.label_source == "updates"),
+        ):
+            if asked and not 0 < labels <= LABEL_LIMIT:
+                raise ConfigError(
+                    f"method.{name}",
+                    getattr(self, name),
+                    f"only for a bundle with labels, at most {LABEL_LIMIT}",
+                )
 
 
 class HierFedLoRA(Hierarchical, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hier-fedlora"):

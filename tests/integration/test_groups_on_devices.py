@@ -155,6 +155,45 @@ def test_groups_train_on_the_real_graphs_of_their_depth(tiny_bundle: Path, tmp_p
     asyncio.run(run())
 
 
+@pytest.mark.slow
+def test_labels_are_estimated_from_what_real_graphs_train_and_no_device_tells_any(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    task = TASK.replace("label_epsilon = 20.0", 'label_source = "updates"')
+
+    async def run() -> None:
+        async with federation(
+            tmp_path,
+            task,
+            bundle.manifest.adapter,
+            memory_mb=(0,) * 6,
+            label_epsilon=50.0,
+            runtime=lambda _: OnnxRuntime(bundle),
+            bundle=tiny_bundle,
+        ) as fleet:
+            for number, world in enumerate(fleet.worlds):
+                world.examples = ExampleStore(None)
+                for word in ("alarm", "lights", "pay", "weather"):
+                    world.examples.add(f"{word} please", number % 4)
+                config = DeviceConfig(token=TOKEN, label_epsilon=50.0)
+                fleet.devices[number] = world.device(config=config)[0]
+            await go_round(fleet)
+            frames = [
+                f for world in fleet.worlds for transport in world.transports for _, f in transport.frames
+            ]
+            assert len(frames) == 6
+            assert all(decode_update(frame)[0].label_counts == b"" for frame in frames)
+            with fleet.service.store.reading() as tx:
+                told = {part.device_id: part.label_counts for part in tx.participants(1)}
+            for number, device in enumerate(fleet.devices):
+                counts = decode_label_counts(told[device.journal.state.device] or b"", 4)
+                assert counts.sum() == 4  # the examples that a device has
+                assert counts[number % 4] >= 3
+
+    asyncio.run(run())
+
+
 def test_devices_whose_owners_have_not_agreed_tell_nothing_and_are_grouped_all_the_same(
     tmp_path: Path,
 ) -> None:

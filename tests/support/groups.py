@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from aggregator.coordinator import Coordinator
 from aggregator.folding import server_state, sum_round
 from aggregator.lifecycle import Lifecycle
+from aggregator.update_check import check_update
 from aggregator.uploads import Admission, Upload
 from fedtt.algorithms import HierFedTT
 from fedtt.codec import CodecSpec, encode_delta
@@ -22,7 +23,7 @@ from fedtt.manifest import Manifest
 from fedtt.messages import CheckIn, CheckInAnswer, Enroll, Enrolled, Problem, Receipt, Work
 from fedtt.planning import plan_adapter, plan_head, plan_tt
 from fedtt.task import RoundSpec, TaskSpec
-from fedtt.wire import UpdateHeader, decode_theta, encode_theta, layout_tag
+from fedtt.wire import UpdateHeader, decode_theta, encode_theta, encode_update, layout_tag
 from storage.blobs import MemoryBlobs, load, save
 from storage.memory import MemoryStore
 from storage.records import Round, Task, Token, Version
@@ -104,9 +105,15 @@ class GroupedServer:
         labels: tuple[int, int] | None = None,
         losses: tuple[float, float] = (1.0, 0.8),
     ) -> Receipt | Problem:
-        """The delta is `value` for all live numbers; losses are of the first step and the last."""
+        """The delta is `value` for all live numbers; losses are of the first step and the last.
+
+        labels: that are told, or of a task which estimates them moves the bias as they would.
+        """
         live = LiveSet(ADAPTER.layout, work.plan.live)
         delta = np.full(live.size, value, np.float32)
+        estimated = isinstance(self.spec.method, HierFedTT) and self.spec.method.label_source == "updates"
+        if labels and estimated:
+            delta[-2:] = self.spec.training.learning_rate * np.sign(np.subtract(labels, np.mean(labels)))
         payload = encode_delta(CODEC, live, delta, np.random.default_rng(0))
         header = UpdateHeader(
             layout=layout_tag(ADAPTER.layout),
@@ -114,13 +121,17 @@ class GroupedServer:
             steps=1,
             loss_first=losses[0],
             loss_last=losses[1],
-            label_counts=encode_label_counts(labels) if labels else b"",
+            label_counts=encode_label_counts(labels) if labels and not estimated else b"",
         )
         digest = hashlib.sha256(f"{work.lease} {value}".encode()).hexdigest()
         admission = self.write(lambda tx: self.coordinator.admit(tx, device, work.lease, digest))
         if not isinstance(admission, Admission):
             assert isinstance(admission, Receipt | Problem)
             return admission
+        if estimated:
+            checked = check_update(encode_update(header, payload), admission.wanted)
+            assert not isinstance(checked, Problem)
+            header, payload = checked
         upload = Upload(admission=admission, digest=digest, header=header, payload=payload)
         answer: Receipt | Problem = self.write(lambda tx: self.coordinator.accept(tx, self.now, upload))
         return answer

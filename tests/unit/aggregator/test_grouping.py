@@ -90,12 +90,27 @@ def test_the_warm_up_ends_in_groups_whose_branches_begin_with_its_version(server
         (first,) = server.versions(group.branch)
         assert (first.number, first.sha256, first.parents) == (0, main[1].sha256, (main[1].sha256,))
         assert (group.cohort, group.buffer, group.quorum, group.round_s) == (2, 2, 1, 5.0)
+    check_labels(server)
+
+
+def check_labels(server: GroupedServer) -> None:
     with server.store.reading() as tx:
-        members = tx.members(task.id)
-        labels = {p.device_id: p.label_counts for p in tx.participants(task.id)}
+        members = tx.members(server.task_id)
+        labels = {p.device_id: p.label_counts for p in tx.participants(server.task_id)}
     assert len(members) == 4
     for number in (1, 2):  # of each kind of labels one
         assert len({labels[d] for d, group in members.items() if group == number}) == 2
+
+
+def test_groups_have_all_labels_also_where_these_are_estimated_from_updates() -> None:
+    server = GroupedServer(grouped_task(method={"label_epsilon": None, "label_source": "updates"}))
+    work = work_of(server)
+    assert {held.plan.label_epsilon for held in work.values()} == {None}
+    server.everyone()
+    check_labels(server)
+    with server.store.reading() as tx:
+        found = {p.label_counts for p in tx.participants(server.task_id)}
+    assert found == {encode_label_counts((5, 0)), encode_label_counts((0, 5))}  # of five examples each
 
 
 def test_a_device_that_is_in_no_group_yet_joins_one_and_stays(server: GroupedServer) -> None:

@@ -6,10 +6,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from aggregator.update_check import Wanted, check_update, check_updates
-from fedtt.codec import CodecSpec, encode_delta, payload_bytes
+from aggregator.update_check import Estimate, Wanted, check_update, check_updates
+from fedtt.codec import CodecSpec, decode_delta, encode_delta, payload_bytes
+from fedtt.label_counts import decode_label_counts
+from fedtt.label_estimate import estimated_label_counts, estimated_shares
 from fedtt.layout import LiveSet
 from fedtt.messages import Code, Problem
+from fedtt.optimiser import TrainingSpec
 from fedtt.wire import UpdateHeader, encode_update, layout_tag
 from tests.support.tiny import tiny_spec
 
@@ -93,3 +96,35 @@ def test_many_updates_of_several_plans_are_each_judged_as_alone() -> None:
     found = check_updates(frames)
     assert found == [check_update(*frame) for frame in frames]
     assert [getattr(one, "code", None) for one in found] == [Code.NOT_FINITE, Code.MALFORMED, None, None] * 6
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [CodecSpec(quantise="fp32"), CodecSpec(quantise="int4"), CodecSpec(quantise="sign", coding="range")],
+    ids=["fp32", "int4", "sign"],
+)
+def test_counts_of_labels_are_estimated_from_the_bias_as_it_was_sent(codec: CodecSpec) -> None:
+    head = tiny_spec().head
+    assert head is not None
+    assert LAYOUT.factors[-1].name == "head.bias"
+    training = TrainingSpec(learning_rate=0.7)
+    header = msgspec.structs.replace(HEADER, examples=70_000)
+    payload = payload_of(codec)
+    wanted = Wanted(LAYOUT, LIVE, codec, estimate=Estimate(head.labels, training))
+    (found,) = check_updates([(encode_update(header, payload), wanted)])
+    assert found == check_update(encode_update(header, payload), wanted)
+    assert not isinstance(found, Problem)
+    bias = decode_delta(codec, LAYOUT.everything, payload)[LAYOUT.slices[-1]]
+    expected = estimated_label_counts(estimated_shares(bias, training, header.steps), 2**15 - 1)
+    counts = decode_label_counts(found[0].label_counts, head.labels)
+    np.testing.assert_array_equal(counts, expected)
+    assert (msgspec.structs.replace(found[0], label_counts=b""), found[1]) == (header, payload)
+
+
+def test_a_device_tells_no_counts_where_they_are_estimated() -> None:
+    codec = CodecSpec(quantise="fp32")
+    header = msgspec.structs.replace(HEADER, label_counts=bytes(4))
+    wanted = Wanted(LAYOUT, LIVE, codec, estimate=Estimate(2, TrainingSpec()))
+    found = check_update(encode_update(header, payload_of(codec)), wanted)
+    assert isinstance(found, Problem)
+    assert found.code is Code.MALFORMED

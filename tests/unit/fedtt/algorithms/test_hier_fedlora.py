@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -52,6 +53,7 @@ def test_adapters_of_the_other_kind_are_refused(method: Any, kind: Any) -> None:
         ({"cohort": 5, "quorum": 3}, {}, {"fold": Median()}, "rounds.cohort = 5 .* at least 6"),
         ({"count": 2}, {"warmup_rounds": 2}, {}, "method.warmup_rounds = 2 .* below rounds.count = 2"),
         ({}, {}, {"sampling": Uniform(separation=2)}, "sampling.separation = 2 .* 0 with groups"),
+        ({}, {"label_source": "updates"}, {}, "method.label_epsilon = 1.0 .* asks no device"),
         ({"max_staleness": 1}, {}, {}, "rounds.max_staleness = 1 .* 0 with hier-fedtt"),
     ],
 )
@@ -67,3 +69,17 @@ def test_options_that_do_not_fit_the_bundle_are_refused() -> None:
         HierFedTT(min_depth=4).check(ADAPTER)
     with pytest.raises(ConfigError, match=r"method\.label_epsilon = 1\.0 .* only for a bundle with labels"):
         HierFedTT(label_epsilon=1.0).check(replace(tiny_spec(), head=None))
+    with pytest.raises(
+        ConfigError, match=r"method\.label_source = 'updates' .* only for a bundle with labels"
+    ):
+        HierFedTT(label_source="updates").check(replace(tiny_spec(), head=None))
+    HierFedTT(label_source="updates").check(ADAPTER)
+
+
+def test_a_plan_leaves_out_what_is_as_it_mostly_is() -> None:
+    """So that clients which do not know `label_source` take plans of tasks without it."""
+    assert msgspec.json.encode(HierFedLoRA()) == b'{"name":"hier-fedlora"}'
+    assert msgspec.json.decode(msgspec.json.encode(HierFedTT(label_source="updates"))) == {
+        "name": "hier-fedtt",
+        "label_source": "updates",
+    }
