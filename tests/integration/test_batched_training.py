@@ -191,15 +191,33 @@ def test_private_trainings_clip_each_example_and_add_the_noise_of_their_device(
             assert float(np.linalg.norm(a - b) / np.linalg.norm(b)) < TOLERANCE
 
 
+def _before_and_after(
+    open_pool: Callable[[], BatchedPool], requests: list[TrainingRequest]
+) -> tuple[list[LocalUpdate], list[LocalUpdate]]:
+    """Of a new pool; and of one that has trained each alone, so that its frozen blocks computed every row
+    in a pass of other rows and another width."""
+    pool = open_pool()
+    for request in reversed(requests):
+        pool.submit(request).result()
+    return _updates(open_pool(), requests), _updates(pool, requests)
+
+
 def test_the_same_requests_give_the_same_bits_whatever_the_pool_did_before(case: tuple[Bundle, str]) -> None:
+    """ONNX Runtime sums what it gives of a row in one order, whatever lies beside it."""
     bundle, model = case
     requests = requests_of(bundle, WORDS, COUNTS)
-    first = _updates(onnx_pool(bundle, model=model), requests)
-    pool = onnx_pool(bundle, model=model)
-    for request in (requests[4], requests[1]):
-        pool.submit(request).result()
-    again = _updates(pool, requests)
+    first, again = _before_and_after(lambda: onnx_pool(bundle, model=model), requests)
     assert [update.frame for update in first] == [update.frame for update in again]
+
+
+def test_torch_gives_them_to_rounding_whatever_its_frozen_blocks_computed_before(
+    case: tuple[Bundle, str],
+) -> None:
+    """It chooses among its products by the rows and the width of a pass."""
+    bundle, model = case
+    requests = requests_of(bundle, WORDS, COUNTS)
+    first, again = _before_and_after(lambda: torch_pool(bundle, model=model), requests)
+    assert _difference(requests, again, first) < TOLERANCE
 
 
 def test_passes_beside_one_another_give_the_bits_of_one_after_another(case: tuple[Bundle, str]) -> None:
