@@ -8,6 +8,7 @@ from aggregator.coordinator import IDLE_RETRY_S
 __all__ = ["Pace"]
 
 _WEIGHT = 1 / 64  #: of the newest answer in the mean
+_LONGEST_S = 600.0  #: that counts of one: whose turn is far is told hours, and those refused may be invited
 
 
 class Pace:
@@ -21,7 +22,7 @@ class Pace:
 
     def told(self, wait_s: float) -> None:
         """Note what a device that had to wait was told."""
-        self._mean_s += _WEIGHT * (wait_s - self._mean_s)
+        self._mean_s += _WEIGHT * (min(wait_s, _LONGEST_S) - self._mean_s)
 
     def again_s(self, now: float, device_id: str) -> float:
         """Between half and one and a half of the mean."""

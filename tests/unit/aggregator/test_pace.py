@@ -38,6 +38,14 @@ def test_devices_return_in_the_mean_when_those_before_them_were_told_to() -> Non
     assert min(again_s) < 11 < 29 < max(again_s)
 
 
+def test_nobody_is_refused_for_hours_because_the_turn_of_others_is_far() -> None:
+    pace = Pace()
+    for _ in range(1000):
+        pace.told(6 * 3600.0)
+    assert min(pace.again_s(0.0, device) for device in DEVICES) >= 300
+    assert max(pace.again_s(0.0, device) for device in DEVICES) <= 900
+
+
 async def test_a_check_in_that_finds_no_room_is_told_the_pace_of_those_that_found_some() -> None:
     identity = Identity(Ed25519PrivateKey.generate())
     service = Service(MemoryStore(), MemoryBlobs(), SystemClock(), queue_limit=0)
