@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import ExactFedTT, FedTT, FedTTPlus, Gradient, Method, drive
 from fedtt.algorithms.gauge import Gauge
-from fedtt.algorithms.trains import outside_trains
 from fedtt.codec import CodecSpec
 from fedtt.errors import ConfigError, LayoutError
 from fedtt.folds import Contribution, Fold, Krum, Mean, Median, TrimmedMean
@@ -62,89 +61,6 @@ def live_cores(method: Method, t: int, state: ServerState | None = None) -> dict
         train.prefix: [k for k, index in enumerate(train.indices) if index in live]
         for train in ADAPTER.tt_matrices
     }
-
-
-# schedules
-
-
-def test_cyclic_goes_from_the_last_core_to_the_first_and_begins_again() -> None:
-    taken = [live_cores(ExactFedTT(), t) for t in range(1, 8)]
-    assert [each[DOWN] for each in taken] == [[4], [3], [2], [1], [0], [4], [3]]
-    assert [each[HEAD] for each in taken] == [[3], [2], [1], [0], [3], [2], [1]]
-
-
-def test_a_sweep_goes_forth_and_back_without_staying_at_the_ends() -> None:
-    taken = [live_cores(ExactFedTT(schedule="sweep"), t) for t in range(1, 11)]
-    assert [each[UP] for each in taken] == [[4], [3], [2], [1], [0], [1], [2], [3], [4], [3]]
-    assert [each[HEAD] for each in taken] == [[3], [2], [1], [0], [1], [2], [3], [2], [1], [0]]
-
-
-def test_up_and_down_take_turns_and_the_head_takes_part_in_both() -> None:
-    taken = [live_cores(ExactFedTT(schedule="alternate"), t) for t in range(1, 6)]
-    assert [each[UP] for each in taken] == [[4], [], [3], [], [2]]
-    assert [each[DOWN] for each in taken] == [[], [4], [], [3], []]
-    assert [each[HEAD] for each in taken] == [[3], [2], [1], [0], [3]]
-
-
-def test_by_cores_alone_biases_and_dense_matrices_are_never_live() -> None:
-    outside = set(outside_trains(ADAPTER))
-    assert outside
-    for t in range(1, 8):
-        live = {alone: set(live_at(ExactFedTT(cores_only=alone), t).indices) for alone in (False, True)}
-        assert live[False] - live[True] == outside
-
-
-def test_an_epoch_lasts_its_rounds() -> None:
-    method = ExactFedTT(epoch_rounds=3)
-    assert [live_cores(method, t)[DOWN] for t in range(1, 8)] == [[4], [4], [4], [3], [3], [3], [2]]
-    assert [method.same_gauge(2, t) for t in (1, 2, 3, 4)] == [True, True, True, False]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_until_a_first_fold_the_first_turn_goes_on_as_rounds_may_fail(schedule: Schedule) -> None:
-    method = ExactFedTT(schedule=schedule)
-    for t in (1, 2, 7):
-        live = method.live(ADAPTER, t, None)
-        assert live.indices == method.live(ADAPTER, 1, None).indices
-        assert {train.indices[-1] for train in ADAPTER.tt_matrices[1::2]} <= set(live.indices)  # every up
-
-
-def test_by_norm_cores_that_were_never_folded_come_first_the_last_of_them_before_the_others() -> None:
-    method = ExactFedTT(schedule="norm")
-    state = norms(block_0_attention_down=[9, math.nan, 9, math.nan, 9])
-    assert live_cores(method, 3, state)[DOWN] == [3]
-    assert live_cores(method, 4, state)[DOWN] == [3]
-
-
-def test_by_norm_the_core_that_moved_most_for_its_size_is_live_in_every_second_round() -> None:
-    method, state = ExactFedTT(schedule="norm"), norms(block_0_attention_down=[1, 2, 5, 2, 1])
-    odd, even = ([live_cores(method, t, state)[DOWN] for t in range(first, 21, 2)] for first in (1, 2))
-    assert odd == [[2]] * 10
-    assert even == [[4], [3], [2], [1], [0]] * 2  # the others' norms do not go stale
-
-
-def test_of_equal_norms_the_last_core_is_taken() -> None:
-    assert live_cores(ExactFedTT(schedule="norm"), 1, norms())[DOWN] == [4]
-
-
-@given(schedule=st.sampled_from(SCHEDULES), t=st.integers(1, 10**6))
-def test_every_core_is_live_at_some_time(schedule: Schedule, t: int) -> None:
-    method, state, seen = ExactFedTT(schedule=schedule), norms(), set[int]()
-    for number in range(t, t + 12):  # two turns of five cores, at most one round late
-        seen |= set(method.live(ADAPTER, number, state).indices)
-    assert seen == set(range(len(LAYOUT.factors)))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_whole_head_is_live_in_every_round_and_the_adapters_take_the_turns_they_would(
-    schedule: Schedule,
-) -> None:
-    """As FedTT has it, so that neither wins by its head."""
-    for t in range(1, 13):
-        whole, in_turn = (live_cores(ExactFedTT(schedule=schedule, whole_head=w), t) for w in (True, False))
-        assert whole.pop(HEAD) == live_cores(FedTT(), t)[HEAD] == [0, 1, 2, 3]
-        assert len(in_turn.pop(HEAD)) == 1
-        assert whole == in_turn
 
 
 # what is exact
@@ -429,61 +345,6 @@ def test_a_live_set_of_another_method_is_refused_where_coordinates_would_change(
         method.client_step(
             ADAPTER, random_theta(ADAPTER, 0), FedTTPlus().live(ADAPTER, 1), [1.0], TrainingSpec()
         )
-
-
-# buffered asynchrony
-
-
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_an_update_from_an_older_base_of_its_epoch_is_folded_exactly(orthogonal: bool) -> None:
-    """Only the live set has moved since, so the frozen cores, and with them the coordinates, are the same."""
-    method = ExactFedTT(epoch_rounds=2, orthogonal=orthogonal)
-    old, live = random_theta(ADAPTER, 0), live_at(method, 1)
-    new = folded(method, old, live, some_deltas(live, 1)).theta
-    (late,) = some_deltas(live, 2, count=1)
-    found = dense_matrices(ADAPTER, folded(method, new, live, [late]).theta)
-    at_old, at_late = (dense_matrices(ADAPTER, at) for at in (old, at_device(method, old, live, late.delta)))
-    base = dense_matrices(ADAPTER, new)
-    assert distance(found, {n: base[n] + at_late[n] - at_old[n] for n in base}) < 1e-5
-
-
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_a_late_update_of_its_epoch_with_a_whole_head_is_exact_but_for_the_head(orthogonal: bool) -> None:
-    """All of the head has moved since, so there it counts core by core, as a late update of FedTT does."""
-    method = ExactFedTT(epoch_rounds=2, whole_head=True, orthogonal=orthogonal)
-    old, live = random_theta(ADAPTER, 0), live_at(method, 1)
-    new = folded(method, old, live, some_deltas(live, 1)).theta
-    (late,) = some_deltas(live, 2, count=1)
-    after = folded(method, new, live, [late]).theta
-    found, base = dense_matrices(ADAPTER, after), dense_matrices(ADAPTER, new)
-    at_old, at_late = (dense_matrices(ADAPTER, at) for at in (old, at_device(method, old, live, late.delta)))
-    meant = {n: base[n] + at_late[n] - at_old[n] for n in base}
-    assert distance({HEAD: found.pop(HEAD)}, {HEAD: meant.pop(HEAD)}) > 0.05
-    assert distance(found, meant) < 1e-5
-    plain = cores_of(ADAPTER, new + live.scatter(late.delta), HEAD)
-    for one, moved in zip(cores_of(ADAPTER, after, HEAD), plain, strict=True):
-        np.testing.assert_allclose(one, moved, rtol=1e-6, atol=1e-6)
-    assert method.same_gauge(1, 2)
-    assert not method.same_gauge(2, 3)
-
-
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_an_update_from_an_epoch_of_long_ago_would_mean_something_else(orthogonal: bool) -> None:
-    """The same live set after a whole turn; therefore it is refused."""
-    method = ExactFedTT(orthogonal=orthogonal)
-    old = new = random_theta(ADAPTER, 0)
-    for t in range(1, 6):
-        turn = live_at(method, t)
-        new = folded(method, new, turn, some_deltas(turn, t, scale=0.5)).theta
-    live = live_at(method, 6)
-    assert set(live_at(method, 1).indices) & set(live.indices)
-    (late,) = some_deltas(live, 9, count=1)
-    found = dense_matrices(ADAPTER, folded(method, new, live, [late]).theta)
-    at_old, at_late = (dense_matrices(ADAPTER, at) for at in (old, at_device(method, old, live, late.delta)))
-    base = dense_matrices(ADAPTER, new)
-    meant = {n: at_late[n] - at_old[n] for n in base}
-    assert distance({n: found[n] - base[n] for n in base}, meant) > 0.2
-    assert not method.same_gauge(1, 6)
 
 
 # settings
