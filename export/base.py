@@ -154,7 +154,7 @@ def load_base(
         raise ConfigError("model", source, f"weights for every layer; {missing[0]} and others are missing")
     if hasattr(model, "pooler"):
         model.pooler = None  # the graphs pool by themselves, and its weights may be untrained
-    model.eval().requires_grad_(False)
+    model.float().eval().requires_grad_(False)  # some activations keep numbers of their own in others
     name = Path(source).name if Path(source).is_dir() else source
     multiplied = set() if products == "fp32" else _matrices_of_blocks(model, architecture)
     return Base(

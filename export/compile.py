@@ -10,10 +10,12 @@ from safetensors.numpy import save_file
 
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.errors import ConfigError
+from fedtt.graph_file import OPERATORS, graph_needs
 from fedtt.manifest import MANIFEST, Graphs, Manifest, ModelInfo, Tokenization, encode_manifest
 
 from .base import Base, load_base
 from .bundle import check_target, file_entries, staged
+from .compiling import compiling, does_not_compile
 from .depths import cut_graphs, step_above
 from .executorch_graphs import EXECUTORCH, executorch_graphs
 from .inputs import TRACED, random_inputs
@@ -86,23 +88,31 @@ def _write_graphs(
     report("tracing the training step")
     step = TrainingStep(model, [model.spec.layers - depth for depth in depths])
     inputs = random_inputs(model, *TRACED)
-    program = trace(step, inputs)
+    with compiling(_STEP, "onnxruntime"):
+        program = trace(step, inputs)
     report("converting it to ONNX")
     weights = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     hidden = {f"hidden-{depth}": ("batch", "tokens") for depth in depths}
-    whole = convert(program, list(inputs), weights, STEP_OUTPUTS | hidden)
+    with compiling(_STEP, "onnxruntime"):
+        whole = convert(program, list(inputs), weights, STEP_OUTPUTS | hidden)
     graphs = {_STEP: part_of(whole, "loss", "grad"), _EVAL: part_of(whole, "logits")}
     for cut in found.depths:
         report(f"compiling the step at depth {cut.depth}")
         graphs[cut.prefix] = part_of(whole, f"hidden-{cut.depth}")
         graphs[cut.prefix].graph.outputs[0].name = "hidden"
-        graphs[cut.step] = step_above(model, cut.depth, weights)
+        with compiling(cut.step, "onnxruntime"):
+            graphs[cut.step] = step_above(model, cut.depth, weights)
     if found.private is not None:
         report("compiling the step that clips each example's gradient")
-        graphs[found.private] = private_step(model, weights)
+        with compiling(found.private, "onnxruntime"):
+            graphs[found.private] = private_step(model, weights)
     for graph in graphs.values():
         store(graph, model.stored)
     write_graphs(graphs, _WEIGHTS, directory)
+    for name in graphs:
+        if foreign := graph_needs((directory / name).read_bytes(), name).operators - OPERATORS:
+            operator = ".".join(filter(None, min(foreign)))
+            raise does_not_compile(name, "onnxruntime", f"has {operator}, which devices do not run")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch.export import ExportedProgram
 from fedtt.errors import ConfigError
 from fedtt.manifest import Graphs
 
+from .compiling import compiling
 from .depths import CUT_AXES, PrefixStep, StepAbove, cut_graphs, cut_inputs
 from .inputs import TRACED, random_inputs
 from .private import PRIVATE_AXES, PrivateStep, private_inputs
 from .step import AdaptedModel, TrainingStep
-from .trace import trace
+from .trace import AXES, trace
 
 __all__ = ["EXECUTORCH", "executorch_graphs"]
 
@@ -42,7 +43,7 @@ def executorch_graphs(
 ) -> Graphs:
     """Write the whole step, those of `depths`, evaluation, weights and, if asked for, the step that clips.
 
-    Raises ConfigError where executorch is not installed.
+    Raises ConfigError where executorch is not installed, or a program cannot be lowered.
     """
     try:
         from .to_executorch import write_programs
@@ -70,11 +71,23 @@ def _programs(model: AdaptedModel, names: Graphs, max_tokens: int) -> Iterator[t
     most = {"batch": _ROWS, "tokens": max_tokens}
     inputs = random_inputs(model, *TRACED)
     forward = {name: inputs[name] for name in PrefixStep.inputs}
-    yield names.step, trace(_Step(model), inputs, most=most)
-    yield names.eval, trace(model, forward, most=most)
+    yield names.step, _traced(names.step, _Step(model), inputs, AXES, most)
+    yield names.eval, _traced(names.eval, model, forward, AXES, most)
     if names.private is not None:
-        yield names.private, trace(PrivateStep(model), private_inputs(model, *TRACED), PRIVATE_AXES, most)
+        clipped = private_inputs(model, *TRACED)
+        yield names.private, _traced(names.private, PrivateStep(model), clipped, PRIVATE_AXES, most)
     for cut in names.depths:
         prefix, above = PrefixStep(model, cut.depth), StepAbove(model, cut.depth)
-        yield cut.prefix, trace(prefix, forward, most=most)
-        yield cut.step, trace(above, cut_inputs(prefix, above, *TRACED), CUT_AXES, most)
+        yield cut.prefix, _traced(cut.prefix, prefix, forward, AXES, most)
+        yield cut.step, _traced(cut.step, above, cut_inputs(prefix, above, *TRACED), CUT_AXES, most)
+
+
+def _traced(
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[str, ...]],
+    most: Mapping[str, int],
+) -> ExportedProgram:
+    with compiling(name, "executorch"):
+        return trace(module, inputs, axes, most)

@@ -19,6 +19,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from fedtt.program_file import PROGRAM_OPERATORS, program_needs
+
+from .compiling import compiling, does_not_compile
 from .quantise import Stored
 from .trace import decomposed_once
 
@@ -48,12 +51,16 @@ def write_programs(
 ) -> None:
     """Lower each program to the file of its name, and write once, to `weights`, every tensor of all.
 
-    stored: what is kept of a matrix in its place, by its address.
+    stored: what is kept of a matrix in its place, by its address. Raises ConfigError for a program that
+    cannot be lowered, or to an operator that devices refuse.
     """
     data_store, serializer = NamedDataStore(), FlatTensorSerializer()
     with _quiet():
         for name, program in programs:
-            code, data = _lower(program, stored or {})
+            with compiling(name, "executorch"):
+                code, data = _lower(program, stored or {})
+            if foreign := program_needs(code, name).operators - PROGRAM_OPERATORS:
+                raise does_not_compile(name, "executorch", f"has {min(foreign)}, which devices do not run")
             (directory / name).write_bytes(code)
             data_store.merge_named_data_store(serializer.deserialize_to_named_data_store_output(data, _TAG))
         merged = data_store.get_named_data_store_output()

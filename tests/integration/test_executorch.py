@@ -304,6 +304,6 @@ def test_more_rows_than_were_planned_for_are_refused(bundle: Bundle, executorch_
         runtime.gradient(first_theta(bundle), some_batch(bundle, 33))
 
 
-def test_what_cannot_be_lowered_is_said_at_export(tiny_bundle: Path) -> None:
+def test_a_bundle_without_programs_says_so_where_it_is_opened(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="no graphs for executorch"):
         open_bundle(tiny_bundle, "executorch")

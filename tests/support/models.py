@@ -31,9 +31,16 @@ def minilm_directory() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def save_tiny_model(directory: Path, model_type: str = "bert", *, seed: int = 0, blocks: int = 2) -> Path:
-    """Blocks of width 32 over the words of WORDS; the same seed gives the same weights."""
+def save_tiny_model(
+    directory: Path, model_type: str = "bert", *, seed: int = 0, blocks: int = 2, activation: str = "gelu"
+) -> Path:
+    """Blocks of width 32 over the words of WORDS; the same seed gives the same weights.
+
+    activation: between the layers of the MLPs, of BERT and its kind.
+    """
     config = _config(model_type, blocks)
+    if activation != "gelu":
+        config.hidden_act = activation
     auto = AutoModelForCausalLM if model_type in ("llama", "mistral", "qwen2") else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
