@@ -25,6 +25,7 @@ from edge_client.home import Home
 from edge_client.journal import read_state
 from edge_client.local_trainer import LocalTrainer
 from edge_client.onnx_runtime import onnx_runtimes
+from edge_client.runtime import Runtimes
 from edge_client.session import forget as forget_home
 from edge_client.session import leave as leave_server
 from edge_client.session import open_device, supervise
@@ -43,6 +44,7 @@ def run(args: Namespace) -> int:
     server = args.server or (known.server if known else "")
     if not server:
         raise ConfigError("--server", None, "the address of the aggregator, for the first run")
+    runtimes = _RUNTIMES[args.runtime](args.threads)  # what cannot train asks for no work
     rows = read_examples(args.data) if args.data else None
     if args.once and home.is_paused():
         raise StorageError(f"{home.directory} is paused by its owner: fedtt client resume --home {args.home}")
@@ -60,7 +62,7 @@ def run(args: Namespace) -> int:
         if rows is not None:
             store.replace_file(str(args.data.absolute()), rows)
         try:
-            return asyncio.run(_run(args, home, server, store, move=bool(old_server)))
+            return asyncio.run(_run(args, home, server, store, runtimes, move=bool(old_server)))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
 
@@ -68,7 +70,9 @@ def run(args: Namespace) -> int:
 _RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
 
 
-async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *, move: bool) -> int:
+async def _run(
+    args: Namespace, home: Home, server: str, store: ExampleStore, runtimes: Runtimes, *, move: bool
+) -> int:
     config = DeviceConfig(
         token=args.token or os.environ.get("FEDTT_TOKEN", ""),
         client=f"fedtt-edge {version('fedtt')}",
@@ -100,7 +104,7 @@ async def _run(args: Namespace, home: Home, server: str, store: ExampleStore, *,
         release_key=parse_public_key(args.release_key, "--release-key") if args.release_key else b"",
         cache=args.cache,
         cache_limit_bytes=args.cache_limit_mb << 20,
-        trainer=LocalTrainer(_RUNTIMES[args.runtime](args.threads), keeps_tokenizers=False),
+        trainer=LocalTrainer(runtimes, keeps_tokenizers=False),
         observe=show,
     ) as device:
         await device.consent()

@@ -270,5 +270,6 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 def executorch_runtimes(threads: int = 1) -> Runtimes:
-    """Runtimes that load bundles with ExecuTorch."""
+    """Runtimes that load bundles with ExecuTorch; RuntimeFailure where its library is missing or another."""
+    load_library()
     return Runtimes(partial(ExecutorchRuntime, threads=threads), "executorch")

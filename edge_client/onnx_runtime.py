@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +116,16 @@ def _check_installed(required: str) -> None:
     try:
         from onnxruntime import __version__ as installed
     except ImportError:
-        raise RuntimeFailure("onnxruntime is not installed: pip install 'fedtt[edge]'") from None
+        raise _missing() from None
     if _numbers(installed) < _numbers(required):
         raise RuntimeFailure(
             f"the bundle needs onnxruntime {required} or newer, {installed} is installed: "
             f"pip install 'onnxruntime>={required}'"
         )
+
+
+def _missing() -> RuntimeFailure:
+    return RuntimeFailure("onnxruntime is not installed: pip install 'fedtt[edge]'")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -161,5 +166,10 @@ def _line(error: Exception) -> str:
 
 
 def onnx_runtimes(threads: int = 1) -> Runtimes:
-    """Runtimes that load bundles with ONNX Runtime."""
+    """Runtimes that load bundles with ONNX Runtime; RuntimeFailure where that is not installed.
+
+    It is looked for and not imported yet, which takes a while.
+    """
+    if find_spec("onnxruntime") is None:
+        raise _missing()
     return Runtimes(partial(OnnxRuntime, threads=threads), "onnxruntime")

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from edge_client.executorch_runtime import LIBRARY_VARIABLE
 from edge_client.home import Home
 from edge_client.journal import Journal, read_state
+from edge_client.preparation import prepare
 from fedtt.cli import main
+from fedtt.errors import RuntimeFailure
 
 HEAVY = ("onnxruntime", "aiohttp", "tokenizers", "cryptography", "safetensors", "torch", "transformers")
 
@@ -213,6 +216,52 @@ def test_a_mistake_is_one_line_and_status_2(
     line = error_of(capsys)
     assert line.startswith("fedtt: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        (
+            None,
+            "the ExecuTorch library is not here (none.so): install the fedtt-executorch wheel, or build it",
+        ),
+        (b"no library", "is not an ExecuTorch library of fedtt"),
+    ],
+    ids=["missing", "another"],
+)
+def test_a_client_without_its_library_says_so_before_it_asks_for_anything(
+    home: Path,
+    tmp_path: Path,
+    library: bytes | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "none.so"
+    if library is not None:
+        path.write_bytes(library)
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(path))
+    run = ("client", "run", "--home", home, "--server", "http://127.0.0.1:9", "--token", "t", "--yes")
+    assert fedtt(*run, "--runtime", "executorch") == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("fedtt: error: ")
+    assert message in err
+    assert not home.exists()
+    with pytest.raises(RuntimeFailure, match=re.escape(message)):
+        prepare("executorch")
+
+
+def test_nor_does_one_without_onnx_runtime(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # which Python takes for a module that is not there
+    run = ("client", "run", "--home", home, "--server", "http://127.0.0.1:9", "--token", "t", "--yes")
+    assert fedtt(*run) == 2
+    assert error_of(capsys) == "fedtt: error: onnxruntime is not installed: pip install 'fedtt[edge]'"
+    assert not home.exists()
+    with pytest.raises(RuntimeFailure, match=r"onnxruntime cannot be loaded .* pip install"):
+        prepare()
 
 
 def test_a_paused_device_does_not_run_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
