@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from msgspec.structs import replace
 
-from edge_client.bundle import RuntimeName
+from edge_client.bundle import RuntimeName, open_bundle
 from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
 from edge_client.tokens import KeptTokens
@@ -35,8 +36,8 @@ class Interrupted(Exception):
 class LocalTrainer:
     """A Trainer that runs the bundle's graph in a thread; one may serve all devices of a process.
 
-    keeps_tokenizers: reading one holds up all threads of the process; without, each is read again for new
-    texts, and lies in memory beside no graph.
+    keeps_tokenizers: reading one holds up all threads of the process (`read_tokenizer`); without, each is
+    read again for new texts, and lies in memory beside no graph.
     """
 
     def __init__(
@@ -48,6 +49,14 @@ class LocalTrainer:
     @property
     def runtime(self) -> RuntimeName:
         return self._runtimes.name
+
+    def read_tokenizer(self, directory: Path, max_tokens: int | None = None) -> None:
+        """Read and keep the tokenizer of a bundle: for an app that knows it, before its event loop runs.
+
+        directory: of the bundle, as exported or as a cache has it (HOME/bundles/NAME), which is checked.
+        max_tokens: at which its task cuts texts; None as judging does. Raises BundleError for another.
+        """
+        self._tokens.open(open_bundle(directory, self.runtime), max_tokens).read()
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:
         """Train on the executor; raises what `train` does, and Declined at the first text or batch after

@@ -127,6 +127,12 @@ class RememberedTokens(Tokens):
         with self._guard:
             return super().know(texts) or all(_digest(text) in self._held for text in texts)
 
+    def read(self) -> None:
+        """Read the tokenizer now, where it is kept."""
+        if self._keeps:
+            with self._guard:
+                self._read()
+
     def text(self, ids: Sequence[int]) -> str:
         with self._reading():
             return super().text(ids)

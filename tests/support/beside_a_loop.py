@@ -1,6 +1,7 @@
 """A real client in a process of its own whose loop is watched: `python -m tests.support.beside_a_loop`.
 
-Arguments: home, server's address, runtime, "prepared" or not. Prints one JSON object when its update is
+Arguments: home, server's address, runtime, and "unprepared", "prepared" or the directory of the bundle whose
+tokenizer is read beforehand, too. Prints one JSON object when its update is
 acknowledged: the longest that the loop was held up in milliseconds, and the extension modules and libraries
 of ExecuTorch that were loaded meanwhile.
 """
@@ -32,7 +33,7 @@ EXAMPLES = Shard([Example(text, text) for text in ("alarm", "lights off", "pay",
 RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
 
 
-async def live(home: Path, url: str, runtime: RuntimeName) -> float:
+async def live(home: Path, url: str, trainer: LocalTrainer) -> float:
     """Seconds: the longest pause of the loop, as far as this process used the processor in it.
 
     Where other programs keep it from running, or a thread runs beside the loop without holding it up, one of
@@ -50,7 +51,6 @@ async def live(home: Path, url: str, runtime: RuntimeName) -> float:
 
     ticking = asyncio.create_task(tick())
     config = DeviceConfig(token=TOKEN)
-    trainer = LocalTrainer(RUNTIMES[runtime]())
     async with open_device(home, server=url, examples=EXAMPLES, config=config, trainer=trainer) as device:
         await device.consent()
         await device.run(until=_acknowledged)
@@ -74,12 +74,15 @@ def loaded() -> Set[str]:
 
 
 def main() -> None:
-    home, url, name, prepared = sys.argv[1:]
+    home, url, name, how = sys.argv[1:]
     runtime: RuntimeName = "executorch" if name == "executorch" else "onnxruntime"
-    if prepared == "prepared":
+    if how != "unprepared":
         prepare(runtime)
+    trainer = LocalTrainer(RUNTIMES[runtime]())
+    if how not in {"unprepared", "prepared"}:
+        trainer.read_tokenizer(Path(how))
     before = loaded()
-    worst_s = asyncio.run(live(Path(home), url, runtime))
+    worst_s = asyncio.run(live(Path(home), url, trainer))
     print(json.dumps({"held_up_ms": 1e3 * worst_s, "loaded": sorted(loaded() - before)}))
 
 

@@ -163,6 +163,21 @@ async def test_an_app_reads_a_tokenizer_once_for_training_and_once_for_judging(
     assert sum(name == "release" for name, _ in runtime.calls) == len(living.read)
 
 
+async def test_an_app_that_knows_the_bundle_reads_its_tokenizer_beforehand(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    with living_tokenizers() as living:
+        runtime = Watched(living, ())
+        trainer = LocalTrainer(Runtimes(lambda _: runtime))
+        for max_tokens in (PLAN.training.max_tokens, None):
+            trainer.read_tokenizer(bundle.directory, max_tokens)
+        assert (len(living.read), living.count) == (2, 2)
+        await trainer.train(training(bundle, EXAMPLES))
+        await trainer.judge(judging(bundle, EXAMPLES))
+        assert len(living.read) == 2
+        LocalTrainer(Runtimes(lambda _: runtime), keeps_tokenizers=False).read_tokenizer(bundle.directory)
+        assert len(living.read) == 2, "where it is not kept"
+
+
 LONG = replace(tiny_manifest().tokenization, max_tokens=64)
 MANY = [Example(f"word {n}", n % 2) for n in range(2_000)]
 
