@@ -133,9 +133,21 @@ def sound_tokenizers() -> tuple[bytes, ...]:
     text = {"Sequence": {"id": "A", "type_id": 0}}
     pieces: list[dict[str, object]] = [
         {
-            "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True},
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": True,
+                "strip_accents": None,
+                "lowercase": True,
+            },
             "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "model": {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0, "##b": 1}},
+            "model": {
+                "type": "WordPiece",
+                "unk_token": "a",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+                "vocab": {"a": 0, "##b": 1},
+            },
             "post_processor": {
                 "type": "TemplateProcessing",
                 "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, text],
@@ -153,8 +165,16 @@ def sound_tokenizers() -> tuple[bytes, ...]:
             "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.5]]},
         },
         {
-            "added_tokens": [{"id": 1, "content": "[b]", "special": True}],
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Removed"},
+            "added_tokens": [
+                {"id": 1, "content": "[b]", "special": True}
+                | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            ],
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "\\s+"},
+                "behavior": "Removed",
+                "invert": False,
+            },
             "model": {"type": "WordLevel", "vocab": {"a": 0, "[b]": 1}, "unk_token": "a"},
         },
     ]
