@@ -1,8 +1,8 @@
 """Which coder the integers of real updates want, and whether a rotation before quantising pays.
 
 The deltas are those of an arm of `benchmarks.uplink` in fp32, in ten rounds of the fleet on CLINC150. Bytes
-are a mean over updates, with scales; the error is that of a round's mean delta, relative to its square.
-Nothing here is timed.
+are a mean over updates, with scales; the error is that of a round's mean delta, relative to its square, and
+so are those of what was rotated before, which compare at equal length. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.claims.plan import read_plan
 from benchmarks.harness import Report, arguments, reporting
 from benchmarks.uplink.__main__ import PLAN
 from benchmarks.uplink.arms import WORK
-from fedtt.codec import CodecSpec, coded, decode_delta, encode_delta, payload_bytes, quantise
+from fedtt.codec import CodecSpec, coded, decode_delta, encode_delta, payload_bytes
 from fedtt.layout import LiveSet
 from fedtt.server_optimiser import ServerState
 from fedtt.wire import decode_update
@@ -50,11 +50,11 @@ FORMS = {
     "sign": CodecSpec(quantise="sign", coding="range"),
     "rms_0.5": CodecSpec(quantise="rms", step=0.5, coding="range"),
     "rms_1": CodecSpec(quantise="rms", step=1.0, coding="range"),
+    "rms_1.4": CodecSpec(quantise="rms", step=1.4, coding="range"),
     "rms_2": CodecSpec(quantise="rms", step=2.0, coding="range"),
     "int4_keep_0.25": CodecSpec(quantise="int4", keep=0.25, coding="range"),
 }
-
-
+ROTATED = ("int4", "int3", "ternary", "sign", "rms_0.5", "rms_1", "rms_1.4", "rms_2")
 SEGMENTS = (2, 3, 5)
 
 
@@ -141,6 +141,36 @@ if find_spec("constriction"):
     CODERS["static_range"] = static_bytes
 
 
+class Rotation:
+    """Of each factor by signs that are drawn and Walsh-Hadamard transforms, orthonormal.
+
+    A factor is cut into runs of 2^k numbers, so that a rotated delta has as many numbers as before. Each
+    update has signs of its own, for errors of devices that share them are more alike (S. Vargaftik et al.,
+    "DRIVE: one-bit distributed mean estimation", NeurIPS 2021, arXiv 2105.08339).
+    """
+
+    def __init__(self, live: LiveSet, seed: int) -> None:
+        self._runs = [run for size in live.sizes for run in runs_of(size)]
+        self._signs = np.random.default_rng(seed).choice([-1.0, 1.0], live.size)
+
+    def turned(self, delta: Delta) -> Delta:
+        found: Delta = self._transformed(delta * self._signs).astype(np.float32)
+        return found
+
+    def back(self, turned: Delta) -> Delta:
+        """The inverse of `turned`."""
+        found: Delta = (self._transformed(turned.astype(np.float64)) * self._signs).astype(np.float32)
+        return found
+
+    def _transformed(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([hadamard(part) for part in np.split(x, np.cumsum(self._runs)[:-1])])
+
+
+def runs_of(size: int) -> list[int]:
+    """40 -> 32, 8: powers of two that fall."""
+    return [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+
+
 def hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """The orthonormal Walsh-Hadamard transform of 2^k numbers, its own inverse."""
     size, width = len(x), 1
@@ -152,27 +182,6 @@ def hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return turned
 
 
-def rotated_errors(codec: CodecSpec, live: LiveSet, delta: Delta) -> tuple[float, float]:
-    """Squared error of quantising each factor as it is, and through signs and a Walsh-Hadamard transform."""
-    as_is = through = 0.0
-    for part in np.split(delta, np.cumsum(live.sizes)[:-1]):
-        size = 1 << (len(part) - 1).bit_length()
-        filled = np.zeros(size)
-        filled[: len(part)] = part
-        signs = np.random.default_rng(size).choice([-1.0, 1.0], size)
-        turned = hadamard(filled * signs).astype(np.float32)
-        as_is += float(((_quantised(codec, part) - part) ** 2).sum())
-        back = hadamard(_quantised(codec, turned).astype(np.float64)) * signs
-        through += float(((back[: len(part)] - part) ** 2).sum())
-    return as_is, through
-
-
-def _quantised(codec: CodecSpec, x: Delta) -> Delta:
-    q, word = quantise.encode(codec.quantise, x, codec.step, None)  # type: ignore[arg-type]
-    found: Delta = quantise.decode(q[None], np.array([[word]], np.uint16))[0]
-    return found
-
-
 def integers(codec: CodecSpec, live: LiveSet, payload: bytes) -> tuple[Integers, int]:
     """What a coded payload holds, all blocks together, and how many scales."""
     runs = coded.decode(codec.levels, codec.scale_bits, payload[1:], [(1, size) for size in live.sizes])
@@ -180,16 +189,20 @@ def integers(codec: CodecSpec, live: LiveSet, payload: bytes) -> tuple[Integers,
 
 
 def measure(
-    report: Report, name: str, codec: CodecSpec, data: list[tuple[LiveSet, list[Delta]]]
+    report: Report, name: str, codec: CodecSpec, data: Rounds, *, rotated: bool = False
 ) -> dict[str, float]:
+    """Bytes by coder, and the error of a round's mean; rotated: before quantising, and back after."""
     totals: dict[str, float] = {"plain": 0.0, "range": 0.0, **dict.fromkeys(CODERS, 0.0)}
     error = square = 0.0
     count = 0
     for live, deltas in data:
         arrived = []
         for delta in deltas:
-            payload = encode_delta(codec, live, delta, np.random.default_rng(count))
-            arrived.append(decode_delta(codec, live, payload))
+            rotation = Rotation(live, count) if rotated else None
+            sent = rotation.turned(delta) if rotation else delta
+            payload = encode_delta(codec, live, sent, np.random.default_rng(count))
+            found = decode_delta(codec, live, payload)
+            arrived.append(rotation.back(found) if rotation else found)
             count += 1
             totals["plain"] += payload_bytes(codec, live)
             totals["range"] += len(payload)
@@ -200,9 +213,9 @@ def measure(
         mean = np.mean(deltas, axis=0)
         error += float(((np.mean(arrived, axis=0) - mean) ** 2).sum())
         square += float((mean**2).sum())
-    found = {coder: round(total / count, 1) for coder, total in totals.items()}
-    report.line(quantiser=name, error_of_mean=round(error / square, 4), bytes_mean=found)
-    return found | {"error": round(error / square, 4)}
+    sizes = {coder: round(total / count, 1) for coder, total in totals.items()}
+    report.line(quantiser=name, rotated=rotated, error_of_mean=round(error / square, 4), bytes_mean=sizes)
+    return sizes | {"error": round(error / square, 4)}
 
 
 def segments_error(parts: int, data: Rounds) -> float:
@@ -245,10 +258,9 @@ def main() -> None:
             found = measure(report, name, codec, data)
             figures |= {f"{name}_bytes": found["range"], f"{name}_error": found["error"]}
             figures[f"{name}_deflate_over_range"] = round(found["deflate"] / found["range"], 3)
-        for name in ("int4", "int3", "ternary", "rms_1"):
-            pairs = [rotated_errors(FORMS[name], live, delta) for live, deltas in data for delta in deltas]
-            as_is, through = np.sum(pairs, axis=0)
-            figures[f"{name}_rotated_over_as_is_error"] = round(float(through / as_is), 3)
+        for name in ROTATED:
+            found = measure(report, name, FORMS[name], data, rotated=True)
+            figures |= {f"{name}_rotated_bytes": found["range"], f"{name}_rotated_error": found["error"]}
         figures["shared_share"] = round(shared_share(data), 4)
         for parts in SEGMENTS:
             figures[f"segments_{parts}_error"] = round(segments_error(parts, data), 4)
