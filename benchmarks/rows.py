@@ -1,8 +1,9 @@
 """What one training step pays for its rows: for clipping each example's gradient, and for padding.
 
-MiniLM-L6 at full depth in ONNX Runtime, one thread, CPU time. `private` is the step that DP-SGD takes, over
-the plain one on 8 texts of 64 tokens. `passes` are batches of 16 utterances of the assistant data set as a
-device trains on them, cut into passes of like length, over the same batches padded to their longest.
+MiniLM-L6 at full depth, one thread, CPU time. `private` is the step that DP-SGD takes, over the plain one on
+8 texts of 64 tokens, in ONNX Runtime and, where its package and a C++ compiler are, ExecuTorch. `passes` are
+batches of 16 utterances of the assistant data set as a device trains on them, cut into passes of like length,
+over the same batches padded to their longest, in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.device import LABELS
+from benchmarks.device import LABELS, executorch_library
+from benchmarks.device_figures import SUFFIX
 from benchmarks.device_rows import SHAPES
 from benchmarks.harness import ROOT, arguments, minilm_directory, reporting
 
 if TYPE_CHECKING:
-    from edge_client.bundle import Bundle
+    from edge_client.bundle import Bundle, RuntimeName
+    from edge_client.runtime import Runtime
     from edge_client.tokens import Batch
 
 ROWS = 16
@@ -30,15 +34,20 @@ UTTERANCES = ROOT / "fleet" / "assistant" / "utterances.jsonl"
 
 def main() -> None:
     parser = arguments("rows", "what clipping each example, and padding, cost a training step")
+    parser.add_argument("--runtime", default="onnxruntime,executorch", help="what is measured (%(default)s)")
     args = parser.parse_args()
     with reporting("rows", args.out) as report:
         turns = 3 if args.quick else 15
-        private = private_over_plain(turns, args.seed)
-        padding = passes_over_one_piece(4 if args.quick else 20, turns, args.seed)
+        both = "executorch" in args.runtime.split(",") and executorch_library(report) is not None
+        runtimes: list[RuntimeName] = ["onnxruntime", "executorch"] if both else ["onnxruntime"]
+        private: dict[str, float] = {}
+        for runtime in runtimes:
+            private |= private_over_plain(runtime, bundle(runtimes), turns, args.seed)
+        padding = passes_over_one_piece(bundle(runtimes), 4 if args.quick else 20, turns, args.seed)
         report.summary(
             private | padding,
             {
-                "step_private_over_plain_cpu_onnx": "<= 1.15: each example's gradient clipped, over the "
+                "step_private_over_plain_cpu_*": "<= 1.15: each example's gradient clipped, over the "
                 "plain step, 8 x 64 tokens",
                 "step_passes_over_one_piece_cpu_onnx": "batches of 16 in passes of like length, over the "
                 "same batches padded to their longest",
@@ -46,21 +55,29 @@ def main() -> None:
         )
 
 
-def bundle() -> Bundle:
+def bundle(runtimes: list[RuntimeName]) -> Path:
+    """With the step that clips; tests compare such with torch."""
     from benchmarks.federated import exported
-    from edge_client.bundle import open_bundle
 
     options = ("--labels", str(LABELS), "--dp", "--depths", "", "--no-verify")
-    return open_bundle(exported("rows-minilm-dp", minilm_directory(), *options))
+    name = f"rows-minilm-dp{'-both' if 'executorch' in runtimes else ''}"
+    return exported(name, minilm_directory(), *options, "--runtime", ",".join(runtimes))
 
 
-def private_over_plain(turns: int, seed: int) -> dict[str, float]:
-    """Median CPU time of either step, by turns."""
+def runtime_of(name: RuntimeName, opened: Bundle) -> Runtime:
+    from edge_client.executorch_runtime import ExecutorchRuntime
     from edge_client.onnx_runtime import OnnxRuntime
+
+    return OnnxRuntime(opened) if name == "onnxruntime" else ExecutorchRuntime(opened)
+
+
+def private_over_plain(name: RuntimeName, directory: Path, turns: int, seed: int) -> dict[str, float]:
+    """Median CPU time of either step, by turns."""
+    from edge_client.bundle import open_bundle
     from edge_client.tokens import Batch
 
-    opened, rng = bundle(), np.random.default_rng(seed)
-    manifest, runtime = opened.manifest, OnnxRuntime(opened)
+    opened, rng = open_bundle(directory, name), np.random.default_rng(seed)
+    manifest, runtime = opened.manifest, runtime_of(name, opened)
     theta, live = somewhere(opened, seed), np.ones(manifest.adapter.layout.size, np.float32)
     batch = Batch(
         ids=rng.integers(0, manifest.model.vocabulary, SHAPES[0]),
@@ -72,20 +89,21 @@ def private_over_plain(turns: int, seed: int) -> dict[str, float]:
         lambda: runtime.gradient(theta, batch),
         lambda: runtime.private_gradient(theta, batch, live, 1.0),
     )
+    suffix = SUFFIX[name]
     return {
-        "step_plain_cpu_ms_onnx": plain,
-        "step_private_cpu_ms_onnx": private,
-        "step_private_over_plain_cpu_onnx": private / plain,
+        f"step_plain_cpu_ms_{suffix}": plain,
+        f"step_private_cpu_ms_{suffix}": private,
+        f"step_private_over_plain_cpu_{suffix}": private / plain,
     }
 
 
-def passes_over_one_piece(count: int, turns: int, seed: int) -> dict[str, float]:
+def passes_over_one_piece(directory: Path, count: int, turns: int, seed: int) -> dict[str, float]:
     """CPU time of so many batches of shuffled utterances, either way by turns."""
-    from edge_client.onnx_runtime import OnnxRuntime
+    from edge_client.bundle import open_bundle
     from edge_client.passes import PASSES, in_passes, padded_tokens, plan_passes
 
-    opened = bundle()
-    runtime, theta = OnnxRuntime(opened), somewhere(opened, seed)
+    opened = open_bundle(directory)
+    runtime, theta = runtime_of("onnxruntime", opened), somewhere(opened, seed)
     least, batches = opened.manifest.tokenization.min_tokens, utterances(opened, count, seed)
 
     def one_piece() -> None:
