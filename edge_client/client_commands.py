@@ -19,7 +19,6 @@ from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.example_files import read_examples
 from edge_client.examples import ExampleStore
-from edge_client.executorch_runtime import executorch_runtimes
 from edge_client.freed_memory import give_freed_memory_back
 from edge_client.home import Home
 from edge_client.journal import read_state
@@ -44,7 +43,7 @@ def run(args: Namespace) -> int:
     server = args.server or (known.server if known else "")
     if not server:
         raise ConfigError("--server", None, "the address of the aggregator, for the first run")
-    runtimes = _RUNTIMES[args.runtime](args.threads)  # what cannot train asks for no work
+    runtimes = _runtimes(args.runtime, args.threads)  # what cannot train asks for no work
     rows = read_examples(args.data) if args.data else None
     if args.once and home.is_paused():
         raise StorageError(f"{home.directory} is paused by its owner: fedtt client resume --home {args.home}")
@@ -67,7 +66,12 @@ def run(args: Namespace) -> int:
             raise KeyboardInterrupt from None
 
 
-_RUNTIMES = {"onnxruntime": onnx_runtimes, "executorch": executorch_runtimes}
+def _runtimes(name: str, threads: int) -> Runtimes:
+    if name == "onnxruntime":
+        return onnx_runtimes(threads)
+    from edge_client.executorch_runtime import executorch_runtimes  # not in the memory of the other
+
+    return executorch_runtimes(threads)
 
 
 async def _run(

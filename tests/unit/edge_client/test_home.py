@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_client.home import Home
 from edge_client.identity import Identity
@@ -76,6 +77,17 @@ def test_a_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
     assert Identity.open(home).device == made.device == device_id(made.public_key)
 
 
+def test_a_key_is_written_as_the_library_writes_it_and_read_as_it_reads_it(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    made = Identity.open(home := Home(tmp_path))
+    found = serialization.load_pem_private_key(home.key.read_bytes(), password=None)
+    assert isinstance(found, Ed25519PrivateKey)
+    assert found.public_key().public_bytes_raw() == made.public_key
+    forms = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    assert found.private_bytes(*forms) == home.key.read_bytes()
+
+
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     home = Home(tmp_path)
     Identity.open(home)
@@ -84,7 +96,17 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         Identity.open(home)
 
 
-@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nxx\n-----END PRIVATE KEY-----\n"])
+X25519 = """-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VuBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"-----BEGIN PRIVATE KEY-----\nxx\n-----END PRIVATE KEY-----\n", X25519.encode()],
+    ids=["nothing", "no-key", "x25519"],
+)
 def test_a_damaged_key_is_a_clear_error(tmp_path: Path, content: bytes) -> None:
     home = Home(tmp_path)
     home.key.touch(mode=0o600)
