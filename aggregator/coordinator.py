@@ -54,7 +54,7 @@ _FOLDING_S = 1.0  #: after which devices ask again, on average
 _ROUNDS_KEPT = 16
 
 
-class _Drawn(NamedTuple):
+class _Opened(NamedTuple):
     """Who is invited to a round, and the round before it."""
 
     invited: frozenset[str]
@@ -66,7 +66,7 @@ class Coordinator(Population, Uploads):
 
     def __init__(self, lifecycle: Lifecycle, new_lease_id: Callable[[], str] | None = None) -> None:
         super().__init__(lifecycle)
-        self._rounds: dict[tuple[int, str, int, float], _Drawn] = {}
+        self._rounds: dict[tuple[int, str, int, float], _Opened] = {}
         self._plans: dict[
             tuple[int, str, int | None], Plan
         ] = {}  #: of a task, a branch and a rank: the newest
@@ -162,27 +162,28 @@ class Coordinator(Population, Uploads):
     def _not_needed(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> Wait:
         """Until the next round that may draw this device, where that can be foreseen."""
         wait = self._wait(task.spec, round_, device, "not needed in this round")
-        if not task.spec.sampling.is_plain or task.groups:
+        spec = task.spec.rounds
+        round_s = rules.pace_s(spec, self._opened(tx, round_).last, round_)
+        if round_s is None or not _may_sleep(task):
             return wait
-        cohort, last = task.spec.rounds.cohort, self._drawn(tx, round_).last
-        turn = next_turn(task.draw_key, device.id, round_.number, cohort, round_.drawn_from)
-        foreseen_s = rules.foreseen_s(task.spec, last, round_, turn, now, device.id)
+        turn = next_turn(task.draw_key, device.id, round_.number, spec.cohort, round_.drawn_from)
+        foreseen_s = rules.foreseen_s(task.spec, round_s, round_, turn, now, device.id)
         return replace(wait, retry_after_s=max(wait.retry_after_s, foreseen_s))
 
     def _has_seat(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> bool:
         spec = self.lifecycle.seats(task, round_.branch)
         if rules.free_seats(spec, tx.count_leases(task.id, round_.branch, round_.number)) <= 0:
             return False
-        return rules.seat_open_to_all(spec, round_, now) or device.id in self._drawn(tx, round_).invited
+        return rules.seat_open_to_all(spec, round_, now) or device.id in self._opened(tx, round_).invited
 
-    def _drawn(self, tx: Transaction, round_: Round) -> _Drawn:
+    def _opened(self, tx: Transaction, round_: Round) -> _Opened:
         """What never changes while a round is open."""
         key = (round_.task_id, round_.branch, round_.number, round_.opened_at)
         if key not in self._rounds:
             while len(self._rounds) >= _ROUNDS_KEPT:
                 del self._rounds[next(iter(self._rounds))]
             last = tx.round(round_.task_id, round_.branch, round_.number - 1)
-            self._rounds[key] = _Drawn(frozenset(round_.invited), last)
+            self._rounds[key] = _Opened(frozenset(round_.invited), last)
         return self._rounds[key]
 
     @staticmethod
@@ -280,6 +281,12 @@ class Coordinator(Population, Uploads):
         if lease.state in {LeaseState.ACTIVE, LeaseState.EXPIRED}:
             tx.put_lease(replace(lease, state=LeaseState.FAILED))
         return None
+
+
+def _may_sleep(task: Task) -> bool:
+    """Whether a device that a round does not need is needed for nothing else: not where devices judge."""
+    judge = task.spec.evaluation
+    return task.spec.sampling.is_plain and not task.groups and (judge is None or judge.by != "devices")
 
 
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:

@@ -189,7 +189,8 @@ class Lifecycle(Periods):
         bundle: str,
         first_sha256: str,
         variants: Mapping[int, str] = MappingProxyType({}),
-        draw_key: str = "",
+        *,
+        draw_key: str,
     ) -> Task:
         """Open a task on a bundle the store has; version 0 is the factors of this hash.
 

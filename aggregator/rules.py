@@ -25,6 +25,7 @@ __all__ = [
     "foreseen_s",
     "free_seats",
     "idle_retry_s",
+    "pace_s",
     "refusal",
     "retry_after_s",
     "seat_open_to_all",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _GRACE = 0.25  #: of the deadline, for which seats are kept for the invited
-_LATEST_S = 6 * 3600.0  #: that a device is told to come for a round that is foreseen
+_LATEST_S = 3600.0  #: that a device is told to wait for a round that is foreseen; it hears of no other task
 
 
 class Due(Enum):
@@ -104,22 +105,30 @@ def retry_after_s(
     return _spread(min(mean_s, spec.retry_s), seed, round_number, device_id)
 
 
-def foreseen_s(
-    task: TaskSpec, last: Round | None, current: Round, turn: int, now: float, device_id: str
-) -> float:
-    """When a device asks again whose turn is round `turn`; 0 where that cannot be foreseen.
+def pace_s(spec: RoundSpec, last: Round | None, current: Round) -> float | None:
+    """Seconds from one round's opening to the next's, or None where that cannot be foreseen.
 
     last: the round before the current one. Rounds are taken to go on as these two followed each other, as
     long as the invited come by themselves: not where the last was still open when its seats were open to
-    all, so that there everybody goes on asking. Rounds may become quicker, so a device asks after half to
-    three quarters of the time, and is then told the rest; from two rounds before its turn it asks as others.
+    all, so that there everybody goes on asking.
     """
     if last is None or last.state is not RoundState.FOLDED or last.closed_at is None:
-        return 0.0
-    if last.closed_at >= last.opened_at + _GRACE * task.rounds.deadline_s:
-        return 0.0
-    round_s = current.opened_at - last.opened_at
-    left_s = (turn - current.number) * round_s - (now - current.opened_at)
+        return None
+    if last.closed_at >= last.opened_at + _GRACE * spec.deadline_s:
+        return None
+    return current.opened_at - last.opened_at
+
+
+def foreseen_s(
+    task: TaskSpec, round_s: float, current: Round, turn: int, now: float, device_id: str
+) -> float:
+    """When a device asks again whose turn is round `turn`; 0 where it asks as all others do.
+
+    Rounds may become quicker than `round_s`, so it is after half to three quarters of the time, and from two
+    rounds before its turn it asks as others. Past its last round a task needs nobody.
+    """
+    last = current.number + task.rounds.count - current.version_number
+    left_s = (min(turn, last) - current.number) * round_s - (now - current.opened_at)
     if left_s < 2 * round_s:
         return 0.0
     return min(_spread(0.25 * left_s, task.seed, current.number, device_id, least=2.0), _LATEST_S)

@@ -207,7 +207,7 @@ def invite(
     if sampling.always_uniform:
         return uniformly(draw_key, round_number, [c.device_id for c in able], seats)
     if len(able) > seats:
-        rng = rng_for(int(draw_key[:16] or "0", 16), Purpose.SAMPLING, round_number)
+        rng = rng_for(_seed(draw_key), Purpose.SAMPLING, round_number)
         chosen = sampling.choose(able, seats, round_number, rng)
         able = [able[i] for i in np.sort(chosen)]
     return tuple(c.device_id for c in able)
@@ -220,7 +220,8 @@ def uniformly(draw_key: str, round_number: int, devices: Sequence[str], seats: i
     """
     if len(devices) <= seats:
         return tuple(devices)
-    lots = np.array([_lot(draw_key, round_number, device) for device in devices])
+    of_round = _keyed(draw_key, round_number)
+    lots = np.array([_lot(of_round, bytes.fromhex(device)) for device in devices])
     chosen = np.sort(np.argpartition(lots, seats - 1)[:seats])
     return tuple(devices[i] for i in chosen)
 
@@ -233,15 +234,27 @@ def next_turn(draw_key: str, device_id: str, after: int, seats: int, drawn_from:
     hundred for one seat, and fewer for more. At the latest the round FORETOLD_ROUNDS past `after`.
     """
     share = seats * (1 + 4 / seats**0.5) / max(drawn_from, 1)
-    rounds = range(after + 1, after + FORETOLD_ROUNDS)
-    return next((r for r in rounds if _lot(draw_key, r, device_id) < share), after + FORETOLD_ROUNDS)
+    name = bytes.fromhex(device_id)
+    for number in range(after + 1, after + FORETOLD_ROUNDS):
+        if _lot(_keyed(draw_key, number), name) < share:
+            return number
+    return after + FORETOLD_ROUNDS
 
 
-def _lot(draw_key: str, round_number: int, device_id: str) -> float:
+def _keyed(draw_key: str, round_number: int) -> blake2b:
+    """The hash of a round, to go on with the name of a device."""
+    return blake2b(_ROUND.pack(round_number), key=bytes.fromhex(draw_key), digest_size=8)
+
+
+def _seed(draw_key: str) -> int:
+    return int.from_bytes(_keyed(draw_key, 0).digest(), "little")
+
+
+def _lot(of_round: blake2b, name: bytes) -> float:
     """In [0, 1), a multiple of 2^-53."""
-    address = _ROUND.pack(round_number) + bytes.fromhex(device_id)
-    digest = blake2b(address, key=bytes.fromhex(draw_key), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    found = of_round.copy()
+    found.update(name)
+    return (int.from_bytes(found.digest(), "little") >> 11) * 2.0**-53
 
 
 def _uniform(rng: np.random.Generator, count: int, seats: int) -> Positions:

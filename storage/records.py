@@ -186,9 +186,9 @@ class Task(Struct, frozen=True, kw_only=True):
     reason: str  #: why it is in this state, for people
     created_at: float
     resumed_after: int  #: newest round when it was last resumed or rolled back; later ones count as failures
+    draw_key: str  #: 16 secret bytes by which cohorts are drawn, hexadecimal
     resumed_at: float = 0.0  #: when it was last resumed
     groups: tuple[Group, ...] = ()  #: in which its devices train now; none while all train together
-    draw_key: str = ""  #: 16 secret bytes by which cohorts are drawn, hexadecimal; empty of a task of before
 
 
 class Version(Struct, frozen=True, kw_only=True):

@@ -123,7 +123,7 @@ def _open_task(store: SqlStore, blobs: FileBlobs, bundle: OpenBundle, text: str)
     first = save(blobs, encode_theta(np.zeros(NUMBERS, np.float32)))
     with store.transaction() as tx:
         tx.put_bundle(Bundle(sha256=bundle.digest, manifest=manifest, added_at=0.0))
-        Lifecycle.create(tx, time.time(), parse_task(text), bundle.digest, first)
+        Lifecycle.create(tx, time.time(), parse_task(text), bundle.digest, first, draw_key="0" * 32)
 
 
 def _upload_all(store: SqlStore, codec: CodecSpec, count: int) -> Round:

@@ -23,10 +23,12 @@ __all__ = [
     "down_with_headers",
     "figures_of",
     "finals",
+    "frames_alone",
     "plot",
     "sent",
     "target_of",
     "up_with_headers",
+    "with_headers",
 ]
 
 OURS = "Fed-SB r32 on value and output, sign, falling rate"  #: within a kilobyte, by the search rows

@@ -6,12 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from aggregator import rules
 from aggregator.metrics import totals
+from edge_client.runtime import Runtimes
+from fedtt.evaluation import EvaluationSpec
 from fleet.availability import Window
 from fleet.profiles import Profile
 from storage.records import TaskState
+from tests.support.edge import MeanTarget
 from tests.support.fleets import SmallFleet, small_task
 
 DEVICES, ROUNDS, COHORT = 400, 30, 8
@@ -26,9 +30,11 @@ class OneInThree:
         return None if index % 3 and now > 1_000_100.0 else (-math.inf, math.inf)
 
 
-def run(directory: Path, profiles: tuple[Profile, ...], **fleet: object) -> tuple[float, float]:
+def run(
+    directory: Path, profiles: tuple[Profile, ...], evaluation: EvaluationSpec | None = None, **fleet: object
+) -> tuple[float, float]:
     """Check-ins a participation, and how long the fleet took in virtual seconds."""
-    task = small_task(rounds=ROUNDS, cohort=COHORT)
+    task = replace(small_task(rounds=ROUNDS, cohort=COHORT), evaluation=evaluation)
     small = SmallFleet(directory, devices=DEVICES, task=task, profiles=profiles, **fleet)  # type: ignore[arg-type]
     small.run()
     assert small.server.task.state is TaskState.FINISHED
@@ -37,7 +43,7 @@ def run(directory: Path, profiles: tuple[Profile, ...], **fleet: object) -> tupl
 
 
 def foretell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "foreseen_s", lambda *_: 0.0)
+    monkeypatch.setattr(rules, "pace_s", lambda *_: None)
 
 
 @pytest.mark.parametrize("profiles", [ALIKE, UNLIKE], ids=["alike", "unlike"])
@@ -57,4 +63,14 @@ def test_where_most_of_the_invited_do_not_come_all_others_go_on_asking(
     _, took_s = run(tmp_path / "told", ALIKE, availability=OneInThree())
     foretell_nothing(monkeypatch)
     _, took_before_s = run(tmp_path / "asking", ALIKE, availability=OneInThree())
+    assert took_s < 1.1 * took_before_s
+
+
+def test_devices_that_are_to_judge_a_version_are_not_sent_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges, evaluation = Runtimes(lambda _: MeanTarget()), EvaluationSpec(devices=10)
+    _, took_s = run(tmp_path / "told", ALIKE, evaluation, judges=judges)
+    foretell_nothing(monkeypatch)
+    _, took_before_s = run(tmp_path / "asking", ALIKE, evaluation, judges=judges)
     assert took_s < 1.1 * took_before_s

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_client.bundle import Bundle
 from edge_client.examples import Example, Shard
+from edge_client.runtime import Runtimes
 from fedtt.codec import CodecSpec
 from fedtt.messages import device_id
 from fedtt.optimiser import TrainingSpec
@@ -63,6 +64,7 @@ class SmallFleet:
         needs_memory_mb: int = 0,
         store: MemoryStore | None = None,
         framed: bool = False,
+        judges: Runtimes | None = None,
         seed: int = 1,
     ) -> None:
         self.time = VirtualTime(1_000_000.0)
@@ -98,6 +100,7 @@ class SmallFleet:
             availability=availability,
             conditions=self.daily,
             faults=faults,
+            judges=judges,
             participations=Participations(self.time.now(), self.rows.append),
         )
 

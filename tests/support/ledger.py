@@ -91,6 +91,7 @@ def task(name: str = "intents", **changes: Any) -> Task:
         reason="",
         created_at=95.0,
         resumed_after=0,
+        draw_key="0123456789abcdef" * 2,
     )
     return replace(plain, **changes)
 

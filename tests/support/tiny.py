@@ -57,4 +57,5 @@ def add_task(tx: Transaction, spec: TaskSpec, now: float = 0.0, described: Manif
     bundle = bundle_digest(manifest)
     tx.put_bundle(Bundle(sha256=bundle, manifest=manifest, added_at=now))
     theta = np.zeros(described.adapter.layout.size, np.float32)
-    return Lifecycle.create(tx, now, spec, bundle, version_digest(encode_theta(theta)))
+    first = version_digest(encode_theta(theta))
+    return Lifecycle.create(tx, now, spec, bundle, first, draw_key=f"{spec.seed:032x}")

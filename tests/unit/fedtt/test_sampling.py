@@ -187,10 +187,6 @@ def test_who_is_drawn_does_not_depend_on_who_else_is_not() -> None:
         assert set(drawn) - {drawn[4]} < set(without)
 
 
-def test_a_device_of_a_task_without_a_key_is_drawn_too() -> None:
-    assert len(uniformly("", 1, POPULATION, 10)) == len(invite(Oort(), "", 1, [device(3)] * 4, 2)) + 8
-
-
 @pytest.mark.parametrize(("seats", "missed"), [(1, 0.02), (10, 0.004), (200, 0.001)])
 def test_a_turn_is_foretold_before_nearly_every_round_that_draws_the_device(
     seats: int, missed: float
