@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_client.files import file_digest, storage_errors
-from fedtt.errors import BundleError, DiskFullError, StorageError, UnavailableError
+from fedtt.errors import BundleError, UnavailableError
 from fedtt.factor_file import decode_factors
 from fedtt.layout import Theta
 from fedtt.manifest import (
@@ -58,18 +59,21 @@ class Bundle:
         return decode_factors(data, self.manifest.adapter.layout, str(path), "export the bundle again")
 
 
+_PASSING = {errno.ENOENT, errno.ESTALE, errno.EIO}  #: beside want of open files
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the file system says of a bundle's file into UnavailableError: whoever shares the cache may
-    remove a bundle behind its check, and what cannot be read now can be tried, or downloaded, again.
+    """As `storage_errors`, and UnavailableError where a bundle's file is gone or cannot be read now: whoever
+    shares the cache may remove a bundle behind its check, and it can be tried, or downloaded, again.
     """
-    try:
-        with storage_errors(path):
+    with storage_errors(path):
+        try:
             yield
-    except DiskFullError:
-        raise
-    except StorageError as error:
-        raise UnavailableError(str(error)) from None
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            raise UnavailableError(f"{path} cannot be used ({error.strerror}): it is had again") from None
 
 
 def check_there(*paths: Path) -> None:

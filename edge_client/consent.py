@@ -38,7 +38,8 @@ def consent_text(
         "  the memory it may use if you said so, training losses, how well new versions of the model do on",
         "  your examples (unless you said --no-judging) and a key made for this device.",
         *counts,
-        "  Whoever runs the server can study these numbers.",
+        "  Whoever runs the server can study these numbers; how a part changed tells roughly which labels",
+        "  your examples have.",
         "Never sent: your texts and which label each has."
         if counts
         else "Never sent: your texts and their labels.",

@@ -33,7 +33,7 @@ from edge_client.local_training import LocalTraining
 from edge_client.private_steps import noise_key, noise_secret
 from edge_client.trainer import trained_adapter
 from fedtt.budget import Budget
-from fedtt.errors import Declined, FedttError
+from fedtt.errors import Declined, FedttError, UnavailableError
 from fedtt.messages import Judge, Plan, Verdict
 from fedtt.privacy import epsilon_of
 from fedtt.seams import Clock
@@ -100,11 +100,16 @@ class LeasedWork:
             if (left_s := ends_at - self._clock.now()) <= 0:
                 raise LeaseOverError("the lease expired while what it judges was loaded, which is kept")
             limit_s = min(left_s, budget.time_s or math.inf)
-            note = Judging(lease=question.lease, attempts=self.cut_short(question) + 1)
+            cut_short = self.cut_short(question)
+            before = Judging(lease=question.lease, attempts=cut_short) if cut_short else Judging()
+            note = Judging(lease=question.lease, attempts=cut_short + 1)
             await self._aside(self._journal.update, judging=note)
             try:
                 verdict = await self._training.judge(dataclasses.replace(request, time_limit_s=limit_s))
-            except (asyncio.CancelledError, FedttError):  # a clean end is no crash
+            except (asyncio.CancelledError, UnavailableError):  # no crash, nor an end
+                await self._aside(self._journal.update, judging=before)
+                raise
+            except FedttError:
                 await self._aside(self._journal.update, judging=Judging())
                 raise
             await self._aside(self._journal.update, judging=Judging())
@@ -130,8 +135,8 @@ class LeasedWork:
             update = await self._training.run(
                 plan, bundle, version, begun.residual, noise_key=begun.noise_key, time_limit_s=limit_s
             )
-        except asyncio.CancelledError:
-            await self._aside(self._journal.update, phase=leased)  # a clean stop is no crash
+        except (asyncio.CancelledError, UnavailableError):  # no crash, nor an end
+            await self._aside(self._journal.update, phase=leased)
             raise
         except Declined:
             if begun is not None:  # it ran out of time: it is as slow as that at least

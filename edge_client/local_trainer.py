@@ -19,7 +19,7 @@ from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
 from edge_client.tokens import KeptTokens
 from edge_client.trainer import LocalUpdate, TrainingRequest, train
-from fedtt.errors import Declined, FedttError, RuntimeFailure
+from fedtt.errors import ConfigError, Declined, FedttError, RuntimeFailure
 from fedtt.messages import Verdict
 
 __all__ = ["Interrupted", "LocalTrainer"]
@@ -54,8 +54,11 @@ class LocalTrainer:
         """Read and keep the tokenizer of a bundle: for an app that knows it, before its event loop runs.
 
         directory: of the bundle, as exported or as a cache has it (HOME/bundles/NAME), which is checked.
-        max_tokens: at which its task cuts texts; None as judging does. Raises BundleError for another.
+        max_tokens: at which its task cuts texts; None as judging does. Raises BundleError for another, and
+        ConfigError where this trainer keeps none.
         """
+        if not self._tokens.keeps:
+            raise ConfigError("keeps_tokenizers", False, "True, where one is to be read beforehand")
         self._tokens.open(open_bundle(directory, self.runtime), max_tokens).read()
 
     async def train(self, request: TrainingRequest) -> LocalUpdate:

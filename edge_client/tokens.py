@@ -181,7 +181,7 @@ class KeptTokens:
 
     def __init__(self, *, keeps: bool = False) -> None:
         self._kept: dict[tuple[str, int | None], RememberedTokens] = {}  #: by bundle and limit, as last used
-        self._keeps, self._guard = keeps, threading.Lock()
+        self.keeps, self._guard = keeps, threading.Lock()
 
     def open(self, bundle: Bundle, max_tokens: int | None = None) -> RememberedTokens:
         key = bundle.digest, max_tokens
@@ -190,7 +190,7 @@ class KeptTokens:
             if tokens is None:
                 older = [k for k in self._kept if k[0] == bundle.digest][-(_KEPT - 1) :]
                 self._kept = {k: self._kept[k] for k in older}
-                tokens = RememberedTokens(bundle, max_tokens, limit=_DEVICE_TOKENS, keeps=self._keeps)
+                tokens = RememberedTokens(bundle, max_tokens, limit=_DEVICE_TOKENS, keeps=self.keeps)
             self._kept[key] = tokens
             return tokens
 

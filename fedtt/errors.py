@@ -135,6 +135,6 @@ class DiskFullError(StorageError):
 
 
 class UnavailableError(StorageError):
-    """For now: a database does not answer, whether or not it kept the last change, or a file of a bundle
-    cannot be read, which may be had again.
+    """What may do better soon: a database does not answer, whether or not it kept the last change, or a
+    bundle's file cannot be read, which may be had again.
     """

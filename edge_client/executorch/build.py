@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distribution
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from edge_client.files import storage_errors
@@ -160,9 +161,10 @@ def _packed(directory: Path, tag: str) -> Path:
 
 def _own_licence() -> bytes:
     """That of shim.cpp, which is fedtt's."""
-    if not (text := distribution("fedtt").read_text("licenses/LICENSE")):
-        raise RuntimeFailure("the licence of fedtt is not where it was installed: install fedtt again")
-    return text.encode()
+    with suppress(PackageNotFoundError):
+        if text := distribution("fedtt").read_text("licenses/LICENSE"):
+            return text.encode()
+    raise RuntimeFailure("the licence of fedtt is not where it was installed: install fedtt again")
 
 
 def _digest(data: bytes) -> str:

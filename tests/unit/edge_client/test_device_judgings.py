@@ -160,14 +160,18 @@ def test_a_verdict_that_cannot_be_sent_is_no_judging_cut_short(tmp_path: Path) -
     in_world(tmp_path, test)
 
 
-def test_cancelling_stops_judging_at_its_next_batch_and_costs_no_attempt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [Judging(), Judging(lease=QUESTION.lease, attempts=2)])
+def test_cancelling_stops_judging_at_its_next_batch_and_costs_no_attempt_and_spares_none(
+    before: Judging, tmp_path: Path
+) -> None:
     async def test(world: World) -> None:
         world.runtime = slow = Slow()
         device, transport = world.device()
+        device.journal.update(judging=before)
         asked = Asked(world, transport)
         run = asyncio.create_task(device.run())
         await asyncio.to_thread(slow.begun.wait, 10)
-        assert device.journal.state.judging == Judging(lease=QUESTION.lease, attempts=1)
+        assert device.journal.state.judging == Judging(lease=QUESTION.lease, attempts=before.attempts + 1)
         run.cancel()
         await asyncio.sleep(0.01)
         assert not run.done(), "it waits for the batch in progress"
@@ -176,7 +180,7 @@ def test_cancelling_stops_judging_at_its_next_batch_and_costs_no_attempt(tmp_pat
             await run
         assert slow.count == 1, "of one batch for each of two versions"
         assert asked.verdicts == []
-        assert device.journal.state.judging == Judging()
+        assert device.journal.state.judging == before
 
     in_world(tmp_path, test)
 

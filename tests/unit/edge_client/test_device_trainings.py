@@ -15,7 +15,7 @@ from edge_client import events, leased_work
 from edge_client.examples import ExampleStore
 from edge_client.journal import Idle, Leased, Trained
 from edge_client.tokens import Batch
-from fedtt.errors import RuntimeFailure, Unreachable, WireError
+from fedtt.errors import RuntimeFailure, UnavailableError, Unreachable, WireError
 from fedtt.layout import Theta
 from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Code, FailureCode, Work
 from fedtt.optimiser import TrainingSpec
@@ -244,6 +244,26 @@ def test_cancelling_stops_training_at_its_next_batch_and_costs_no_attempt(tmp_pa
         device, transport = world.device()
         await device.run(until=acknowledged)
         assert transport.frames[0][0] == phase.work.lease
+
+    in_world(tmp_path, test)
+
+
+def test_what_cannot_be_read_for_now_costs_no_attempt(tmp_path: Path) -> None:
+    class Busy(MeanTarget):
+        left = 5
+
+        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+            if self.left:
+                self.left -= 1
+                raise UnavailableError("base.bin cannot be used (Too many open files): raise ulimit -n")
+            return super().gradient(theta, batch)
+
+    async def test(world: World) -> None:
+        world.runtime = Busy()
+        device, transport = world.device()
+        await device.run(until=acknowledged)
+        assert transport.failures == []
+        assert len(transport.frames) == 1
 
     in_world(tmp_path, test)
 

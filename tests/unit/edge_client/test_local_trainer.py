@@ -21,7 +21,7 @@ from edge_client.tokens import Batch, KeptTokens, RememberedTokens
 from edge_client.trainer import TrainingRequest
 from fedtt.algorithms import FedTT
 from fedtt.codec import CodecSpec
-from fedtt.errors import Declined
+from fedtt.errors import ConfigError, Declined
 from fedtt.layout import Theta
 from fedtt.manifest import DepthGraphs, FileEntry
 from fedtt.messages import Judge, Plan
@@ -174,8 +174,9 @@ async def test_an_app_that_knows_the_bundle_reads_its_tokenizer_beforehand(tmp_p
         await trainer.train(training(bundle, EXAMPLES))
         await trainer.judge(judging(bundle, EXAMPLES))
         assert len(living.read) == 2
-        LocalTrainer(Runtimes(lambda _: runtime), keeps_tokenizers=False).read_tokenizer(bundle.directory)
-        assert len(living.read) == 2, "where it is not kept"
+        with pytest.raises(ConfigError, match="keeps_tokenizers"):
+            LocalTrainer(Runtimes(lambda _: runtime), keeps_tokenizers=False).read_tokenizer(bundle.directory)
+        assert len(living.read) == 2
 
 
 LONG = replace(tiny_manifest().tokenization, max_tokens=64)
