@@ -40,7 +40,7 @@ LOWER_TARGET = 0.82  #: and to this, which most arms reach
 
 AGAINST = {
     "ours": OURS,
-    "accuracy_gap_points": FP32,
+    "accuracy_gap_points": f"{FP32}, at its best rate",
     "participation_bytes": LORA_FP32,
     "uplink_bytes_lora_fp32, total_bytes_lora_fp32": LORA_DENSE,
     "total_bytes_lora_coded": "the LoRA variant with our head and codec that has the target for fewest bytes",
