@@ -61,7 +61,8 @@ class FileActivations:
         self._directory, self.limit_bytes = directory, limit_bytes
         self._guard = threading.Lock()
         self._held: OrderedDict[str, int] | None = None  #: bytes by name, the one used longest ago first
-        self._held_bytes = 0  #: of all
+        self._held_bytes = 0  #: of all, and of what could not be removed
+        self._stuck: dict[str, int] = {}  #: bytes of that, by name
 
     def get(self, key: str, shape: tuple[int, int]) -> Half | None:
         with self._guard:
@@ -83,7 +84,7 @@ class FileActivations:
             self._drop(key)
             if self._make_room(size) and self._write(key, _digest(key, data) + data):
                 held[key] = size
-                self._held_bytes += size
+                self._held_bytes += size - self._stuck.pop(key, 0)  # whose place it took
 
     def _make_room(self, size: int) -> bool:
         """Whether there is room for so many bytes more, once what can be removed for it has gone."""
@@ -149,6 +150,7 @@ class FileActivations:
         try:
             (self._directory / key).unlink(missing_ok=True)
         except OSError:
+            self._stuck[key] = size
             return
         self._held_bytes -= size
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from msgspec import Struct
 from yarl import URL
 
@@ -251,7 +252,7 @@ class HttpTransport:
             return await self._open_session().request(
                 request.method,
                 url,
-                data=_pieces(request.body) if large else request.body or None,
+                data=_Pieces(request.body) if large else request.body or None,
                 headers=headers,
                 allow_redirects=False,  # a signature covers one address
                 timeout=aiohttp.ClientTimeout(
@@ -316,11 +317,25 @@ class HttpTransport:
         return WireError(f"{answer}, which is not the protocol's: is this the aggregator's address?")
 
 
-async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
-    """A large body, with the loop's turn between its parts; aiohttp's own ways copy the whole first."""
-    for start in range(0, len(body), _PIECE_BYTES):
-        yield body[start : start + _PIECE_BYTES]
-        await asyncio.sleep(0)
+class _Pieces(aiohttp.Payload):
+    """A large body, with the loop's turn between its parts; aiohttp's own ways copy the whole first.
+
+    Unlike a generator it can be written again, as aiohttp does where a kept connection was closed.
+    """
+
+    autoclose = True  #: nothing of it needs to be
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self._size = len(body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return str(self._value, encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        for start in range(0, len(self._value), _PIECE_BYTES):
+            await writer.write(self._value[start : start + _PIECE_BYTES])
+            await asyncio.sleep(0)
 
 
 class _Pace:

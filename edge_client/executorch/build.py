@@ -24,7 +24,7 @@ from pathlib import Path
 from edge_client.files import storage_errors
 from fedtt.errors import ConfigError, FedttError, RuntimeFailure
 
-__all__ = ["VERSION", "build", "pack"]
+__all__ = ["VERSION", "build", "main", "pack"]
 
 VERSION = "1.5.1"  #: of the SDK, and of what bundles are lowered with
 HERE = Path(__file__).parent

@@ -130,3 +130,11 @@ def test_another_sdk_is_refused(tmp_path: Path) -> None:
     (tmp_path / "version.py").write_text('__version__ = "1.4.0"\n')
     with pytest.raises(ConfigError, match=r"executorch 1\.5\.1"):
         build(tmp_path / "out", tmp_path)
+
+
+def test_no_wheel_is_made_where_the_licence_of_fedtt_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(RuntimeFailure, match="licence of fedtt is not where it was installed"):
+        pack(tmp_path, "linux_x86_64")

@@ -185,3 +185,16 @@ def test_what_is_held_is_summed_once_and_then_counted(
             assert kept.get(str(number % 7), SHAPE) is None
     assert sums == [0]
     assert kept._held_bytes == sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir())
+
+
+def test_what_could_not_be_removed_counts_no_more_once_another_has_its_place(tmp_path: Path) -> None:
+    kept = FileActivations(tmp_path, 2 * BLOCK)
+    kept.put("one", rows(1))
+    (tmp_path / "one").unlink()
+    (tmp_path / "one").mkdir()
+    assert kept.get("one", SHAPE) is None
+    (tmp_path / "one").rmdir()
+    kept.put("one", rows(1))
+    kept.put("two", rows(2))
+    assert kept.get("one", SHAPE) is not None
+    assert kept.get("two", SHAPE) is not None

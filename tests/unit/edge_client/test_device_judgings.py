@@ -16,7 +16,7 @@ from edge_client import events
 from edge_client.device_config import DeviceConfig
 from edge_client.journal import Idle, Judging
 from edge_client.tokens import Batch
-from fedtt.errors import Unreachable
+from fedtt.errors import UnavailableError, Unreachable
 from fedtt.layout import Theta
 from fedtt.messages import AsTold, CheckIn, CheckInAnswer, FailureCode, Judge, Verdict, Wait
 from fedtt.wire import encode_theta, version_digest
@@ -181,6 +181,28 @@ def test_cancelling_stops_judging_at_its_next_batch_and_costs_no_attempt_and_spa
         assert slow.count == 1, "of one batch for each of two versions"
         assert asked.verdicts == []
         assert device.journal.state.judging == before
+
+    in_world(tmp_path, test)
+
+
+def test_what_cannot_be_read_for_now_costs_judging_no_attempt_and_spares_none(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        attempts: list[int] = []
+
+        class Busy(MeanTarget):
+            def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
+                attempts.append(device.journal.state.judging.attempts)
+                if len(attempts) <= 5:
+                    raise UnavailableError("base.bin cannot be used (Too many open files): raise ulimit -n")
+                return super().logits(theta, batch)
+
+        world.runtime = Busy()
+        device, transport = world.device()
+        device.journal.update(judging=Judging(lease=QUESTION.lease, attempts=2))
+        Asked(world, transport)
+        await device.run(until=judged)
+        assert attempts[:6] == [3] * 6
+        assert device.journal.state.judging == Judging()
 
     in_world(tmp_path, test)
 

@@ -14,6 +14,9 @@ from edge_client.identity import Identity
 from fedtt.errors import Unreachable, WireError
 from fedtt.messages import (
     MEDIA_TYPE,
+    Receipt,
+    UpdateState,
+    encode,
 )
 from tests.support.clock import VirtualClock
 from tests.unit.edge_client.test_http_transport import (
@@ -141,3 +144,30 @@ def test_no_server_at_all_is_unreachable(tmp_path: Path) -> None:
         await transport.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [900_000, 4_000_000])
+def test_a_frame_of_any_size_is_sent_again_where_a_kept_connection_was_closed(
+    tmp_path: Path, size: int
+) -> None:
+    frame = bytes(range(250)) * (size // 250)
+    asked: list[str] = []
+    arrived: list[bytes] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.method)
+        if asked == ["GET", "PUT"]:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        arrived.append(await request.content.read())
+        receipt = Receipt(lease="1" * 32, digest="0" * 64, state=UpdateState.ACCEPTED)
+        return web.Response(body=encode(receipt), content_type=MEDIA_TYPE)
+
+    async def test(transport: HttpTransport) -> None:
+        await transport.receipt("1" * 32)
+        await transport.upload("1" * 32, frame)
+        assert asked == ["GET", "PUT", "PUT"]
+        assert arrived == [b"", frame]
+
+    at_server(tmp_path, handler, test)

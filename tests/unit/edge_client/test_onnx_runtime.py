@@ -19,7 +19,7 @@ from edge_client.bundle import Bundle, open_bundle
 from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import initial_theta
-from fedtt.errors import BundleError, LayoutError, RuntimeFailure, UnavailableError
+from fedtt.errors import BundleError, LayoutError, RuntimeFailure, StorageError, UnavailableError
 from fedtt.layout import Theta
 from fedtt.planning import plan_adapter, plan_tt
 
@@ -87,6 +87,18 @@ def test_a_file_that_is_gone_when_its_graph_is_loaded_is_one_that_may_come_back(
     (tmp_path / name).rename(bundle.path(name))
     expected, _ = OnnxRuntime(open_bundle(tiny_bundle)).gradient(theta, batch)
     assert runtime.gradient(theta, batch)[0] == expected
+
+
+def test_a_file_where_the_bundle_was_is_nothing_that_trying_again_mends(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
+    shutil.rmtree(bundle.directory)
+    bundle.directory.write_bytes(b"")
+    with pytest.raises(StorageError, match="a file stands where a directory should be") as found:
+        runtime.gradient(theta, batch)
+    assert not isinstance(found.value, UnavailableError)
 
 
 def test_a_process_with_too_many_open_files_may_try_again(tiny_bundle: Path) -> None:
