@@ -86,7 +86,7 @@ async def test_a_tokenizer_of_many_words_holds_up_the_loop_unless_it_was_read_be
 
 
 async def check(home: Path, bundle: Path, runtime: str, libraries: set[str]) -> None:
-    """libraries: that a client loads in its rounds where it is not prepared."""
+    """libraries: that a client loads, from its trainer on, where it is not prepared."""
     async with (
         memory_service(home / "blobs", SPEC, bundle, SystemClock()) as service,
         listening(device_app(service)) as url,
@@ -110,6 +110,4 @@ async def test_nor_does_one_with_executorch(
     tmp_path: Path, executorch_bundle: Path, executorch_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(LIBRARY_VARIABLE, str(executorch_library))
-    await check(
-        tmp_path, executorch_bundle, "executorch", {"tokenizers"}
-    )  # its library is there from the start
+    await check(tmp_path, executorch_bundle, "executorch", {"libfedtt_executorch", "tokenizers"})

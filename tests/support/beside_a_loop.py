@@ -3,7 +3,7 @@
 Arguments: home, server's address, runtime, and "unprepared", "prepared" or the directory of the bundle whose
 tokenizer is read beforehand, too. Prints one JSON object when its update is
 acknowledged: the longest that the loop was held up in milliseconds, and the extension modules and libraries
-of ExecuTorch that were loaded meanwhile.
+of ExecuTorch that were loaded since its trainer was made.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def main() -> None:
     runtime: RuntimeName = "executorch" if name == "executorch" else "onnxruntime"
     if how != "unprepared":
         prepare(runtime)
+    before = loaded()
     trainer = LocalTrainer(RUNTIMES[runtime]())
     if how not in {"unprepared", "prepared"}:
         trainer.read_tokenizer(Path(how))
-    before = loaded()
     worst_s = asyncio.run(live(Path(home), url, trainer))
     print(json.dumps({"held_up_ms": 1e3 * worst_s, "loaded": sorted(loaded() - before)}))
 
