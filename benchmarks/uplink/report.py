@@ -230,7 +230,7 @@ def plot(results: Iterable[ArmResult], path: Path) -> None:
     for family in families:
         axes[1].plot([], [], color=colours[family], label=family)
     for codec, style in (*_LINES.items(), ("other codecs", ":")):
-        axes[1].plot([], [], color="grey", linestyle=style, label=codec)
+        axes[1].plot([], [], color="black", linestyle=style, label=codec)
     axes[1].legend(fontsize="small", loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
