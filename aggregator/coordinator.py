@@ -162,9 +162,11 @@ class Coordinator(Population, Uploads):
     def _not_needed(self, tx: Transaction, now: float, device: Device, task: Task, round_: Round) -> Wait:
         """Until the next round that may draw this device, where that can be foreseen."""
         wait = self._wait(task.spec, round_, device, "not needed in this round")
+        if not _may_sleep(task):
+            return wait
         spec = task.spec.rounds
         round_s = rules.pace_s(spec, self._opened(tx, round_).last, round_)
-        if round_s is None or not _may_sleep(task):
+        if round_s is None:
             return wait
         turn = next_turn(task.draw_key, device.id, round_.number, spec.cohort, round_.drawn_from)
         foreseen_s = rules.foreseen_s(task.spec, round_s, round_, turn, now, device.id)

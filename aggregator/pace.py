@@ -8,7 +8,7 @@ from aggregator.coordinator import IDLE_RETRY_S
 __all__ = ["Pace"]
 
 _WEIGHT = 1 / 64  #: of the newest answer in the mean
-_LONGEST_S = 600.0  #: that counts of one: whose turn is far is told hours, and those refused may be invited
+_LONGEST_S = 600.0  #: that counts of one: whose turn is far is told an hour, and the refused may be invited
 
 
 class Pace:

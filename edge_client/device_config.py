@@ -30,9 +30,7 @@ class DeviceConfig:
     seed: int = 0  #: of the jitter of retries
     retry_first_s: float = 1.0  #: ceiling of the first wait after a failure; doubles from there
     retry_limit_s: float = 600.0  #: and never exceeds this
-    max_attempts: int = (
-        3  #: trainings or judgings of one lease that may end in a crash before it is given back
-    )
+    max_attempts: int = 3  #: at one lease that may end in a crash before it is given back
 
     def __post_init__(self) -> None:
         if not 0 < self.retry_first_s <= self.retry_limit_s:

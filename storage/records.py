@@ -296,9 +296,7 @@ class Participation(Struct, frozen=True, kw_only=True):
     last_loss: float | None  #: of the first local step of its last, as reported; None once forgotten
     duration_s: float | None  #: from the lease of its last to the receipt; None once forgotten
     work: float = 1.0  #: of its last, over that of a training at full depth
-    label_counts: bytes | None = (
-        None  #: as the device told them, with its noise, or as estimated; None where unknown
-    )
+    label_counts: bytes | None = None  #: as told, with noise, or as estimated; None where unknown
 
     @property
     def full_s(self) -> float | None:

@@ -36,7 +36,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     participations: int
     frame_bytes_mean: float
     frame_bytes_worst: int
-    check_ins_mean: float = 0.0  #: of a participation; most are told to wait
+    check_ins_mean: float = 0.0  #: of a participation; 0 of a run stored before they were counted
     sent_bytes_mean: float  #: of a participation, with its check-ins
     received_bytes_mean: float  #: without the bundle
     curve: list[Point]

@@ -26,12 +26,12 @@ from fedtt.messages import (
     Wait,
     Work,
 )
-from fedtt.sampling import Sampling, Uniform, next_turn
+from fedtt.sampling import Sampling, Uniform
 from fedtt.server_optimiser import ServerState
 from fedtt.task import RoundSpec, TaskSpec
 from fedtt.wire import UpdateHeader
 from storage.memory import MemoryStore
-from storage.records import MAIN, LeaseState, Round, RoundState, Task, TaskState, Token, UpdateState
+from storage.records import MAIN, LeaseState, RoundState, Task, TaskState, Token, UpdateState
 from tests.support.ranks import lora_adapter
 from tests.support.tiny import add_task, tiny_manifest
 
@@ -261,60 +261,6 @@ def test_a_token_is_used_up_and_expires_but_enrolling_again_costs_nothing() -> N
     assert code_of(server.enroll(2, "once")) is Code.BAD_TOKEN
     assert code_of(Server().enroll(1, "once", now=101.0)) is Code.BAD_TOKEN
     assert code_of(server.enroll(3, "never given")) is Code.BAD_TOKEN
-
-
-def test_seats_are_kept_for_the_sample_until_a_quarter_of_the_deadline_has_passed() -> None:
-    server = Server(cohort=1, deadline_s=40.0)
-    devices = [server.device(n) for n in range(1, 6)]
-    with server.store.transaction() as tx:  # all have been seen before the first round is opened
-        for device in devices:
-            row = tx.device(device)
-            assert row is not None
-            tx.put_device(replace(row, examples=1, runtimes=("onnxruntime",)))
-        round_ = server.coordinator.lifecycle.ensure_round(tx, 0.0, server.task)
-    assert round_ is not None
-    (invited,) = round_.invited
-    others = [device for device in devices if device != invited]
-    assert all(isinstance(server.check_in(device, now=9.0), Wait) for device in others)
-    assert isinstance(server.check_in(others[0], now=10.0), Work)
-    assert isinstance(server.check_in(invited, now=11.0), Wait)
-
-
-def test_a_device_that_is_not_drawn_is_told_when_its_turn_may_come() -> None:
-    """Where rounds follow each other by 10 s; in a first one, and after one slow to fill, by retry_s."""
-    server = Server(cohort=1, count=99, deadline_s=400.0, retry_s=8.0)
-    devices = [server.device(n) for n in range(1, 9)]
-    first = server.work(devices[0], now=0.0)
-    assert all(4 <= wait_of(server, device, 1.0) < 12 for device in devices[1:])
-    assert isinstance(server.upload(devices[0], first.lease, now=2.0), Receipt)
-    server.fold(now=10.0)
-    (second,) = one_round(server, 10.0).invited
-    with server.store.reading() as tx:
-        assert [r.drawn_from for r in tx.rounds(server.task.id)] == [8, 1]  # the newest first
-    for device in devices:
-        if device != second:
-            turn = next_turn(server.task.draw_key, device, 2, 1, 8)
-            soonest, latest = (5.0, 7.5) if turn > 3 else (0.0, 0.0)
-            told = wait_of(server, device, 10.0)
-            assert max(4.0, soonest * (turn - 2)) <= told < max(12.0, latest * (turn - 2))
-    assert isinstance(server.upload(second, server.work(second, 109.0).lease, now=109.5), Receipt)
-    server.fold(now=110.0)
-    one_round(server, 110.0)
-    (third,) = one_round(server, 110.0).invited
-    assert all(4 <= wait_of(server, device, 110.0) < 12 for device in devices if device != third)
-
-
-def wait_of(server: Server, device: str, now: float) -> float:
-    answer = server.check_in(device, now)
-    assert isinstance(answer, Wait)
-    return answer.retry_after_s
-
-
-def one_round(server: Server, now: float) -> Round:
-    with server.store.transaction() as tx:
-        round_ = server.coordinator.lifecycle.ensure_round(tx, now, server.task)
-    assert round_ is not None
-    return round_
 
 
 def test_a_task_pauses_itself_after_abandoned_rounds_in_a_row_and_says_why() -> None:
