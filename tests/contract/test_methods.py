@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Method, AdapterSpec]] = {
     "ffa-lora": (FFALoRA(), LORA),
     "rolora": (RoLoRA(), LORA),
     "fed-sb": (FedSB(), SB),
+    "fed-sb, in turns": (FedSB(turns=2), SB),
     "flexlora": (FlexLoRA(), LORA),
     "flexlora, two ranks": (FlexLoRA(tiers=(Tier(rank=1, below_mb=100),)), LORA),
     "hier-fedlora": (HierFedLoRA(warmup_rounds=1), LORA),

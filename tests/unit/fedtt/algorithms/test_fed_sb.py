@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedtt.adapter import AdapterSpec, initial_theta
 from fedtt.algorithms import FedSB
+from fedtt.algorithms.fed_sb import _even_parts
+from fedtt.errors import ConfigError
 from fedtt.folds import Contribution
 from fedtt.kinds import LoraSB
 from fedtt.layout import Theta
@@ -57,3 +64,42 @@ def test_the_mean_of_the_square_matrices_is_that_of_the_products() -> None:
     for number, product in enumerate(found):
         mean = sum(c.examples / 9 * one[number] for c, one in zip(given_, sent, strict=True))
         np.testing.assert_allclose(product, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_in_turns_every_number_is_live_once(turns: int) -> None:
+    rounds = [FedSB(turns=turns).live(ADAPTER, number).indices for number in range(1, turns + 1)]
+    assert sorted(index for round_ in rounds for index in round_) == list(ADAPTER.layout.everything.indices)
+    longer = FedSB(turns=turns, epoch_rounds=3)
+    assert [longer.live(ADAPTER, number).indices for number in (1, 3, 3 * turns, 3 * turns + 1)] == [
+        rounds[0], rounds[0], rounds[-1], rounds[0]
+    ]  # fmt: skip
+
+
+def test_the_head_has_a_turn_of_its_own_where_it_is_half_of_the_numbers() -> None:
+    sizes = {name: array.size for name, array in ADAPTER.layout.unflatten(THETA).items()}
+    assert sizes["head.weight"] + sizes["head.bias"] == 68
+    rounds = [FedSB(turns=2).live(ADAPTER, number) for number in (1, 2)]
+    assert [live.size for live in rounds] == [4 * 3**2, 68]
+
+
+def test_more_turns_than_shorten_a_frame_are_refused() -> None:
+    FedSB(turns=3).check(ADAPTER)  # 36 of the R's, 64 of the head's weight, 4 of its bias
+    with pytest.raises(ConfigError, match=r"method\.turns = 4 is not allowed: 3, for more"):
+        FedSB(turns=4).check(ADAPTER)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(1, 5))
+def test_the_largest_part_is_as_small_as_any_cut_makes_it(sizes: list[int], parts: int) -> None:
+    def largest(cut: list[tuple[int, int]]) -> int:
+        return max(sum(sizes[first:end]) for first, end in cut)
+
+    found = _even_parts(sizes, parts)
+    assert len(found) <= parts
+    assert [index for first, end in found for index in range(first, end)] == list(range(len(sizes)))
+    others = (
+        list(pairwise((0, *inner, len(sizes))))
+        for count in range(min(parts, len(sizes)))
+        for inner in combinations(range(1, len(sizes)), count)
+    )
+    assert largest(found) == min(map(largest, others))
