@@ -27,7 +27,7 @@ Values = dict[tuple[str, str, int | None, bool], float]  #: (runtime, base, dept
 
 
 def write_tables(stored: Path, page: Path) -> None:
-    """Steps' and rounds' time over torch eager's at full depth, and the most memory of a round."""
+    """Steps' and rounds' time over torch eager's at full depth, and the most memory of either."""
     lines = [json.loads(line) for line in stored.read_bytes().splitlines()]
     found = [
         (msgspec.convert({key: line[key] for key in Row.__struct_fields__}, Row), line)
@@ -40,8 +40,8 @@ def write_tables(stored: Path, page: Path) -> None:
         training = _values(rows, "round", "training_cpu_s")
         _put(page, "steps", shape, steps, _over(steps, "cpu_ms"))
         _put(page, "rounds", shape, training, _over(training, "training_cpu_s"))
-        memory = _values(rows, "round", "peak_mb")
-        _put(page, "memory", shape, memory, lambda value: f"{value:.0f}")
+        for title, part in (("memory", "round"), ("memory of steps", "step")):
+            _put(page, title, shape, _values(rows, part, "peak_mb"), lambda value: f"{value:.0f}")
 
 
 def _values(rows: list[tuple[Row, dict[str, float]]], part: str, figure: str) -> Values:
