@@ -22,7 +22,7 @@ from benchmarks.uplink.arms import ArmResult, run_arm
 from benchmarks.uplink.http_bytes import HttpBytes, measured
 from benchmarks.uplink.page import write_codecs, write_table
 from benchmarks.uplink.recount import recounted
-from benchmarks.uplink.report import AGAINST, figures_of, plot, target_of
+from benchmarks.uplink.report import AGAINST, KILOBYTE, OURS, figures_of, plot, target_of
 
 PLAN, SEARCH = (Path(__file__).with_name(f"{name}.toml") for name in ("uplink", "search"))
 RESULTS = ROOT / "benchmarks" / "results" / "uplink.jsonl"
@@ -107,9 +107,12 @@ def main() -> None:
     kept.write(summary=True)
     if kept.path and not args.search:
         plot(kept.arms, kept.path.with_suffix(".svg"))
-    if kept.path == RESULTS and (target := target_of(kept.arms)) is not None:
+    targets = target_of(kept.arms, OURS), target_of(kept.arms, KILOBYTE)
+    if kept.path == RESULTS and targets[0] is not None and targets[1] is not None:
         beside = {arm.format(codec) for arm in plan.varied for codec in plan.variants if codec != "sign"}
-        write_table([arm for arm in kept.arms if arm.arm not in beside], kept.http, target, PAGE)
+        write_table(
+            [arm for arm in kept.arms if arm.arm not in beside], kept.http, (targets[0], targets[1]), PAGE
+        )
         write_codecs(kept.arms, plan, PAGE)
 
 

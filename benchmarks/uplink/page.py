@@ -11,7 +11,6 @@ from benchmarks.page_table import put_table
 from benchmarks.uplink.arms import ArmResult
 from benchmarks.uplink.http_bytes import HttpBytes
 from benchmarks.uplink.report import (
-    LOWER_TARGET,
     Bytes,
     both_ways,
     by_arm,
@@ -37,21 +36,17 @@ _HEADINGS = (
     "rounds",
     "accuracy",
     "loss",
-    "rounds to {target}",
-    "up to {target}",
-    "both ways to {target}",
-    "rounds to {lower}",
-    "up to {lower}",
-    "both ways to {lower}",
+    *(f"{what} to {{{target}}}" for target in (0, 1) for what in ("rounds", "up", "both ways")),
 )
 
 
-def write_table(results: Iterable[ArmResult], http: HttpBytes, target: float, page: Path) -> None:
+def write_table(
+    results: Iterable[ArmResult], http: HttpBytes, targets: tuple[float, float], page: Path
+) -> None:
     """Put the table into docs/uplink.md, or another page with its marks."""
-    shown = {"target": f"{100 * target:.1f} %", "lower": f"{100 * LOWER_TARGET:.0f} %"}
-    headings = [heading.format(**shown) for heading in _HEADINGS]
+    headings = [heading.format(*(f"{100 * target:.1f} %" for target in targets)) for heading in _HEADINGS]
     rows = sorted(by_arm(results).items(), key=lambda item: fmean(r.frame_bytes_mean for r in item[1]))
-    lines = [(name, *_row(runs, http, target)) for name, runs in rows]
+    lines = [(name, *_row(runs, http, targets)) for name, runs in rows]
     put_table(page, COMMAND, headings, lines)
 
 
@@ -72,7 +67,7 @@ def _cell(runs: Sequence[ArmResult]) -> str:
     return f"{100 * fmean(finals(runs)):.1f} %, {fmean(run.frame_bytes_mean for run in runs):,.0f}"
 
 
-def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str, ...]:
+def _row(runs: Sequence[ArmResult], http: HttpBytes, targets: tuple[float, float]) -> tuple[str, ...]:
     accuracies = finals(runs)
     spread = f" ± {100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
     return (
@@ -85,13 +80,12 @@ def _row(runs: Sequence[ArmResult], http: HttpBytes, target: float) -> tuple[str
         str(min(run.rounds for run in runs)),
         f"{100 * fmean(accuracies):.1f}{spread} %",
         f"{fmean(run.curve[-1].loss for run in runs):.3f}",
-        _rounds(runs, target),
-        _megabytes(runs, target, sent),
-        _megabytes(runs, target, both_ways),
-        _rounds(runs, LOWER_TARGET),
-        _megabytes(runs, LOWER_TARGET, sent),
-        _megabytes(runs, LOWER_TARGET, both_ways),
+        *(cell for target in targets for cell in _to(runs, target)),
     )
+
+
+def _to(runs: Sequence[ArmResult], target: float) -> tuple[str, str, str]:
+    return _rounds(runs, target), _megabytes(runs, target, sent), _megabytes(runs, target, both_ways)
 
 
 def _rounds(runs: Sequence[ArmResult], target: float) -> str:

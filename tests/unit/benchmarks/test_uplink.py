@@ -10,7 +10,16 @@ from benchmarks.uplink.__main__ import PAGE, PLAN
 from benchmarks.uplink.arms import ArmResult
 from benchmarks.uplink.http_bytes import HttpBytes
 from benchmarks.uplink.page import write_codecs, write_table
-from benchmarks.uplink.report import LORA_DENSE, LORA_FP32, OURS, both_ways, bytes_to, figures_of, sent
+from benchmarks.uplink.report import (
+    KILOBYTE,
+    LORA_DENSE,
+    LORA_FP32,
+    OURS,
+    both_ways,
+    bytes_to,
+    figures_of,
+    sent,
+)
 from fedtt.codec import CodecSpec
 from fedtt.task import read_task
 
@@ -53,7 +62,7 @@ def test_every_arm_of_the_plan_is_a_task_that_is_allowed() -> None:
     assert len({(case.arm.name, case.seed) for case in cases}) == len(cases)
     for case in cases:
         read_task({"name": "t", "seed": case.seed, **case.settings("task")}, case.arm.name)
-    assert {OURS, LORA_FP32} <= {case.arm.name for case in cases}
+    assert {OURS, KILOBYTE, LORA_FP32} <= {case.arm.name for case in cases}
     assert any(case.arm.name.startswith(LORA_DENSE) for case in cases)
 
 
@@ -77,6 +86,12 @@ def test_the_summary_compares_with_arms_that_were_run_and_says_none_of_others() 
     found = figures_of([ours, lora, coded], HTTP)
     assert found["total_bytes_lora_fp32_over_ours"] == 300
     assert found["total_bytes_lora_coded_over_ours"] == 10
+    longer = figures_of([ours, lora, coded, result(KILOBYTE, [0.5, 0.9], 1000, method="fed-sb")], HTTP)
+    assert (
+        longer["total_bytes_lora_fp32_over_ours"],
+        longer["kilobyte_total_bytes_lora_fp32_over_ours"],
+    ) == (300, 30)
+    assert longer["kilobyte_total_bytes_lora_coded_over_ours"] == 1  # Fed-SB itself is no LoRA variant here
 
 
 def test_the_table_is_written_between_its_marks_cheapest_arm_first(tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_the_table_is_written_between_its_marks_cheapest_arm_first(tmp_path: Pat
     begin, end = [mark for mark in PAGE.read_text().splitlines() if mark.startswith("<!--")][:2]
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     runs = [result("dear", [0.5, 0.9], 2000), result("cheap", [0.5, 0.7], 100)]
-    write_table([*runs, result("cheap", [0.5, 0.8], 100, seed=1)], HTTP, 0.8, page)
+    write_table([*runs, result("cheap", [0.5, 0.8], 100, seed=1)], HTTP, (0.8, 0.9), page)
     lines = page.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
