@@ -52,11 +52,9 @@ class Computed:
             self._db.executescript(_SCHEMA)
 
     def belongs_to(self, fingerprint: str) -> bool:
-        """Whether it is of the run of this name; it is from now on where it was of none."""
+        """Whether it is of the run of this name, or of none yet."""
         with self._errors():
             row = self._db.execute("SELECT fingerprint FROM run").fetchone()
-            if row is None:
-                self._db.execute("INSERT INTO run VALUES (?)", (fingerprint,))
             return row is None or row[0] == fingerprint
 
     def trainer(self) -> str | None:
@@ -65,9 +63,13 @@ class Computed:
             row = self._db.execute("SELECT name FROM trainer").fetchone()
             return None if row is None else str(row[0])
 
-    def keep_trainer(self, name: str) -> None:
-        with self._errors():
-            self._db.execute("INSERT INTO trainer SELECT ? WHERE NOT EXISTS (SELECT 1 FROM trainer)", (name,))
+    def begin(self, fingerprint: str, trainer: str | None) -> None:
+        """Be of a run from now on, and of a pool by this name; what was begun stays as it is."""
+        with self._errors(), self._transaction():
+            self._db.execute("INSERT INTO run SELECT ? WHERE NOT EXISTS (SELECT 1 FROM run)", (fingerprint,))
+            if trainer is not None:
+                new = "INSERT INTO trainer SELECT ? WHERE NOT EXISTS (SELECT 1 FROM trainer)"
+                self._db.execute(new, (trainer,))
 
     def trainings(self) -> int:
         with self._errors():

@@ -50,8 +50,7 @@ def run_fleet(
 
     fresh: forget what was computed there. stopped: asked again and again; once it says so the run ends and
     can be gone on with. pool: None for the one the fleet file names, as `opener` opens it, or this process.
-    judge: runs the bundle's evaluation
-    graph; None for ONNX Runtime.
+    judge: runs the bundle's evaluation graph; None for ONNX Runtime.
     Raises ConfigError where the directory is another run's, StorageError where it cannot be used.
     """
     with own_directory(directory), ExitStack() as stack:
@@ -64,8 +63,9 @@ def run_fleet(
         stack.callback(computed.close)
         if not computed.belongs_to(experiment.fingerprint):
             raise ConfigError("--dir", str(directory), "the directory of this very run; --fresh begins anew")
-        inner = pool or _pool(experiment, computed, opener or partial(opened, experiment))
+        name, inner = (None, pool) if pool else _pool(experiment, computed, opener)
         stack.callback(inner.close)
+        computed.begin(experiment.fingerprint, name)  # a start that failed leaves the directory to any run
         files = stack.enter_context(RunFiles.open(directory))
         files.settings(experiment.spec)
         made = _Run if experiment.spec.fleet.bound is None else Alone
@@ -74,11 +74,10 @@ def run_fleet(
         )
 
 
-def _pool(experiment: Experiment, computed: Computed, opener: Opener) -> Pool:
+def _pool(experiment: Experiment, computed: Computed, opener: Opener | None) -> tuple[str, Pool]:
     """The one the fleet file names; a run that is gone on with takes the back end that it began with."""
-    name, pool = opener(computed.trainer() or experiment.spec.fleet.chosen_trainer)
-    computed.keep_trainer(name)
-    return pool
+    open_by = opener or partial(opened, experiment)
+    return open_by(computed.trainer() or experiment.spec.fleet.chosen_trainer)
 
 
 def opened(experiment: Experiment, name: str) -> tuple[str, Pool]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fedtt.errors import (
     FedttError,
     LayoutError,
     StorageError,
+    Unreachable,
     WireError,
 )
 from fedtt.version_config import CONFIG, FACTORS
@@ -162,6 +164,34 @@ def test_a_directory_of_another_run_is_refused_until_it_may_be_forgotten(file: P
     with pytest.raises(ConfigError, match="--fresh begins anew"):
         lived(file, "run")
     assert lived(file, "run", fresh=True).state == "finished"
+
+
+def test_a_start_whose_pool_did_not_open_leaves_the_directory_to_the_corrected_command(file: Path) -> None:
+    def fails(name: str) -> tuple[str, Pool]:
+        raise Unreachable("there is no cluster")
+
+    directory = file.parent / "run"
+    with pytest.raises(Unreachable):
+        run_fleet(prepare(read_fleet(file)), directory, opener=fails)
+    file.write_text(FILE.replace("seed = 4", "seed = 5").replace('"noop"', '"one-by-one"'))
+    asked: list[str] = []
+
+    def opener(name: str) -> tuple[str, Pool]:
+        asked.append(name)
+        return name, OneByOnePool(Runtimes(lambda bundle: MeanTarget()))
+
+    corrected = prepare(read_fleet(file))
+    assert run_fleet(corrected, directory, opener=opener).state == "finished"
+    assert asked == ["one-by-one"]
+    assert run_fleet(corrected, directory, opener=opener).state == "finished"  # it is this run's own now
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="SKIPPED: Ray is not installed: pip install '.[ray]'")
+def test_a_cluster_that_is_not_there_keeps_no_run_from_its_directory(file: Path) -> None:
+    status, line, _ = refusal_of_command(file, "--ray", "--ray-address", "auto")
+    assert status not in (0, 130)
+    assert line.startswith("fedtt: error: this machine is part of no Ray cluster")
+    assert lived(file, "run").state == "finished"
 
 
 @pytest.mark.parametrize("data", [*LIES, pytest.param(None, id="none")])
