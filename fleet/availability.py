@@ -106,10 +106,10 @@ def read_trace(path: Path, devices: int) -> list[list[Window]]:
         with path.open(newline="", encoding="utf-8") as file:
             _read_rows(csv.reader(file), path, windows)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError("availability.trace", str(path), f"a CSV file that can be read ({error})") from None
+        raise ConfigError("availability.file", str(path), f"a CSV file that can be read ({error})") from None
     if [] in windows:
         raise ConfigError(
-            "availability.trace", str(path), f"a row for every device; number {windows.index([])} has none"
+            "availability.file", str(path), f"a row for every device; number {windows.index([])} has none"
         )
     return windows
 
@@ -135,4 +135,4 @@ def _read_rows(rows: Iterable[list[str]], path: Path, windows: list[list[Window]
 
 
 def _bad_row(path: Path, number: int, row: list[str], allowed: str) -> ConfigError:
-    return ConfigError("availability.trace", ",".join(row)[:100], allowed, f"{path} row {number}")
+    return ConfigError("availability.file", ",".join(row)[:100], allowed, f"{path} row {number}")

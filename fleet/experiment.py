@@ -15,6 +15,7 @@ from edge_client.examples import Example
 from edge_client.files import file_digest
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.runtime import Runtimes
+from fedtt.errors import ConfigError
 from fleet.able import check_able
 from fleet.availability import Always, Availability, Nightly, Trace, read_trace
 from fleet.conditions import Daily
@@ -57,7 +58,7 @@ def prepare(spec: FleetSpec) -> Experiment:
     bundle.first_theta()  # is there, and sound
     check_pool(spec.fleet.chosen_trainer, bundle, spec.fleet.model)
     labels = bundle.manifest.labels
-    spec.task.check(bundle.manifest.adapter)
+    _check_task(spec, bundle)
     table = read_labelled(spec.data.train, labels)
     population = Population(
         size=spec.fleet.devices, shards=spec.shards, profiles=spec.profiles, seed=spec.fleet.seed
@@ -75,6 +76,14 @@ def prepare(spec: FleetSpec) -> Experiment:
         conditions=_conditions(spec, population),
         fingerprint=_fingerprint(spec, bundle),
     )
+
+
+def _check_task(spec: FleetSpec, bundle: Bundle) -> None:
+    """Raise ConfigError, with the field as a fleet file has it, where the task cannot train the bundle."""
+    try:
+        spec.task.check(bundle.manifest.adapter)
+    except ConfigError as error:
+        raise ConfigError(f"task.{error.field}", error.value, error.allowed, error.where) from None
 
 
 def _availability(spec: FleetSpec, population: Population) -> Availability:

@@ -83,7 +83,7 @@ def register_fleet(commands: Commands) -> None:
 
 def _run_fleet(args: argparse.Namespace) -> int:
     from fleet.experiment import prepare
-    from fleet.fleet_file import read_fleet
+    from fleet.fleet_file import naming, read_fleet
     from fleet.pool import PoolLost
     from fleet.report import write_report
 
@@ -92,7 +92,9 @@ def _run_fleet(args: argparse.Namespace) -> int:
     spec = read_fleet(args.file)
     if args.server is not None and spec.fleet.bound is not None:
         raise ConfigError("fleet.bound", spec.fleet.bound, "none with --server")
-    experiment, opener = _over_ray(args, prepare(spec))
+    with naming(args.file):
+        experiment = prepare(spec)
+    experiment, opener = _over_ray(args, experiment)
     try:
         outcome = _lived(args, experiment, directory, _ask_to_stop(), opener)
     except PoolLost as error:

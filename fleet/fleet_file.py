@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,7 +16,7 @@ from fedtt.errors import ConfigError
 from fedtt.task import parse_task, read_task
 from fleet.spec import FleetFile, FleetSpec
 
-__all__ = ["read_fleet"]
+__all__ = ["naming", "read_fleet"]
 
 _SIZE_LIMIT_BYTES = 1 << 20
 _TASK_LIMIT_BYTES = 64 * 1024
@@ -32,13 +34,23 @@ def read_fleet(path: Path) -> FleetSpec:
         task = read_task(given, f"{path}: [task]")
     else:
         raise ConfigError("task", given, "a section [task], or the name of a task file", str(path))
-    try:
-        parts = msgspec.convert(raw, FleetFile, strict=True, dec_hook=lambda kind, value: directory / value)
+    with naming(path):
+        try:
+            parts = msgspec.convert(
+                raw, FleetFile, strict=True, dec_hook=lambda kind, value: directory / value
+            )
+        except msgspec.ValidationError as error:
+            raise _explain(error, raw, str(path)) from None
         return FleetSpec(task=task, **{name: getattr(parts, name) for name in FleetFile.__struct_fields__})
-    except msgspec.ValidationError as error:
-        raise _explain(error, raw, str(path)) from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the fleet file's name before what is refused meanwhile, but where it names a place of its own."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(error.field, error.value, error.allowed, str(path)) from None
+        raise ConfigError(error.field, error.value, error.allowed, error.where or str(path)) from None
 
 
 def _find_model(raw: dict[str, Any], directory: Path) -> None:

@@ -106,6 +106,7 @@ def test_an_end_is_behind_its_window_whatever_the_sum_rounds_to(times: list[floa
 def test_a_row_that_makes_no_sense_is_named(tmp_path: Path, rows: list[str], row: int, why: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_trace(trace_file(tmp_path, *rows), 2)
+    assert caught.value.field == "availability.file"
     assert f"trace.csv row {row}:" in str(caught.value)
     assert why in str(caught.value)
 

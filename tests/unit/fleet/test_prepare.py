@@ -89,7 +89,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "no trace": (
         lambda t: t + '\n[availability]\nkind = "trace"\nfile = "none.csv"\n',
-        "availability.trace",
+        "availability.file",
+    ),
+    "a method that cannot train the bundle": (
+        lambda t: t + '\n[task.method]\nname = "fedlora"\n',
+        "task.method.name",
     ),
     "a night too long": (
         lambda t: t + '\n[availability]\nkind = "nightly"\nhours = 13.0\n',

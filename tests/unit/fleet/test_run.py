@@ -275,6 +275,22 @@ def refusal_of_command(file: Path, *options: str) -> tuple[int, str, str]:
     return done.returncode, line, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ('[task.method]\nname = "fedlora"', "task.method.name = 'fedlora'"),
+        ('[availability]\nkind = "trace"\nfile = "none.csv"', "availability.file = "),
+    ],
+)
+def test_what_only_the_bundle_or_another_file_shows_is_refused_with_the_fleet_files_name(
+    file: Path, more: str, field: str
+) -> None:
+    file.write_text(f"{FILE}\n{more}\n")
+    status, said, out = refusal_of_command(file)
+    assert (status, out) == (2, "")
+    assert said.startswith(f"fedtt: error: {file}: {field}")
+
+
 def test_a_server_that_is_not_there_is_said_at_once(file: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
