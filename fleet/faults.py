@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from fedtt.errors import ConfigError, Unreachable
 from fedtt.messages import AsTold, CheckIn, CheckInAnswer, Enroll, Enrolled, Failure, Receipt, Verdict
@@ -37,10 +37,6 @@ class FaultSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for field in ("delay_s", "timeout_s"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(f"faults.{field}", getattr(self, field), "seconds above 0")
-
-    @property
-    def none(self) -> bool:
-        return not any(asdict(self)[field] for field in _KINDS)
 
 
 class _Fate(Struct, frozen=True, kw_only=True):

@@ -54,7 +54,7 @@ class Population:
         self.sent_bytes = np.zeros(size, np.int64)
         self.received_bytes = np.zeros(size, np.int64)  #: without bundles
         self.participations = np.zeros(size, np.int32)  #: acknowledged updates
-        self.failures = np.zeros(size, np.int8)  #: leases given back since its last acknowledged update
+        self.failures = np.zeros(size, np.int8)  #: leases given back since its last training
         self.exchanges = np.zeros(size, np.int32)  #: with the server, counted where faults are drawn for them
         self.has_bundle = np.zeros(size, np.bool_)
         self.left_out = np.zeros(size, np.bool_)
