@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import (
@@ -32,6 +33,7 @@ __all__ = ["LIMIT_BYTES", "BundleCache", "Bundles"]
 
 LIMIT_BYTES = 4 << 30  #: of bundles in one cache, unless its owner says otherwise
 _LOCK_POLL_S = 0.2
+_NAME = re.compile("[0-9a-f]{64}")  # of a bundle's directory
 
 
 class Bundles(Protocol):
@@ -62,7 +64,7 @@ class BundleCache:
     """A directory of bundles by name. Any number of devices and processes may use one at a time.
 
     A bundle's directory bears the time of its last use. Another cache may remove one that is not being
-    fetched now: it is downloaded again when it is next asked for.
+    fetched now: it is downloaded again when it is next asked for. What else lies in the directory stays.
     """
 
     def __init__(
@@ -196,7 +198,8 @@ class BundleCache:
         if needed_bytes > self._limit_bytes:
             raise self._no_room(digest, needed_bytes)
         with storage_errors(self.directory):
-            others = [d for d in self.directory.iterdir() if d.is_dir() and d.name != digest]
+            entries = [entry for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
+            others = [entry for entry in entries if entry.name != digest and entry.is_dir()]
             found = sorted((*_use(directory), directory) for directory in others)
             room = self._limit_bytes - sum(size for _, size, _ in found)
             for _, size, directory in found:

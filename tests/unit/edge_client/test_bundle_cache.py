@@ -170,17 +170,28 @@ def test_a_bundle_over_the_limit_is_refused_before_it_comes(tmp_path: Path) -> N
 
 def test_the_longest_unused_bundle_makes_room(tmp_path: Path) -> None:
     place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
-    for name in ("older", "old"):
-        (place.directory / name).mkdir(parents=True)
-        (place.directory / name / "base.bin").write_bytes(bytes(BASE_BYTES // 2 + 1))
-    os.utime(place.directory / "older", (1, 1))
+    old, older = (
+        other_bundle(place, name, BASE_BYTES // 2 + 1, used_at) for name, used_at in [("a", 2), ("b", 1)]
+    )
     place.ensure()
-    assert {p.name for p in place.directory.iterdir() if p.is_dir()} == {"old", place.digest}
+    assert (old.exists(), older.exists(), place.base().exists()) == (True, False, True)
 
 
-def other_bundle(place: Place, name: str, size: int, used_at: float) -> Path:
-    """A bundle in the cache that another process brought there."""
-    directory = place.directory / name
+def test_what_is_no_bundle_neither_goes_nor_counts(tmp_path: Path) -> None:
+    place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
+    photos = place.directory / "photos"
+    (photos / "2024").mkdir(parents=True)
+    (photos / "holiday.jpg").write_bytes(bytes(BASE_BYTES * 3))
+    other = other_bundle(place, "a", BASE_BYTES // 2, used_at=1)
+    place.ensure()
+    assert (photos / "2024").is_dir()
+    assert (photos / "holiday.jpg").stat().st_size == BASE_BYTES * 3
+    assert other.exists(), "there was room beside it"
+
+
+def other_bundle(place: Place, digit: str, size: int, used_at: float) -> Path:
+    """A bundle in the cache that another process brought there; its name is one digit, again and again."""
+    directory = place.directory / (digit * 64)
     directory.mkdir(parents=True)
     (directory / "base.bin").write_bytes(bytes(size))
     os.utime(directory, (used_at, used_at))
@@ -189,9 +200,9 @@ def other_bundle(place: Place, name: str, size: int, used_at: float) -> Path:
 
 def test_a_bundle_that_another_process_is_fetching_is_not_removed(tmp_path: Path) -> None:
     place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
-    fetched = other_bundle(place, "fetched", BASE_BYTES // 2 + 1, used_at=1)
-    idle = other_bundle(place, "idle", BASE_BYTES // 2 + 1, used_at=2)
-    held = try_lock(place.directory / "fetched.lock")
+    fetched = other_bundle(place, "a", BASE_BYTES // 2 + 1, used_at=1)
+    idle = other_bundle(place, "b", BASE_BYTES // 2 + 1, used_at=2)
+    held = try_lock(fetched.with_name(f"{fetched.name}.lock"))
     assert held is not None
     place.ensure()
     os.close(held)
@@ -200,8 +211,8 @@ def test_a_bundle_that_another_process_is_fetching_is_not_removed(tmp_path: Path
 
 def test_where_all_others_are_in_use_the_bundle_is_refused_and_they_stay(tmp_path: Path) -> None:
     place = Place(tmp_path, limit_bytes=BASE_BYTES + 10_000)
-    fetched = other_bundle(place, "fetched", BASE_BYTES // 2, used_at=1)
-    held = try_lock(place.directory / "fetched.lock")
+    fetched = other_bundle(place, "a", BASE_BYTES // 2, used_at=1)
+    held = try_lock(fetched.with_name(f"{fetched.name}.lock"))
     assert held is not None
     with pytest.raises(BundleError, match="with what is in use: raise its limit with --cache-limit-mb"):
         place.ensure()
@@ -289,7 +300,7 @@ def test_a_file_that_vanishes_while_sizes_are_summed_counts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(tmp_path, limit_bytes=BASE_BYTES * 2)
-    other = other_bundle(place, "other", 1000, used_at=1)
+    other = other_bundle(place, "a", 1000, used_at=1)
     listed = Path.iterdir
 
     def and_then_gone(directory: Path) -> Iterator[Path]:
