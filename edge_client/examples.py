@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from edge_client.files import storage_errors
 from fedtt.errors import ConfigError, DataError, DiskFullError, StorageError
 from fedtt.seams import Clock, SystemClock
 
-__all__ = ["Example", "ExampleLimits", "ExampleStore", "Examples", "Shard", "Text", "label_index"]
+__all__ = ["Example", "ExampleLimits", "ExampleStore", "Examples", "Shard", "Text", "is_store", "label_index"]
 
 Label = str | int
 Text = str | tuple[str, str]  #: one text, or two that are read together
@@ -220,6 +220,18 @@ class ExampleStore:
                 f"{self._where or 'the example store'} cannot be used ({error}): "
                 "check the directory, its rights and the space on its disk"
             ) from None
+
+
+def is_store(path: Path) -> bool:
+    """Whether a file is a store of examples, rather than another program's or none."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            columns = {row[1] for row in db.execute("PRAGMA table_info(example)")}
+    except sqlite3.Error:
+        return False
+    return columns >= {"text", "label", "source", "file", "added_at"}
 
 
 def _printable(name: str) -> str:

@@ -114,8 +114,8 @@ class Home:
         self.delete_data()
         shutil.rmtree(self.conditions, ignore_errors=True)
         with storage_errors(self.directory):
-            for path in (self.state, self.state.with_name("state.new"), self.key, self._paused, self._stop):
+            state = (self.state, self.state.with_name("state.new"))
+            for path in (*state, self._paused, self._stop, self.key, self._lock):  # by its key it is known
                 path.unlink(missing_ok=True)
-            self._lock.unlink(missing_ok=True)
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()

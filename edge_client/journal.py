@@ -11,6 +11,7 @@ In a home it is a file: b"fTTj", 32 bytes sha256 of the rest, then a msgpack map
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import msgspec
@@ -33,6 +34,7 @@ __all__ = [
     "Residual",
     "State",
     "Trained",
+    "is_journal",
     "read_state",
     "residual_key",
 ]
@@ -244,6 +246,15 @@ def read_state(home: Home) -> State | None:
         return msgspec.msgpack.decode(body, type=State)
     except msgspec.DecodeError as error:
         raise _unreadable(home, f"another release wrote it ({error})") from None
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file is a journal, be it damaged."""
+    with storage_errors(path):
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _unreadable(home: Home, why: str) -> StorageError:

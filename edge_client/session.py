@@ -14,11 +14,11 @@ from edge_client.conditions import Conditions
 from edge_client.device import Device
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Ended, Observer, Paused, Step, ignore
-from edge_client.examples import Examples
+from edge_client.examples import Examples, is_store
 from edge_client.home import Home
 from edge_client.http_transport import HttpTransport, Traffic
 from edge_client.identity import Identity
-from edge_client.journal import Idle, Journal, read_state
+from edge_client.journal import Idle, Journal, is_journal, read_state
 from edge_client.linux_conditions import LinuxConditions
 from edge_client.local_trainer import LocalTrainer
 from edge_client.onnx_runtime import onnx_runtimes
@@ -214,8 +214,16 @@ async def forget(home: Home, *, local_only: bool, clock: Clock | None = None) ->
     """Delete everything the device kept and have the server erase it, unless `local_only`.
 
     Where the server cannot be reached, examples, bundles, versions and residuals are gone, and the key stays
-    so that it can be asked again: that raises Unreachable.
+    so that it can be asked again: that raises Unreachable. Raises StorageError for a directory that was no
+    device's, and leaves it as it is; one that does not exist is forgotten already.
     """
+    if not home.exists:
+        return
+    if not (home.key.exists() or is_journal(home.state) or is_store(home.examples)):
+        raise StorageError(
+            f"{home.directory} is no device's directory, it has neither key nor journal nor examples: "
+            "nothing was deleted; name the device's with --home"
+        )
     async with stopped(home):
         home.delete_data()
         if not local_only and (state := read_state(home)) is not None and state.device:

@@ -285,6 +285,13 @@ def test_forgetting_a_device_that_never_enrolled_asks_no_server(
     assert not home.exists()
 
 
+def test_forgetting_another_directory_is_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "versions").mkdir(parents=True)
+    assert fedtt("client", "forget", "--home", home) == 2
+    assert "is no device's directory" in error_of(capsys)
+    assert [path.name for path in home.iterdir()] == ["versions"]
+
+
 def test_a_directory_that_is_no_version_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
 from edge_client.home import Home
-from edge_client.journal import read_state
+from edge_client.journal import Journal, read_state
 from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtimes
 from edge_client.session import forget, leave, open_device, supervise
@@ -173,8 +175,6 @@ def test_leaving_is_not_half_done_where_the_server_cannot_be_told(tmp_path: Path
 
 async def unreachable(home: Home) -> None:
     """Let the device believe that its server lives where nobody does."""
-    from edge_client.journal import Journal
-
     with home.lock():
         Journal(home).update(server="http://127.0.0.1:9")
 
@@ -229,6 +229,41 @@ def test_a_damaged_journal_can_still_be_forgotten_locally(tmp_path: Path) -> Non
         assert not owner.home.exists
 
     owning(tmp_path, test)
+
+
+def test_a_directory_that_never_was_a_devices_is_not_forgotten(tmp_path: Path) -> None:
+    home = Home(tmp_path / "documents")
+    for directory in (home.bundles, home.versions, home.activations, home.conditions):
+        directory.mkdir(parents=True)
+        (directory / "letter").write_text("")
+    home.state.write_text("California")
+    with closing(sqlite3.connect(home.examples)) as database:
+        database.execute("CREATE TABLE example (sentence TEXT)")
+    before = sorted(home.directory.rglob("*"))
+    with pytest.raises(
+        StorageError, match=r"documents is no device's directory.*nothing was deleted.*--home"
+    ):
+        asyncio.run(forget(home, local_only=True))
+    assert sorted(home.directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kept", ["a damaged journal", "examples"])
+def test_what_a_device_left_is_forgotten_without_its_key(kept: str, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    if kept == "examples":
+        with closing(ExampleStore(home.examples)) as store:
+            store.add("lights on", 1)
+    else:
+        Journal(home)
+        home.state.write_bytes(home.state.read_bytes()[:-1])
+    asyncio.run(forget(home, local_only=True))
+    assert not home.exists
+
+
+def test_what_is_forgotten_may_be_forgotten_again(tmp_path: Path) -> None:
+    asyncio.run(forget(Home(tmp_path / "home"), local_only=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_device_belongs_to_one_server(tmp_path: Path) -> None:
