@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from edge_client import events
@@ -169,13 +170,23 @@ def status(args: Namespace) -> None:
         "last_receipt": state.receipt if state else None,
         "examples": count,
         "residual_bytes": sum(len(kept.data) for kept in state.residuals.values()) if state else 0,
-        "bundle_bytes": sum(f.stat().st_size for f in home.bundles.rglob("*") if f.is_file()),
+        "bundle_bytes": _bytes_in(home.bundles),
     }
     if args.json:
         print_json(found)
         return
     for name, value in found.items():
         print(f"{name.replace('_', ' '):15} {value if value != '' else '-'}")
+
+
+def _bytes_in(directory: Path) -> int:
+    """Of files; what vanishes meanwhile, as where a client downloads, counts nothing."""
+    size = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
+    return size
 
 
 def pause(args: Namespace) -> None:

@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName, check_there, reading
-from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
+from edge_client.runtime import (
+    Hidden,
+    Runtimes,
+    checked_threads,
+    hidden_shape,
+    logits_shape,
+    outputs_of,
+    step_outputs,
+)
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
 from fedtt.graph_file import check_size
@@ -55,7 +63,7 @@ class ExecutorchRuntime:
     def __init__(self, bundle: Bundle, *, threads: int = 1, library: Path | None = None) -> None:
         self._graphs = bundle.graphs("executorch")
         self._cuts = {cut.depth: cut for cut in self._graphs.depths}
-        self._bundle, self._threads, self._library = bundle, threads, library
+        self._bundle, self._threads, self._library = bundle, checked_threads(threads), library
         self._layout = bundle.manifest.adapter.layout
         self._programs: dict[str, _Program] = {}
         self._are_weights_sound = False
@@ -271,5 +279,6 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def executorch_runtimes(threads: int = 1) -> Runtimes:
     """Runtimes that load bundles with ExecuTorch; RuntimeFailure where its library is missing or another."""
+    load = partial(ExecutorchRuntime, threads=checked_threads(threads))
     load_library()
-    return Runtimes(partial(ExecutorchRuntime, threads=threads), "executorch")
+    return Runtimes(load, "executorch")

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName, check_there, reading
-from edge_client.runtime import Hidden, Runtimes, hidden_shape, logits_shape, outputs_of, step_outputs
+from edge_client.runtime import (
+    Hidden,
+    Runtimes,
+    checked_threads,
+    hidden_shape,
+    logits_shape,
+    outputs_of,
+    step_outputs,
+)
 from edge_client.tokens import Batch
 from fedtt.errors import RuntimeFailure
 from fedtt.graph_file import check_graph, check_size
@@ -34,7 +42,7 @@ class OnnxRuntime:
     def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
         self._graphs = bundle.graphs("onnxruntime")
         self._cuts = {cut.depth: cut for cut in self._graphs.depths}
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads = bundle, checked_threads(threads)
         self._layout = bundle.manifest.adapter.layout
         self._sessions: dict[str, InferenceSession] = {}
         self._guard = threading.Lock()
@@ -172,4 +180,4 @@ def onnx_runtimes(threads: int = 1) -> Runtimes:
     """
     if find_spec("onnxruntime") is None:
         raise _missing()
-    return Runtimes(partial(OnnxRuntime, threads=threads), "onnxruntime")
+    return Runtimes(partial(OnnxRuntime, threads=checked_threads(threads)), "onnxruntime")

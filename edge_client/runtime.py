@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle, RuntimeName
 from edge_client.tokens import Batch
-from fedtt.errors import RuntimeFailure
+from fedtt.errors import ConfigError, RuntimeFailure
 from fedtt.layout import Theta
 from fedtt.manifest import DepthGraphs, Manifest
 
@@ -20,11 +20,14 @@ __all__ = [
     "Runtime",
     "Runtimes",
     "Scorer",
+    "checked_threads",
     "hidden_shape",
     "logits_shape",
     "outputs_of",
     "step_outputs",
 ]
+
+_MOST_THREADS = 1024
 
 Hidden = NDArray[np.float32]  #: what enters the first block that trains, (B, S, W), W as the bundle says
 
@@ -105,6 +108,13 @@ class Runtimes:
                 self._newest = None  # its memory goes before the next is loaded
                 self._newest = bundle.digest, self._load(bundle)
             return self._newest[1]
+
+
+def checked_threads(threads: int) -> int:
+    """A number of threads that every runtime takes as it is; raises ConfigError for any other."""
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ConfigError("threads", threads, f"1..{_MOST_THREADS}")
+    return threads
 
 
 def outputs_of(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -106,6 +107,25 @@ def test_status_says_what_the_device_keeps(
     assert "paused          False" in capsys.readouterr().out
 
 
+def test_status_is_there_while_a_download_gives_its_file_the_name(home: Path) -> None:
+    part, whole, ended = home / "bundles" / "base.bin.part", home / "bundles" / "base.bin", threading.Event()
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x")
+
+    def publish() -> None:
+        while not ended.is_set():
+            part.rename(whole)
+            whole.rename(part)
+
+    publishing = threading.Thread(target=publish)
+    publishing.start()
+    try:
+        assert [fedtt("client", "status", "--home", home) for _ in range(100)] == [0] * 100
+    finally:
+        ended.set()
+        publishing.join()
+
+
 def test_taking_part_needs_a_yes_where_nobody_can_be_asked(
     home: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +218,7 @@ def test_with_a_yes_the_device_goes_to_the_other_server_and_stays_there(
             ["run", "--server", "http://127.0.0.1:9", "--yes", "--cache-limit-mb", "0"],
             "cache_limit_bytes = 0 is not allowed: 1 or more; --cache-limit-mb counts in MiB",
         ),
+        (["run", "--server", "http://127.0.0.1:9", "--threads", "0"], "threads = 0 is not allowed: 1..1024"),
         (["run", "--server", "http://127.0.0.1:9", "--data", "none.csv"], "none.csv cannot be read"),
         (["add", "--data", "none.csv"], "none.csv cannot be read (No such file or directory)"),
         (["add", "--text", " "], "an example needs a text that is not empty"),

@@ -2,9 +2,15 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from edge_client.executorch_runtime import executorch_runtimes
+from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
 from edge_client.runtime import Runtimes
+from fedtt.errors import ConfigError
 from tests.support.edge import MeanTarget, small_bundle
 
 
@@ -14,3 +20,11 @@ def test_the_runtime_of_a_bundle_goes_when_another_is_opened(tmp_path: Path) -> 
     assert runtimes.open(one) is first()
     runtimes.open(replace(one, digest="another"))
     assert first() is None
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_a_number_of_threads_that_no_runtime_takes_as_it_is_is_refused(threads: int, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    for made in (onnx_runtimes, executorch_runtimes, partial(OnnxRuntime, bundle)):
+        with pytest.raises(ConfigError, match=r"threads = .* is not allowed: 1\.\.1024"):
+            made(threads=threads)
