@@ -16,16 +16,17 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from edge_client.allowance import check_download
 from edge_client.aside import beside
 from edge_client.bundle import Bundle, RuntimeName, file_fault, needed_files
-from edge_client.events import Downloaded, Downloading, Observer, Redownloading, ignore
+from edge_client.bundle_download import RESERVE_BYTES, append
+from edge_client.events import Downloaded, Observer, Redownloading, ignore
 from edge_client.files import publish, storage_errors, try_lock, write_atomically
 from edge_client.release import check_manifest
-from fedtt.errors import BundleError, ConfigError, Unreachable
+from fedtt.errors import BundleError, ConfigError, DiskFullError
 from fedtt.manifest import MANIFEST, MANIFEST_LIMIT_BYTES, FileEntry, bundle_digest, decode_manifest
 from fedtt.seams import Clock, Transport
 
@@ -51,7 +52,7 @@ class Bundles(Protocol):
         release_key: that must have signed it; None asks for no signature.
         limit_bytes: of what is missing of it, and of a version with it; None for any number.
         Raises Declined beyond the limit, BundleError for what another attempt would not mend, Unreachable
-        where it may.
+        and DiskFullError where it may.
         """
         ...
 
@@ -129,10 +130,10 @@ class BundleCache:
             await beside(check_manifest, data, f"bundle {digest[:12]}…", release_key)
         manifest = await beside(decode_manifest, data, f"the manifest of bundle {digest[:12]}…")
         files = needed_files(manifest, self._runtime, f"bundle {digest[:12]}…")
-        here = await beside(_bytes_here, directory, files)
-        check_download(limit_bytes, manifest, sum(entry.bytes for entry in files.values()) - here)
         total_bytes = sum(entry.bytes for entry in files.values())
-        await beside(self._make_room, digest, len(data) + total_bytes)
+        missing_bytes = total_bytes - await beside(_bytes_here, directory, files)
+        check_download(limit_bytes, manifest, missing_bytes)
+        await beside(self._make_room, digest, len(data) + total_bytes, missing_bytes)
         if cached is None:
             await beside(_keep_manifest, path, data)
         for name, entry in files.items():
@@ -163,7 +164,7 @@ class BundleCache:
             self._observe(Redownloading(file=name))
             await beside(_remove_file, path)
         for _ in range(2):  # a part left by a crash may be what is damaged
-            await self._download(transport, digest, name, entry, partial)
+            await append(transport, digest, name, entry, partial, self._observe)
             fault = await beside(file_fault, partial, entry)
             if fault is None:
                 with storage_errors(path):
@@ -173,48 +174,44 @@ class BundleCache:
             await beside(_remove_file, partial)
         raise BundleError(f"{name} of bundle {digest[:12]}… as the server sends it {fault}")
 
-    async def _download(
-        self, transport: Transport, digest: str, name: str, entry: FileEntry, partial: Path
-    ) -> None:
-        """Append to the part what is missing of a file; a part that is too long begins anew."""
-        with storage_errors(partial):
-            file = await beside(_opened, partial, entry.bytes)
-            try:
-                self._observe(Downloading(file=name, bytes=entry.bytes, offset=file.tell()))
-                if file.tell() < entry.bytes:
-                    async with aclosing(transport.bundle_file(digest, name, file.tell())) as pieces:
-                        async for piece in pieces:
-                            await beside(file.write, piece[: entry.bytes - file.tell() + 1])
-                            if file.tell() > entry.bytes:
-                                break
-                await beside(_sync, file)
-                if file.tell() < entry.bytes:
-                    raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
-            finally:
-                await beside(file.close)
+    def _make_room(self, digest: str, needed_bytes: int, missing_bytes: int) -> None:
+        """Remove other bundles, the longest unused first, until this one fits; none that is in use here.
 
-    def _make_room(self, digest: str, needed_bytes: int) -> None:
-        """Remove other bundles, the longest unused first, until this one fits; none that is in use here."""
+        needed_bytes: of the whole bundle, within the cache's limit; missing_bytes: yet to be written to the
+        disk. Raises BundleError beyond the one, DiskFullError beyond the other.
+        """
         if needed_bytes > self._limit_bytes:
             raise self._no_room(digest, needed_bytes)
         with storage_errors(self.directory):
             entries = [entry for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
             others = [entry for entry in entries if entry.name != digest and entry.is_dir()]
             found = sorted((*_use(directory), directory) for directory in others)
-            room = self._limit_bytes - sum(size for _, size, _ in found)
+            used_bytes = sum(size for _, size, _ in found)
+            over = used_bytes + needed_bytes - self._limit_bytes
+            over_disk = _beyond_the_disk(self.directory, missing_bytes)
+            if over_disk > used_bytes:
+                raise self._disk_full(digest, missing_bytes)
             for _, size, directory in found:
-                if room >= needed_bytes:
-                    return
+                if max(over, over_disk) <= 0:
+                    break
                 if directory.name not in self._in_use and self._remove(directory):
-                    room += size
-        if room < needed_bytes:
+                    over, over_disk = over - size, over_disk - size
+        if over > 0:
             raise self._no_room(digest, needed_bytes)
+        if over_disk > 0:
+            raise self._disk_full(digest, missing_bytes)
 
     def _no_room(self, digest: str, needed_bytes: int) -> BundleError:
         return BundleError(
             f"bundle {digest[:12]}… needs {_mib(needed_bytes)} MiB, the cache may hold "
             f"{_mib(self._limit_bytes)} MiB with what is in use: "
             "raise its limit with --cache-limit-mb (cache_limit_bytes of open_device)"
+        )
+
+    def _disk_full(self, digest: str, missing_bytes: int) -> DiskFullError:
+        return DiskFullError(
+            f"the disk has no room for bundle {digest[:12]}…, which needs {_mib(missing_bytes)} MiB, "
+            f"and {_mib(RESERVE_BYTES)} MiB that stay free: free some space ({self.directory})"
         )
 
     def _remove(self, directory: Path) -> bool:
@@ -269,6 +266,11 @@ def _use(directory: Path) -> tuple[float, int]:
     return used_at, size
 
 
+def _beyond_the_disk(directory: Path, missing_bytes: int) -> int:
+    """Bytes that have to go before so many more may be written, and the reserve stays; 0 or less for none."""
+    return missing_bytes and missing_bytes + RESERVE_BYTES - shutil.disk_usage(directory).free
+
+
 def _check_kept(bundle: Bundle, release_key: bytes) -> None:
     """What `check_manifest` does, of a bundle that lies here."""
     with storage_errors(bundle.directory):
@@ -295,19 +297,6 @@ def _fault_here(path: Path, entry: FileEntry) -> str | None:
 def _remove_file(path: Path) -> None:
     with storage_errors(path):
         path.unlink()
-
-
-def _opened(partial: Path, most_bytes: int) -> BinaryIO:
-    """A part to append to, emptied where it is too long."""
-    file = partial.open("ab")
-    if file.tell() > most_bytes:
-        file.truncate(0)
-    return file
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _contents(path: Path) -> bytes | None:

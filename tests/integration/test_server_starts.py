@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import socket
 import sqlite3
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from fedtt.cli import main
 from fedtt.errors import Refused
 from fedtt.messages import Code, UpdateState
 from storage.sql import SqlStore
+from tests.support.disks import fill, mounted, remount
 from tests.support.served import Served, frame_of, served, task_text, until
 
 FREE = ("--port", "0", "--admin-port", "0")
@@ -161,27 +159,10 @@ def test_any_name_of_a_directory_will_do(tmp_path: Path) -> None:
 # disks
 
 
-def _run(program: str, *arguments: str) -> int:
-    command = [shutil.which(program) or program, *arguments]
-    return subprocess.run(command, check=False, capture_output=True).returncode
-
-
-@contextmanager
-def mounted(directory: Path, options: str) -> Iterator[Path]:
-    """A file system of its own in memory; skips where this user may not mount one."""
-    directory.mkdir()
-    if os.geteuid() or _run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)):
-        pytest.skip("only root may mount a small or read-only disk: this test did NOT run")
-    try:
-        yield directory
-    finally:
-        _run("umount", "--lazy", str(directory))
-
-
 def test_a_read_only_data_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with mounted(tmp_path / "disk", "size=4m") as disk:
         assert starts(disk / "data")
-        assert _run("mount", "-o", "remount,ro", str(disk)) == 0
+        remount(disk, "ro")
         for data in (disk / "data", disk / "new"):
             said = refuses_to_start(capsys, data)
             assert f"the data directory {data} cannot be used: Read-only file system" in said
@@ -196,17 +177,6 @@ def test_a_full_disk_at_the_start_is_named(tmp_path: Path, capsys: pytest.Captur
         (disk / "filler").unlink()
 
 
-def _fill(disk: Path) -> None:
-    """Take all the room that is left."""
-    with (disk / "filler").open("ab", buffering=0) as filler:
-        size = 1 << 16
-        while size:
-            try:
-                filler.write(bytes(size))
-            except OSError:
-                size //= 2
-
-
 async def _enroll_without_end(server: Served) -> None:
     while True:
         async with server.device():
@@ -219,7 +189,7 @@ async def test_a_disk_that_fills_up_takes_no_update_and_loses_none(tmp_path: Pat
         async with served(disk, text) as server, server.device() as a, server.device() as b:
             kept, work = await a.update(), await b.work()
             frame = frame_of(work.plan)
-            _fill(disk)
+            fill(disk)
             with pytest.raises(Refused) as caught:
                 await _enroll_without_end(server)  # the log has some room of its own
             for _ in range(3):

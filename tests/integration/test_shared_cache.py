@@ -44,7 +44,7 @@ class Interrupted(LocalTrainer):
         if self.requests == 1:
             if self._name == "all":  # another process needs the room
                 other = BundleCache(self._cache, SystemClock(), limit_bytes=ROOM_BYTES)
-                other._make_room("0" * 64, ROOM_BYTES)
+                other._make_room("0" * 64, ROOM_BYTES, 0)
                 assert not request.bundle.directory.exists()
             else:
                 request.bundle.path(self._name).unlink()
