@@ -64,7 +64,7 @@ class AdminClient:
                 if answer.status >= 400 and method != "HEAD":
                     raise FedttError(_reason(await answer.read(), answer.status))
                 yield answer
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as error:  # the last of a host
             raise Unreachable(
                 f"the server at {self._root} does not answer ({str(error) or type(error).__name__}): "
                 "is `fedtt serve` running, and is --server its admin address?"

@@ -26,6 +26,7 @@ from edge_client.journal import read_state
 from edge_client.local_trainer import LocalTrainer
 from edge_client.onnx_runtime import onnx_runtimes
 from edge_client.runtime import Runtimes
+from edge_client.server_address import server_url
 from edge_client.session import forget as forget_home
 from edge_client.session import leave as leave_server
 from edge_client.session import open_device, supervise
@@ -44,6 +45,7 @@ def run(args: Namespace) -> int:
     server = args.server or (known.server if known else "")
     if not server:
         raise ConfigError("--server", None, "the address of the aggregator, for the first run")
+    server_url(server)  # nothing is made for, or asked about, an address that is none
     runtimes = _runtimes(args.runtime, args.threads)  # what cannot train asks for no work
     rows = read_examples(args.data) if args.data else None
     if args.once and home.is_paused():

@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from yarl import URL
-
 from edge_client.label_counts import LABEL_SETS
+from edge_client.server_address import server_url
 from fedtt.errors import ConfigError
 
 __all__ = ["ask", "consent_text"]
@@ -45,7 +44,7 @@ def consent_text(
         else "Never sent: your texts and their labels.",
         f"You can stop at any time: fedtt client pause | leave | forget --home {home}",
     ]
-    url = URL(server)
+    url = server_url(server)
     if url.scheme == "http" and url.host not in _LOOPBACK:
         lines.append("Beware: http:// is not encrypted; others on the network can read what is sent.")
     return "\n".join(lines)

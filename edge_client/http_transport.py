@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
@@ -23,6 +23,7 @@ from yarl import URL
 from edge_client.aside import beside
 from edge_client.identity import Identity
 from edge_client.release import check_answer
+from edge_client.server_address import server_url
 from fedtt.errors import ConfigError, Refused, Unreachable, WireError
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
@@ -100,7 +101,7 @@ class HttpTransport:
         release_key: of which a server must show the word to be followed; b"" asks for none.
         """
         self._release_key, self._tls = release_key, _trusting(ca)
-        self._base = _server_url(server)
+        self._base = server_url(server)
         self._identity, self._clock, self._timeout_s = identity, clock, timeout_s
         self._offset_s, self._on_offset = clock_offset_s, on_clock_offset
         self._nonce = 0
@@ -213,9 +214,11 @@ class HttpTransport:
             response = await self._send(request)
             try:
                 if response.status >= 400:
-                    refused = await self._refusal(response)
+                    await self._mend_clock(await self._refusal(response))
                     response.release()
-                    response = await self._send_again(request, refused)
+                    response = await self._send(request)
+                    if response.status >= 400:
+                        raise await self._refusal(response)
                 if response.status not in {200, 204, 206} or "Content-Encoding" in response.headers:
                     raise self._foreign(response)
                 yield response
@@ -226,18 +229,14 @@ class HttpTransport:
                 f"{self._base} did not answer ({_reason(error)}): check the address and the network"
             ) from None
 
-    async def _send_again(self, request: _Request, refused: Refused) -> aiohttp.ClientResponse:
-        """Sign with the server's time if that was what it minded; any other refusal stands."""
+    async def _mend_clock(self, refused: Refused) -> None:
+        """Take the server's time if that was what it minded; any other refusal stands."""
         problem = refused.problem
         if problem.code is not Code.CLOCK_SKEW or problem.now is None:
             raise refused
         self._offset_s = problem.now - self._clock.now()
         await beside(self._on_offset, self._offset_s)
         self._nonce = 0  # of a clock ahead: taken up, it would have every later run of this client refused
-        response = await self._send(request)
-        if response.status >= 400:
-            raise await self._refusal(response)
-        return response
 
     async def _send(self, request: _Request) -> aiohttp.ClientResponse:
         url = (self._base / request.path).with_query(request.query)
@@ -351,19 +350,6 @@ class _Pace:
             if self._bytes < _LEAST_BYTES:
                 raise Unreachable(f"{name} trickles, {self._bytes} bytes in {now - self._began:.0f} s")
             self._began, self._bytes = now, 0
-
-
-def _server_url(server: str) -> URL:
-    """The base address; raises ConfigError where it is not one."""
-    allowed = "an address like https://example.org or http://127.0.0.1:8080"
-    try:
-        url = URL(server)
-    except ValueError:
-        raise ConfigError("server", server, allowed) from None
-    parts: tuple[Any, ...] = (url.query_string, url.fragment, url.user)
-    if url.scheme not in {"http", "https"} or not url.host or any(parts):
-        raise ConfigError("server", server, allowed)
-    return url
 
 
 def _trusting(ca: str) -> ssl.SSLContext | bool:

@@ -328,7 +328,10 @@ async def test_a_token_that_cannot_be_one_is_refused_before_it_is_sent(
 
 @pytest.mark.parametrize(
     "address",
-    ["http://127.0.0.1:9", "http://127.0.0.1:99999", "nonsense", "ftp://127.0.0.1", "http://[::", "/nowhere"],
+    [
+        *("http://127.0.0.1:9", "http://127.0.0.1:99999", "nonsense", "ftp://127.0.0.1", "http://[::"),
+        *("/nowhere", "http://a..b"),
+    ],
 )
 async def test_an_address_where_no_server_is_is_named(terminal: Terminal, address: str) -> None:
     said = await terminal.refused("task", "list", server=address)

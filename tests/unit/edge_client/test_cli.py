@@ -213,6 +213,10 @@ def test_with_a_yes_the_device_goes_to_the_other_server_and_stays_there(
     [
         (["run"], "--server = None is not allowed: the address of the aggregator, for the first run"),
         (["run", "--server", "ftp://x", "--yes"], "server = 'ftp://x' is not allowed: an address like https"),
+        (["run", "--server", "http://[x"], "server = 'http://[x' is not allowed: an address like https"),
+        (["run", "--server", "http://h:abc"], "server = 'http://h:abc' is not allowed: an address like"),
+        (["run", "--server", "http://h:99999999"], "'http://h:99999999' is not allowed: an address like"),
+        (["run", "--server", "http://a..b", "--yes"], "server = 'http://a..b' is not allowed: an address"),
         (["run", "--server", "http://127.0.0.1:9", "--yes"], "token = '' is not allowed: an enrolment token"),
         (
             ["run", "--server", "http://127.0.0.1:9", "--yes", "--cache-limit-mb", "0"],

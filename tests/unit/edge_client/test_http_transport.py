@@ -17,7 +17,7 @@ from aggregator.service import Service
 from edge_client.home import Home
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
-from fedtt.errors import ConfigError, ForeignWork, Refused, WireError
+from fedtt.errors import ConfigError, ForeignWork, Refused, Unreachable, WireError
 from fedtt.manifest import MANIFEST
 from fedtt.messages import (
     DIFFERENCE_MEDIA_TYPE,
@@ -266,8 +266,23 @@ def test_what_is_held_stands_in_the_query_and_outside_the_signature(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "server",
-    ["", "example.org", "ftp://x", "http://", "https://x/?a=1", "http://user@host", "http://x:99999"],
+    [
+        *("", "example.org", "ftp://x", "http://", "https://x/?a=1", "http://user@host", "http://x:99999"),
+        *("http://[x", "http://x:abc", "http://a..b", "http://.", f"http://{'a' * 64}.b", "http://a\0b"),
+        *("http://a b", "http://\u2025a", "http://\ud800"),
+    ],
 )
 def test_an_address_that_is_none_is_a_clear_error(tmp_path: Path, server: str) -> None:
     with pytest.raises(ConfigError, match="an address like https"):
         HttpTransport(server, Identity.open(Home(tmp_path)), VirtualClock())
+
+
+@pytest.mark.parametrize("server", ["http://[::1]:9", "http://localhost.:9", "http://b\u00fccher.invalid:9"])
+def test_any_host_that_can_be_looked_up_is_asked(tmp_path: Path, server: str) -> None:
+    async def run() -> None:
+        transport = HttpTransport(server, Identity.open(Home(tmp_path)), VirtualClock())
+        with pytest.raises(Unreachable, match="did not answer"):
+            await transport.check_in(CHECK_IN)
+        await transport.close()
+
+    asyncio.run(run())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 from aiohttp import web
@@ -99,5 +101,34 @@ def test_a_clock_the_server_will_not_have_either_way_is_a_refusal(tmp_path: Path
         with pytest.raises(Refused, match="clock_skew"):
             await transport.check_in(CHECK_IN)
         assert len(asked) == 2
+
+    at_server(tmp_path, handler, test)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_to_the_second_try_that_is_none_keeps_no_connection(status: int, tmp_path: Path) -> None:
+    used: list[asyncio.Transport] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        used.append(connection := cast("asyncio.Transport", request.transport))
+        if len(used) % 2:
+            return problem(Code.CLOCK_SKEW, status=401, now=5.0)
+        headers = {"Content-Type": "text/html", "Content-Length": "9999"}
+        page = web.StreamResponse(status=status, headers=headers)
+        await page.prepare(request)
+        while not connection.is_closing():  # nobody reads it to its end
+            await asyncio.sleep(0.01)
+        return page
+
+    async def test(transport: HttpTransport) -> None:
+        kept = []  # with its traceback, as a program may that shows it later
+        for _ in range(3):
+            with pytest.raises(WireError, match="not the protocol's") as caught:
+                await transport.check_in(CHECK_IN)
+            kept.append(caught.value)
+        assert (len(kept), len(used)) == (3, 6)
+        async with asyncio.timeout(2):
+            while not all(connection.is_closing() for connection in used):
+                await asyncio.sleep(0.01)
 
     at_server(tmp_path, handler, test)
