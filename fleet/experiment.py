@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_client.bundle import Bundle, needed_files, open_bundle
 from edge_client.examples import Example
@@ -117,11 +118,15 @@ class _OnBattery(Sequence[bool]):
 
 
 def _fingerprint(spec: FleetSpec, bundle: Bundle) -> str:
-    """sha256 over the settings and the contents, not the places, of all that a run is made from."""
+    """sha256 over the settings and the contents, not the places, of all that a run is made from.
+
+    The bundle says of which model it is, so the model's place counts only as far as it chooses a trainer.
+    """
     files = [spec.data.train]
     files += [spec.evaluation.data] if spec.evaluation else []
     files += [spec.availability.file] if isinstance(spec.availability, TraceSpec) else []
-    settings = msgspec.json.encode(spec, enc_hook=lambda _: None, order="deterministic")
+    size = replace(spec.fleet, model=None, trainer=spec.fleet.chosen_trainer)
+    settings = msgspec.json.encode(replace(spec, fleet=size), enc_hook=lambda _: None, order="deterministic")
     parts = [version("fedtt").encode(), settings, bundle.digest.encode()]
     parts += [file_digest(Path(file)).encode() for file in files]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from edge_client.bundle import Bundle
@@ -68,13 +69,16 @@ def check_pool(name: str, bundle: Bundle, model: str | None = None) -> None:
     """Raise what `open_pool` does for these, and open nothing."""
     if name not in POOLS:
         raise ConfigError("fleet.trainer", name, "one of " + ", ".join(sorted(map(repr, POOLS))))
-    if name in {"batched", "batched-torch"}:
-        _named(model)
-    if name == "batched-onnx" and model is None:
-        from export.emulation_files import emulation_directory, open_emulation
+    if name in {"batched", "batched-torch"} or (name == "batched-onnx" and not _is_compiled(bundle)):
+        named = _named(model)
+        if named.startswith((".", "/")) and not Path(named).is_dir():  # torch is a minute's wait for this
+            raise ConfigError("fleet.model", named, "a directory that is there, or the name of one on a hub")
 
-        if open_emulation(emulation_directory(bundle.directory), bundle.digest) is None:
-            _named(model)
+
+def _is_compiled(bundle: Bundle) -> bool:
+    from export.emulation_files import emulation_directory, open_emulation
+
+    return open_emulation(emulation_directory(bundle.directory), bundle.digest) is not None
 
 
 def open_pool(name: str, bundle: Bundle, threads: int, model: str | None = None) -> Pool:

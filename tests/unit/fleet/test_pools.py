@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedtt.errors import ConfigError
-from fleet.pools import open_pool
+from fleet.pools import check_pool, open_pool
 from fleet.spec import Size
 from tests.support.edge import small_bundle
 
@@ -24,6 +24,16 @@ def test_a_pool_that_runs_torch_wants_the_model_before_anything_starts(name: str
 def test_a_pool_without_compiled_graphs_wants_it_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model = None"):
         open_pool("batched-onnx", small_bundle(tmp_path), 1)
+
+
+@pytest.mark.parametrize("name", ["batched", "batched-onnx", "batched-torch"])
+def test_a_model_that_lies_nowhere_is_refused_before_torch_is_loaded(name: str, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    for missing in (str(tmp_path / "nope"), "./nope", "../nope"):
+        with pytest.raises(ConfigError, match=r"fleet\.model = '.*nope' .*a directory"):
+            check_pool(name, bundle, missing)
+    for there in (str(tmp_path), "some/name-on-a-hub"):
+        check_pool(name, bundle, there)
 
 
 @pytest.mark.parametrize("name", ["noop", "one-by-one"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a bad fault": (lambda t: t.replace("corrupt = 0.05", "corrupt = 5"), "faults.corrupt"),
     "an unknown trainer": (lambda t: t.replace('"noop"', '"nope"'), "fleet.trainer"),
     "a batched trainer without a model": (lambda t: t.replace('"noop"', '"batched"'), "fleet.model"),
+    "a model that lies nowhere": (
+        lambda t: t.replace('"noop"', '"batched"\nmodel = "./nope"'),
+        "fleet.model",
+    ),
     "one in torch": (lambda t: t.replace('"noop"', '"batched-torch"'), "fleet.model"),
     "one without compiled graphs": (lambda t: t.replace('"noop"', '"batched-onnx"'), "fleet.model"),
     "more groups than devices": (
@@ -138,3 +143,16 @@ def test_a_task_may_be_a_file_of_its_own(file: Path) -> None:
     whole = read_fleet(file)
     file.write_text('task = "task.toml"\n' + text[:start] + text[end:])
     assert read_fleet(file) == whole
+
+
+def test_an_experiment_that_was_moved_is_the_same_unless_it_trains_in_another_way(file: Path) -> None:
+    (file.parent / "model").mkdir()
+    file.write_text(FILE.replace('trainer = "noop"', 'model = "./model"'))
+    moved = file.parent.with_name("moved")
+    shutil.copytree(file.parent, moved)
+    here, there = (prepare(read_fleet(place / file.name)) for place in (file.parent, moved))
+    assert here.spec.fleet.model != there.spec.fleet.model
+    assert here.fingerprint == there.fingerprint
+    for other in ('trainer = "one-by-one"\nmodel = "./model"', "threads = 3\nmodel = './model'"):
+        file.write_text(FILE.replace('trainer = "noop"', other))
+        assert prepare(read_fleet(file)).fingerprint != here.fingerprint
