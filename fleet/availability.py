@@ -78,7 +78,7 @@ class Nightly:
         """When this device charges in the night that begins on `day`, counted from 1970 in its own zone."""
         zone_h = self._zones_h * (rng_for(self._seed, Purpose.ARRIVALS, 0, index).random() - 0.5)
         drawn = rng_for(self._seed, Purpose.ARRIVALS, day, index).standard_normal(2)
-        shift_h, longer_h = self._spread_h * drawn.clip(-2, 2)
+        shift_h, longer_h = (self._spread_h * drawn.clip(-2, 2)).tolist()  # a Timeline takes floats alone
         start = day * DAY_S + (self._from_h + shift_h - zone_h) * _HOUR_S
         return start, start + (self._hours + longer_h) * _HOUR_S
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from msgspec import Struct
@@ -28,7 +27,7 @@ from edge_client.runtime import Runtimes
 from fedtt.errors import FedttError
 from fedtt.messages import FailureCode
 from fedtt.rng import Purpose, rng_for, uniform_at
-from fedtt.seams import Clock, Transport
+from fedtt.seams import Transport
 from fleet.availability import Always, Availability
 from fleet.conditions import Daily, OfDevice
 from fleet.emulated import EmulatedTrainer, SharedBundle, SharedVersions, Vanished
@@ -38,47 +37,15 @@ from fleet.participation import Participation, Participations
 from fleet.pool import Pool
 from fleet.population import Population, StatePlace, device_key
 from fleet.profiles import Profile
+from fleet.timeline import Running, Timeline
 
-__all__ = ["Fleet", "Settings", "Timeline"]
+__all__ = ["Fleet", "Settings"]
 
-T = TypeVar("T")
 _log = logging.getLogger("fedtt.fleet")
 _REBOOT_S = 60.0  #: after which a device that vanished is there again
 _AWAITED = 4096  #: arrivals that wait in the clock's own queue; the others wait in an array
 _GOES_ON = {events.Retrying, events.Dropped, events.Judged}  #: with what it remembers of this visit
 _FAILURES = 3  #: with no training between them, after which a device counts as one that cannot train
-
-
-class Running(Protocol):
-    """A coroutine that was started."""
-
-    @property
-    def over(self) -> bool: ...
-
-    def stop(self) -> None:
-        """Cancel it."""
-        ...
-
-    def kill(self) -> None:
-        """Drop it where it is."""
-        ...
-
-
-class Timeline(Clock, Protocol):
-    """A clock that also runs what waits on it."""
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> Running: ...
-
-    def call_at(self, at: float, call: Callable[[], None]) -> None: ...
-
-    def held(
-        self,
-        work: Callable[[], Coroutine[Any, Any, T]],
-        broken: Callable[[], Coroutine[Any, Any, str]],
-        every_s: float,
-    ) -> Awaitable[T]:
-        """What `edge_client.conditions.while_holding` does, in this time."""
-        ...
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -125,6 +92,7 @@ class Fleet:
         self._versions, self._aside, self._judges = SharedVersions(), aside, judges
         self._configs = [self._config(profile) for profile in population.profiles]
         self._awake: dict[int, tuple[Running, Journal]] = {}
+        self._ends: dict[float, dict[int, Running]] = {}  #: whom the end of a window stops, as they came
         self._closed = False  #: to whoever arrives
         self._gone = 0  #: devices that come no more
         self.last_waited_for = ""  #: why the server last had a device wait
@@ -240,7 +208,19 @@ class Fleet:
             return
         self._awake[index] = (running, journal)
         if end < np.inf:
-            self.time.call_at(end, running.stop)
+            self._stop_at(end, index, running)
+
+    def _stop_at(self, end: float, index: int, running: Running) -> None:
+        """Have a window's end stop a visit; one call waits for it, however many visits there are."""
+        if end not in self._ends:
+            self._ends[end] = {}
+            self.time.call_at(end, partial(self._end_windows, end))
+        self._ends[end].pop(index, None)
+        self._ends[end][index] = running
+
+    def _end_windows(self, end: float) -> None:
+        for running in self._ends.pop(end).values():
+            running.stop()
 
     # visits
 

@@ -71,7 +71,7 @@ def check_pool(name: str, bundle: Bundle, model: str | None = None) -> None:
         raise ConfigError("fleet.trainer", name, "one of " + ", ".join(sorted(map(repr, POOLS))))
     if name in {"batched", "batched-torch"} or (name == "batched-onnx" and not _is_compiled(bundle)):
         named = _named(model)
-        if named.startswith((".", "/")) and not Path(named).is_dir():  # torch is a minute's wait for this
+        if named.startswith((".", "/")) and not Path(named).is_dir():  # said before torch is loaded
             raise ConfigError("fleet.model", named, "a directory that is there, or the name of one on a hub")
 
 

@@ -64,6 +64,11 @@ class VirtualTime:
     def now(self) -> float:
         return self._now
 
+    @property
+    def waiting(self) -> int:
+        """Sleeps and calls whose time has not come."""
+        return len(self._due)
+
     @coroutine
     def sleep(self, seconds: float) -> Generator[float, None, None]:
         """Hand the time to wake at to the life that awaits this."""

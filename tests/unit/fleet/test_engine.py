@@ -14,7 +14,6 @@ from edge_client.runtime import Runtimes
 from fedtt.budget import Budget
 from fedtt.codec.difference import encode_difference
 from fedtt.wire import encode_theta
-from fleet.availability import Trace
 from fleet.pool import OneByOnePool
 from fleet.population import Population, device_key
 from fleet.profiles import Profile
@@ -105,23 +104,6 @@ def test_what_a_device_sends_and_receives_takes_time(tmp_path: Path) -> None:
     least += 1 + 8 * (640 + frame_bytes) / 1000
     receipt_s = 8 * 200 / 2000
     assert least < ended_s - granted_s < least + receipt_s
-
-
-def test_a_device_whose_window_ends_goes_on_in_the_next_one(tmp_path: Path) -> None:
-    slow = Profile(step_s=100.0)  # two steps at a batch of 4 of 16: 50 s
-    windows = [[(0.0, 30.0), (500.0, 5000.0)]]
-    small = SmallFleet(
-        tmp_path,
-        devices=1,
-        task=small_task(rounds=1, cohort=1, deadline_s=2000.0),
-        profiles=(slow,),
-        availability=Trace(windows, 1_000_000.0),
-    )
-    small.run()
-    assert small.server.task.state is TaskState.FINISHED
-    (row,) = small.rows
-    assert float(str(row[4])) > 550
-    assert row[5] == "acknowledged"
 
 
 def test_a_device_that_cannot_train_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
