@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from edge_client import events
 from edge_client.events import Event
+from fedtt.cli import one_line
 
 __all__ = ["describe"]
 
 
 def describe(event: Event) -> str:
-    """One line for a person; no line quotes an example, but for the reason a lease was given back."""
-    return _step(event) or _progress(event)
+    """One line for a person; no line quotes an example, but for the reason a lease was given back.
+
+    What it quotes of a server begins no line of its own and is no command to a terminal.
+    """
+    return one_line(_step(event) or _progress(event))
 
 
 def _step(event: Event) -> str:

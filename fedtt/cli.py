@@ -7,6 +7,8 @@ offers and imports nothing heavy, so `fedtt --help` is quick and the core import
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ import msgspec
 
 from fedtt.errors import FedttError
 
-__all__ = ["Commands", "Run", "add_command", "add_group", "main", "make_parser", "print_json"]
+__all__ = ["Commands", "Run", "add_command", "add_group", "main", "make_parser", "one_line", "print_json"]
 
 GROUP = "fedtt.commands"
 OURS = {"aggregator", "edge_client", "export", "fedtt", "fleet", "storage"}
@@ -52,9 +54,20 @@ def _add_parser(commands: Commands, name: str, about: str, examples: str) -> arg
 
 
 def print_json(value: object) -> None:
-    """One JSON object on a line of its own, flushed, so that a reader sees it at once."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    """One JSON object on a line of its own, flushed, so that a reader sees it at once.
+
+    In ASCII, with JSON's own escapes, where the output is not in Unicode.
+    """
+    line = msgspec.json.encode(value).decode()
+    if not line.isascii() and not (sys.stdout.encoding or "utf").lower().startswith("utf"):
+        line = json.dumps(json.loads(line), separators=(",", ":"))
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def one_line(text: str) -> str:
+    """The text, with escapes for what would begin a line or command a terminal: it may be a stranger's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,13 +104,15 @@ def _add_missing(commands: Commands, extra: str, module: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what went wrong is one line on stderr and status 2, Ctrl-C is status 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what its encoding lacks, as stderr does
     args = make_parser().parse_args(argv)
     try:
         status = args.run(args) or 0
         sys.stdout.flush()  # here, where it can still be said that this failed
         return status
     except FedttError as error:
-        print(f"fedtt: error: {error}", file=sys.stderr)
+        print(f"fedtt: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
@@ -115,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # of a file, or of the output itself, as on a full disk
         what = error.filename or "reading or writing failed"
-        print(f"fedtt: error: {what}: {error.strerror or error}", file=sys.stderr)
+        print(f"fedtt: error: {one_line(f'{what}: {error.strerror or error}')}", file=sys.stderr)
         _say_no_more()
         return 2
 

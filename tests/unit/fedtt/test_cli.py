@@ -30,6 +30,12 @@ def _say(args):
 def _fail(args):
     raise ConfigError("port", 99999, "a number from 0 to 65535")
 
+def _quote(args):
+    raise FedttError(args.word)
+
+def _open(args):
+    open(args.word)
+
 def _stop(args):
     raise KeyboardInterrupt
 
@@ -48,6 +54,9 @@ def register(commands):
     """)
     say.add_argument("word")
     say.add_argument("--status", type=int)
+    for name, run in {"quote": _quote, "open": _open}.items():
+        foreign = add_command(group, name, about=name, run=run, examples=f"fedtt parrot {name} WORD")
+        foreign.add_argument("word")
     for name, run in {"fail": _fail, "stop": _stop, "pour": _pour, "lack": _lack}.items():
         add_command(group, name, about=name, run=run, examples=f"fedtt parrot {name}")
 '''
@@ -128,6 +137,34 @@ def test_an_error_is_one_line_on_stderr_and_status_2(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "fedtt: error: port = 99999 is not allowed: a number from 0 to 65535\n"
+
+
+@pytest.mark.usefixtures("parrot")
+@pytest.mark.parametrize("command", ["quote", "open"])
+def test_what_others_wrote_of_an_error_moves_no_cursor_and_begins_no_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["parrot", command, "\x1b[2Jno\nfedtt: all is well\x9b\u202e ε"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(r"fedtt: error: \x1b[2Jno\nfedtt: all is well\x9b\u202e ε")
+    assert line[:-1].isprintable()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_word_is_printed_on_an_output_of_any_encoding(parrot: Path, encoding: str) -> None:
+    word = "é ε … \U0001f600"
+    command = [sys.executable, "-m", "fedtt", "parrot", "say", word]
+    root = Path(__file__).parents[3]
+    environment = {"PYTHONPATH": str(parrot), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    for_people, for_machines = (
+        subprocess.run([*command, *options], capture_output=True, check=False, env=environment, cwd=root)
+        for options in ([], ["--json"])
+    )
+    assert (for_people.returncode, for_machines.returncode) == (0, 0)
+    assert (for_people.stderr, for_machines.stderr) == (b"", b"")
+    assert for_people.stdout == f"{word}\n".encode(encoding, "backslashreplace")
+    assert json.loads(for_machines.stdout) == {"word": word}
+    assert for_machines.stdout.count(b"\n") == 1
 
 
 @pytest.mark.usefixtures("parrot")
