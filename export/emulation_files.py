@@ -34,6 +34,7 @@ class EmulationFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def emulation_directory(bundle: Path) -> Path:
+    bundle = bundle.absolute()  # "." has no name
     return bundle.with_name(f"{bundle.name}.emulation")
 
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from export.bundle import check_target, file_entries, read_bundle, staged
+from export.emulation_files import emulation_directory
 from fedtt.errors import BundleError, ConfigError, StorageError
 from fedtt.manifest import MANIFEST, Manifest, encode_manifest
 from tests.support.tiny import tiny_manifest
@@ -61,6 +62,45 @@ def test_a_directory_with_other_things_is_never_replaced(tmp_path: Path) -> None
         check_target(tmp_path / "thesis.txt", force=True)
 
 
+def test_nor_is_one_with_another_kind_of_manifest(tmp_path: Path) -> None:
+    (tmp_path / "background.js").write_text("years of work")
+    extension: tuple[object, ...] = ({"manifest_version": 3, "name": "mine"}, {"format": 3, "files": {}}, [])
+    for manifest in (*map(msgspec.json.encode, extension), b"\xff", b"{" * 100_000, bytes(2 << 20)):
+        (tmp_path / MANIFEST).write_bytes(manifest)
+        with pytest.raises(ConfigError, match="holds something else"):
+            check_target(tmp_path, force=True)
+
+
+def test_nor_is_a_bundle_beside_whose_files_there_are_others(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds something else \(notes\.txt\)"):
+        check_target(bundle, force=True)
+    (bundle / "notes.txt").unlink()
+    (bundle / "base.bin").unlink()
+    (bundle / "base.bin").mkdir()
+    with pytest.raises(ConfigError, match=r"holds something else \(base\.bin\)"):
+        check_target(bundle, force=True)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_a_bundle_of_any_release_may_be_replaced(bundle: Path, version: int) -> None:
+    files = msgspec.to_builtins(file_entries(bundle))
+    del files[MANIFEST]
+    (bundle / MANIFEST).write_bytes(msgspec.json.encode({"format": version, "files": files, "of": "then"}))
+    check_target(bundle, force=True)
+
+
+@pytest.mark.parametrize("out", [".", "..", "../bundle"])
+def test_the_directory_that_one_is_in_is_not_replaced(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    monkeypatch.chdir(tmp_path / "bundle")
+    for force in (False, True):
+        with pytest.raises(ConfigError, match="another directory than the one you are in"):
+            check_target(Path(out), force=force)
+
+
 def test_new_and_empty_targets_are_free(tmp_path: Path) -> None:
     check_target(tmp_path, force=False)
     check_target(tmp_path / "new", force=False)
@@ -85,6 +125,40 @@ def test_a_failure_leaves_the_old_bundle_and_nothing_else(bundle: Path) -> None:
         _fail(bundle)
     read_bundle(bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_whose_place_cannot_be_taken_stays_there(bundle: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written"), staged(bundle) as stage:
+        stage.rename(bundle.parent / "elsewhere")  # so that it cannot move to its place in the end
+    read_bundle(bundle)
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "elsewhere"}
+
+
+def test_a_link_to_a_bundle_stays_one(bundle: Path, tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to(bundle)
+    with staged(link) as stage:
+        (stage / "new").write_text("new")
+    assert [path.name for path in bundle.iterdir()] == ["new"]
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "link"}
+
+
+def test_the_graphs_of_many_devices_are_beside_a_bundle_that_one_is_in(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle)
+    assert emulation_directory(Path()) == bundle.with_name("bundle.emulation")
+
+
+def test_a_relative_target_is_one_of_where_the_block_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with staged(Path("bundle")) as stage:
+        (stage / "new").write_text("new")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (tmp_path / "bundle" / "new").exists()
 
 
 def test_a_target_below_a_file_cannot_be_written(tmp_path: Path) -> None:
