@@ -184,15 +184,16 @@ async def supervise(
 async def stopped(home: Home) -> AsyncIterator[None]:
     """Ask a running client to end, wait until it has, and keep its place."""
     deadline = asyncio.get_running_loop().time() + _STOP_WAIT_S
-    while home.is_running():
-        home.stop(True)
+    while await beside(home.is_running):
+        await beside(home.stop, True)
         if asyncio.get_running_loop().time() > deadline:
             raise StorageError(
                 f"the client on {home.directory} has been asked to end and still runs: try again later"
             )
         await asyncio.sleep(POLL_S / 5)
-    with home.lock():
-        home.stop(False)
+    with ExitStack() as held:
+        await beside(held.enter_context, home.lock())
+        await beside(home.stop, False)
         yield
 
 
@@ -201,12 +202,14 @@ async def leave(home: Home, clock: Clock | None = None) -> bool:
 
     Examples and key stay. Raises Unreachable where the server cannot be told: nothing has changed then.
     """
+    if not await beside(_was_a_device, home):
+        return False
     async with stopped(home):
-        journal = Journal(home)
+        journal = await beside(Journal, home)
         was_enrolled = journal.state.enrolled
         if was_enrolled:
             await _tell(home, journal, clock or SystemClock(), erase=False)
-        journal.update(enrolled=False, consented_at=None, phase=Idle(), residuals={})
+        await beside(journal.update, enrolled=False, consented_at=None, phase=Idle(), residuals={})
         return was_enrolled
 
 
@@ -219,16 +222,17 @@ async def forget(home: Home, *, local_only: bool, clock: Clock | None = None) ->
     """
     if not home.exists:
         return
-    if not (home.key.exists() or is_journal(home.state) or is_store(home.examples)):
+    if not await beside(_was_a_device, home):
         raise StorageError(
             f"{home.directory} is no device's directory, it has neither key nor journal nor examples: "
             "nothing was deleted; name the device's with --home"
         )
     async with stopped(home):
-        home.delete_data()
-        if not local_only and (state := read_state(home)) is not None and state.device:
-            journal = Journal(home)
-            journal.update(phase=Idle(), residuals={}, consented_at=None)
+        await beside(home.delete_data)
+        state = None if local_only else await beside(read_state, home)
+        if state is not None and state.device:
+            journal = await beside(Journal, home)
+            await beside(journal.update, phase=Idle(), residuals={}, consented_at=None)
             try:
                 await _tell(home, journal, clock or SystemClock(), erase=True)
             except (Unreachable, WireError) as error:
@@ -236,11 +240,15 @@ async def forget(home: Home, *, local_only: bool, clock: Clock | None = None) ->
                     f"everything here but the key is deleted, the server still knows this device: {error}; "
                     "run 'fedtt client forget' again later, or with --local-only"
                 ) from None
-        home.delete()
+        await beside(home.delete)
+
+
+def _was_a_device(home: Home) -> bool:
+    return home.key.exists() or is_journal(home.state) or is_store(home.examples)
 
 
 async def _tell(home: Home, journal: Journal, clock: Clock, *, erase: bool) -> None:
-    transport = open_transport(home, journal, journal.state.server, clock)
+    transport = await beside(open_transport, home, journal, journal.state.server, clock)
     try:
         await transport.leave(erase=erase)
     except Refused as error:

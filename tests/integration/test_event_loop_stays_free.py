@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import ssl
 import threading
 import time
@@ -24,11 +26,12 @@ from edge_client.aside import beside
 from edge_client.device_config import DeviceConfig
 from edge_client.events import Acknowledged, Step
 from edge_client.examples import Example, ExampleStore
+from edge_client.home import Home
 from edge_client.http_transport import HttpTransport
 from edge_client.identity import Identity
 from edge_client.local_trainer import LocalTrainer
 from edge_client.runtime import Runtimes
-from edge_client.session import open_device
+from edge_client.session import forget, leave, open_device
 from fedtt.errors import StorageError
 from fedtt.messages import MEDIA_TYPE, Receipt, UpdateState, encode
 from fedtt.seams import SystemClock
@@ -44,7 +47,7 @@ EXAMPLES = 5000
 
 
 BLOCKING = (
-    *((os, "fsync"), (os, "replace"), (time, "sleep")),
+    *((os, "fsync"), (os, "replace"), (os, "open"), (time, "sleep"), (shutil, "rmtree"), (fcntl, "flock")),
     *((Path, "unlink"), (Path, "read_bytes"), (Path, "mkdir"), (os, "utime")),
     *((bundle_cache, "file_fault"), (bundle_cache, "decode_manifest"), (local_training, "zeros")),
     *((bundle_cache, "try_lock"), (bundle_cache, "check_manifest"), (device, "update_digest")),
@@ -139,6 +142,42 @@ async def test_a_device_enrols_downloads_trains_and_uploads_without_holding_up_i
     assert watch.beside["fsync"] >= 10
     assert watch.beside["file_fault"] >= 4
     assert (watch.beside["count"], watch.beside["read"]) == (1, 1)
+    assert watch.busy_s < LAG_S
+
+
+@pytest.mark.slow
+async def test_a_device_is_left_and_forgotten_without_holding_up_its_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_bundle(tmp_path / "bundle")
+    home = Home(tmp_path / "home")
+    home.create()
+    async with (
+        memory_service(tmp_path / "blobs", SPEC, tmp_path / "bundle", SystemClock()) as service,
+        listening(device_app(service)) as url,
+    ):
+        with closing(ExampleStore(home.examples)) as store:
+            store.replace_file("rows", [_example(number) for number in range(EXAMPLES)])
+            async with open_device(
+                home.directory,
+                server=url,
+                examples=store,
+                config=DeviceConfig(token=TOKEN),
+                trainer=LocalTrainer(Runtimes(lambda _: MeanTarget())),
+            ) as opened:
+                await opened.consent()
+                await opened.run(until=_acknowledged)
+        watch = Watch()
+        for module, name in BLOCKING:
+            monkeypatch.setattr(module, name, watch.watched(name, getattr(module, name)))
+        async with watch.watching():
+            assert await leave(home)
+            await forget(home, local_only=False)
+    assert not home.exists
+    assert watch.on_loop == []
+    assert watch.beside["flock"] >= 4  # to see whether a client runs and to take its place, twice
+    assert watch.beside["fsync"] >= 2  # the journal without consent, and its directory
+    assert watch.beside["rmtree"] >= 4  # bundles, versions, activations, conditions
     assert watch.busy_s < LAG_S
 
 

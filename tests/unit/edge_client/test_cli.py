@@ -300,6 +300,7 @@ def test_leaving_before_enrolling_is_no_error(home: Path, capsys: pytest.Capture
     home.mkdir()
     assert fedtt("client", "leave", "--home", home) == 0
     assert "was not enrolled" in capsys.readouterr().out
+    assert list(home.iterdir()) == [], "nothing that would make it a device's directory"
 
 
 def test_forgetting_a_device_that_never_enrolled_asks_no_server(
