@@ -4,7 +4,7 @@ An app keeps examples and runs the device beside its other work:
 
     prepare()                                                       # where the app starts, before its loop
     store = ExampleStore(home / "examples.db")
-    store.add("wake me at seven", "set_alarm")                      # whenever the app learns something
+    await asyncio.to_thread(store.add, "wake me at seven", "set_alarm")   # whenever it learns something
     config = DeviceConfig(token=token)
     async with open_device(home, server=url, examples=store, config=config) as device:
         await device.consent()                                      # once the owner has said yes

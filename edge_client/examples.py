@@ -109,17 +109,23 @@ class ExampleStore:
         with self._errors():
             if path is not None:
                 path.touch(mode=0o600)
-            self._db = sqlite3.connect(
-                path or ":memory:", timeout=10, isolation_level=None, check_same_thread=False
-            )
+            self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA secure_delete = ON")
             self._db.executescript(_SCHEMA)
             if "text_pair" not in {row[1] for row in self._db.execute("PRAGMA table_info(example)")}:
                 self._db.execute("ALTER TABLE example ADD COLUMN text_pair TEXT")  # of an earlier release
+            self._reader, self._reading = self._db, self._guard
+            if path is not None:  # whoever adds does not wait for whoever reads
+                self._reader, self._reading = self._connect(), threading.RLock()
+                self._reader.execute("PRAGMA cache_size = -256")  # KiB: reading all needs each page once
 
     def add(self, text: str, label: Label | None = None, *, text_pair: str | None = None) -> None:
-        """Keep one example. Raises DataError where it has no text or too much."""
+        """Keep one example. Raises DataError where it has no text or too much.
+
+        It returns when the example is on disk, after any other writer: an app with an event loop calls it
+        beside that, `await asyncio.to_thread(store.add, text, label)`.
+        """
         self._insert([Example(text, label, text_pair=text_pair)], file=None)
 
     def replace_file(self, file: str, examples: Iterable[Example]) -> int:
@@ -130,27 +136,32 @@ class ExampleStore:
         return self._insert(list(examples), file=file)
 
     def count(self) -> int:
-        with self._guard, self._errors():
+        with self._reading, self._errors():
             where, values = self._young()
-            (found,) = self._db.execute(f"SELECT count(*) FROM example {where}", values).fetchone()  # noqa: S608  # constants
+            (found,) = self._reader.execute(f"SELECT count(*) FROM example {where}", values).fetchone()  # noqa: S608  # constants
             return int(found)
 
     def read(self) -> list[Example]:
-        with self._guard, self._errors():
+        with self._reading, self._errors():
             where, values = self._young()
             query = f"SELECT text, label, source, text_pair FROM example {where} ORDER BY id"  # noqa: S608  # constants
-            return [Example(*row) for row in self._db.execute(query, values)]
+            return [Example(*row) for row in self._reader.execute(query, values)]
 
     def clear(self) -> None:
         """Delete every example."""
         with self._transaction() as db:
             db.execute("DELETE FROM example")
-        with self._guard, self._errors():
+        with self._reading, self._guard, self._errors():  # a reader would keep the log from being cut
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        with self._guard:
+        with self._reading, self._guard:
+            self._reader.close()
             self._db.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        where = self._where or ":memory:"
+        return sqlite3.connect(where, timeout=10, isolation_level=None, check_same_thread=False)
 
     def _insert(self, examples: Sequence[Example], file: str | None) -> int:
         for example in examples:

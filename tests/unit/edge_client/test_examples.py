@@ -4,9 +4,11 @@ import sqlite3
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edge_client import examples
 from edge_client.examples import Example, ExampleLimits, ExampleStore, label_index
 from fedtt.errors import ConfigError, DataError, StorageError
 from tests.support.clock import VirtualClock
@@ -159,6 +161,33 @@ def test_many_threads_may_add_while_others_read(tmp_path: Path) -> None:
         thread.join()
     assert store.count() == 60  # 3 threads, 20 each
     assert len(sizes) == 60
+
+
+def test_an_app_adds_while_all_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on, found = threading.Event(), threading.Event(), list[Example]()
+
+    def slow(*row: Any) -> Example:  # what a row becomes, while the query that gave it goes on
+        began.set()
+        go_on.wait(10)
+        return Example(*row)
+
+    with closing(ExampleStore(tmp_path / "e.db")) as store:
+        store.replace_file("rows", [Example(f"lights {number}") for number in range(1000)])
+        monkeypatch.setattr(examples, "Example", slow)
+        reading = threading.Thread(target=lambda: found.extend(store.read()))
+        reading.start()
+        assert began.wait(10)
+        monkeypatch.undo()
+        adding = threading.Thread(target=store.add, args=("wake me",))
+        adding.start()
+        adding.join(5)
+        waited = adding.is_alive()
+        go_on.set()
+        adding.join()
+        reading.join()
+        assert not waited
+        assert len(found) == 1000, "what there was when the reading began"
+        assert store.count() == 1001
 
 
 def test_deleted_texts_leave_no_trace_on_the_disk(tmp_path: Path) -> None:
