@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from msgspec import Struct
 
-from edge_client.aside import Aside
+from edge_client.aside import Aside, settled
 from fedtt.errors import ConfigError, Declined
 
 __all__ = ["Conditions", "Holding", "Limits", "Readings", "Watch", "while_holding"]
@@ -157,7 +157,7 @@ async def while_holding(
             return task.result()
     finally:
         task.cancel()
-        await asyncio.wait([task])
+        await settled(task)
         if not task.cancelled():
             task.exception()  # seen, also where this is cancelled itself
     with suppress(asyncio.CancelledError):

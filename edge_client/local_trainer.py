@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from edge_client.aside import settled
 from edge_client.bundle import RuntimeName, open_bundle
 from edge_client.judging import JudgingRequest, judge
 from edge_client.runtime import Runtimes
@@ -78,13 +79,8 @@ class LocalTrainer:
     async def _aside(self, work: Callable[[], T], stop: threading.Event) -> T:
         """`work` on the executor; `stop` is set when this is cancelled."""
         future = asyncio.get_running_loop().run_in_executor(self._executor, _contained, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            stop.set()
-            await asyncio.wait([future])
-            future.exception()  # seen: it is Interrupted, or came too late to matter
-            raise
+        await settled(future, stop.set)
+        return future.result()
 
     def _train(self, request: TrainingRequest, stop: threading.Event) -> LocalUpdate:
         began = time.monotonic()

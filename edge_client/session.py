@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from edge_client.activations import FileActivations
-from edge_client.aside import beside
+from edge_client.aside import beside, settled
 from edge_client.bundle_cache import LIMIT_BYTES, BundleCache
 from edge_client.conditions import Conditions
 from edge_client.device import Device
@@ -174,7 +174,7 @@ async def supervise(
                 await asyncio.wait([run], timeout=POLL_S)
         finally:
             run.cancel()
-            await asyncio.wait([run])
+            await settled(run)
         if not run.cancelled():
             return run.result()
     return None

@@ -246,7 +246,8 @@ def _example(number: int) -> Example:
     return Example(f"lights {number}", number % 2)
 
 
-async def test_cancelling_waits_for_what_was_begun_beside_the_loop() -> None:
+@pytest.mark.parametrize("times", [1, 3])
+async def test_cancelling_waits_for_what_was_begun_beside_the_loop(times: int) -> None:
     began, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
@@ -256,9 +257,10 @@ async def test_cancelling_waits_for_what_was_begun_beside_the_loop() -> None:
 
     task = asyncio.create_task(beside(work))
     await asyncio.to_thread(began.wait, 10)
-    task.cancel()
-    await asyncio.sleep(0.01)
-    assert not task.done()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert not task.done()
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,19 @@ class MeanTarget(WholeSteps):
 
     def logits(self, theta: Theta, batch: Batch) -> NDArray[np.float32]:
         return np.zeros((len(batch.ids), 2), np.float32)
+
+
+class SlowTarget(MeanTarget):
+    """The same, whose batches wait for a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
+        self.begun.set()
+        self.go_on.wait(10)
+        return super().gradient(theta, batch)
 
 
 def panicking_tokenizer() -> bytes:

@@ -231,14 +231,15 @@ def test_work_that_fails_while_it_is_stopped_says_how() -> None:
         asyncio.run(while_holding(work, broken, 0.01))
 
 
-def test_cancelling_what_holds_cancels_the_work_and_waits_for_its_end() -> None:
+@pytest.mark.parametrize("times", [1, 3])
+def test_cancelling_what_holds_cancels_the_work_and_waits_for_its_end(times: int) -> None:
     ended = []
 
     async def work() -> None:
         try:
             await asyncio.sleep(10)
         finally:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
             ended.append(True)
 
     async def broken() -> str:
@@ -246,13 +247,14 @@ def test_cancelling_what_holds_cancels_the_work_and_waits_for_its_end() -> None:
 
     async def run() -> None:
         task = asyncio.ensure_future(while_holding(work, broken, 10))
-        await asyncio.sleep(0.01)
-        task.cancel()
+        for _ in range(times):
+            await asyncio.sleep(0.01)
+            task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert ended == [True]
 
     asyncio.run(run())
-    assert ended == [True]
 
 
 def test_work_is_not_begun_where_conditions_do_not_hold() -> None:

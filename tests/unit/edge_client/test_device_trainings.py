@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from tests.support.device_world import (
     lease_of,
     refusal,
 )
-from tests.support.edge import MeanTarget, living_tokenizers, panicking_tokenizer
+from tests.support.edge import MeanTarget, SlowTarget, living_tokenizers, panicking_tokenizer
 
 
 class Failing(MeanTarget):
@@ -214,26 +213,18 @@ def test_a_training_that_kills_the_process_each_time_is_given_back(tmp_path: Pat
     in_world(tmp_path, test)
 
 
-def test_cancelling_stops_training_at_its_next_batch_and_costs_no_attempt(tmp_path: Path) -> None:
-    class Slow(MeanTarget):
-        def __init__(self) -> None:
-            super().__init__()
-            self.begun, self.go_on = threading.Event(), threading.Event()
-
-        def gradient(self, theta: Theta, batch: Batch) -> tuple[float, Theta]:
-            self.begun.set()
-            self.go_on.wait(10)
-            return super().gradient(theta, batch)
-
+@pytest.mark.parametrize("times", [1, 3])
+def test_cancelling_stops_training_at_its_next_batch_and_costs_no_attempt(times: int, tmp_path: Path) -> None:
     async def test(world: World) -> None:
-        slow = Slow()
+        slow = SlowTarget()
         world.runtime = slow
         device, _ = world.device()
         run = asyncio.create_task(device.run())
         await asyncio.to_thread(slow.begun.wait, 10)
-        run.cancel()
-        await asyncio.sleep(0.01)
-        assert not run.done(), "it waits for the batch in progress"
+        for _ in range(times):
+            run.cancel()
+            await asyncio.sleep(0.01)
+            assert not run.done(), "it waits for the batch in progress"
         slow.go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await run

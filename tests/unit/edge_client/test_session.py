@@ -18,15 +18,15 @@ from edge_client.device_config import DeviceConfig
 from edge_client.events import Event, Step
 from edge_client.examples import ExampleStore
 from edge_client.home import Home
-from edge_client.journal import Journal, read_state
+from edge_client.journal import Journal, Leased, read_state
 from edge_client.local_trainer import LocalTrainer
-from edge_client.runtime import Runtimes
+from edge_client.runtime import Runtime, Runtimes
 from edge_client.session import forget, leave, open_device, supervise
 from fedtt.errors import ConfigError, StorageError, Unreachable
 from fedtt.seams import SystemClock
 from storage.records import DeviceState
 from tests.support.device_world import SPEC
-from tests.support.edge import MeanTarget, write_small_bundle
+from tests.support.edge import MeanTarget, SlowTarget, write_small_bundle
 from tests.support.in_process import TOKEN, listening, memory_service
 
 
@@ -44,6 +44,7 @@ class Owner:
         *,
         move: bool = False,
         cache_limit_bytes: int = LIMIT_BYTES,
+        runtime: Runtime | None = None,
     ) -> Step | None:
         self.home.create()
         store = ExampleStore(self.home.examples)
@@ -56,7 +57,7 @@ class Owner:
                 config=DeviceConfig(token=TOKEN),
                 move=move,
                 cache_limit_bytes=cache_limit_bytes,
-                trainer=LocalTrainer(Runtimes(lambda bundle: MeanTarget())),
+                trainer=LocalTrainer(Runtimes(lambda bundle: runtime or MeanTarget())),
                 observe=self.seen.append,
             ) as device:
                 await device.consent()
@@ -130,6 +131,28 @@ def test_pausing_interrupts_a_device_that_waits(tmp_path: Path) -> None:
         owner.home.stop(True)
         async with asyncio.timeout(10):
             assert await running is None
+
+    owning(tmp_path, test)
+
+
+def test_a_client_that_is_told_twice_to_end_keeps_its_place_until_its_work_has_ended(tmp_path: Path) -> None:
+    async def test(owner: Owner) -> None:
+        slow = SlowTarget()
+        running = asyncio.create_task(owner.run(runtime=slow))
+        await asyncio.to_thread(slow.begun.wait, 10)
+        for _ in range(2):  # as two SIGTERMs do
+            running.cancel()
+            await asyncio.sleep(0.05)
+            assert not running.done()
+            assert owner.home.is_running()
+        slow.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        state = read_state(owner.home)
+        assert state is not None
+        assert isinstance(state.phase, Leased)
+        assert state.phase.attempts == 0
+        assert not owner.home.is_running()
 
     owning(tmp_path, test)
 
