@@ -30,14 +30,18 @@ def acknowledged(step: Step) -> bool:
 
 
 @pytest.mark.parametrize("lost", ["the request", "the answer"])
-def test_after_three_days_without_a_network_the_frame_of_then_is_sent_and_taken_once(
-    lost: str, tmp_path: Path
+@pytest.mark.parametrize("first", ["check_in", "bundle_file", "upload"])
+def test_after_three_days_without_a_network_one_frame_is_trained_sent_and_taken_once(
+    first: str, lost: str, tmp_path: Path
 ) -> None:
+    """first: the call from which on the network is gone."""
+
     async def test(world: World) -> None:
-        back_at = world.clock.now() + 3 * _DAY_S
+        back_at, called = world.clock.now() + 3 * _DAY_S, set[str]()
 
         def offline(name: str) -> None:
-            if name == "upload" and world.clock.now() < back_at:
+            called.add(name)
+            if first in called and world.clock.now() < back_at:
                 raise Unreachable("no network")
 
         before, after = (offline, no_hook) if lost == "the request" else (no_hook, offline)
