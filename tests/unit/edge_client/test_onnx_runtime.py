@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import pytest
 from msgspec.structs import replace
 
 from edge_client.bundle import Bundle, open_bundle
-from edge_client.onnx_runtime import OnnxRuntime, onnx_runtimes
+from edge_client.onnx_runtime import OnnxRuntime
 from edge_client.tokens import Batch, Tokens
 from fedtt.adapter import initial_theta
-from fedtt.errors import BundleError, LayoutError, RuntimeFailure, StorageError, UnavailableError
+from fedtt.errors import BundleError, RuntimeFailure, StorageError, UnavailableError
 from fedtt.layout import Theta
 from fedtt.planning import plan_adapter, plan_tt
 
@@ -34,45 +33,6 @@ def somewhere(bundle: Bundle) -> Theta:
 def batch_of(bundle: Bundle) -> Batch:
     batch, _ = Tokens(bundle).batch(["set the alarm", "lights off now please", "pay my card"], [0, 1, 2])
     return batch
-
-
-def test_the_gradient_is_that_of_the_loss(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
-    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
-    loss, grad = runtime.gradient(theta, batch)
-    assert (grad.shape, grad.dtype) == (theta.shape, np.dtype(np.float32))
-    direction = (grad / np.linalg.norm(grad)).astype(np.float32)
-    h = np.float32(1e-2)
-    ahead, behind = (runtime.gradient(theta + move, batch)[0] for move in (h * direction, -h * direction))
-    assert (ahead - behind) / (2 * h) == pytest.approx(np.linalg.norm(grad), rel=0.02)
-    assert behind < loss < ahead
-
-
-def test_the_loss_is_that_of_the_evaluation_graph(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
-    runtime, theta, batch = OnnxRuntime(bundle), somewhere(bundle), batch_of(bundle)
-    logits = runtime.logits(theta, batch).astype(np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    assert runtime.gradient(theta, batch)[0] == pytest.approx(-log_p[range(3), [0, 1, 2]].mean(), rel=1e-5)
-
-
-def test_several_threads_get_what_one_gets(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
-    runtimes = onnx_runtimes()
-    theta, batch = somewhere(bundle), batch_of(bundle)
-    _, expected = OnnxRuntime(bundle).gradient(theta, batch)
-    found: list[Theta] = []
-    work = [
-        threading.Thread(target=lambda: found.append(runtimes.open(bundle).gradient(theta, batch)[1]))
-        for _ in range(4)
-    ]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
-    assert len(found) == 4
-    assert all(np.array_equal(grad, expected) for grad in found)
-    assert runtimes.open(bundle) is runtimes.open(bundle)
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "base.bin"])
@@ -112,12 +72,6 @@ def test_a_process_with_too_many_open_files_may_try_again(tiny_bundle: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     runtime.gradient(theta, batch)
-
-
-def test_a_theta_of_another_size_is_refused(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
-    with pytest.raises(LayoutError, match="theta has shape"):
-        OnnxRuntime(bundle).gradient(somewhere(bundle)[:-1], batch_of(bundle))
 
 
 def test_a_graph_of_another_layout_is_refused_when_it_is_loaded(tiny_bundle: Path) -> None:

@@ -3,19 +3,30 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtt.adapter import AdapterSpec
 from fedtt.algorithms import FlexLoRA, Tier, TTSVDFedTT
 from fedtt.algorithms.mixed_ranks import MixedRanks
 from fedtt.errors import ConfigError
+from fedtt.folds import Contribution
 from fedtt.task import parse_task
+from tests.support.ranks import devices, folded, lora_adapter, products, tt_adapter
+from tests.support.trains import random_theta
 
 both = pytest.mark.parametrize("kind", [TTSVDFedTT, FlexLoRA])
 TIERS = (Tier(rank=2, below_mb=512), Tier(rank=4, below_mb=2048))
+trained = pytest.mark.parametrize(
+    ("method", "adapter"),
+    [(TTSVDFedTT(tiers=TIERS), tt_adapter(rank=5)), (FlexLoRA(tiers=TIERS), lora_adapter(rank=5))],
+    ids=["trains", "lora"],
+)
 TASK = 'name = "t"\n[rounds]\ncount = 3\ncohort = 4\n'
 
 
@@ -149,3 +160,24 @@ def test_a_residual_means_nothing_after_a_fold(kind: type[MixedRanks]) -> None:
     lines = f'[codec]\nerror_feedback = true\n[method]\nname = "{kind.__struct_config__.tag}"\n'
     with pytest.raises(ConfigError, match=r"codec\.error_feedback = True .*coordinates change"):
         parse_task(TASK + lines)
+
+
+@trained
+@given(data=st.data(), rng=st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=25)
+def test_the_order_of_the_ledger_changes_the_last_digits_alone(
+    method: MixedRanks, adapter: AdapterSpec, data: st.DataObject, rng: Any
+) -> None:
+    given_ = data.draw(devices(adapter, [None, *method.ranks], sizes=(0.0, 0.03, 0.3)))
+    theta, mixed = random_theta(adapter, 0) / np.float32(2), rng.sample(given_, len(given_))
+    one, other = (products(adapter, folded(method, adapter, theta, c).theta) for c in (given_, mixed))
+    for name, matrix in one.items():
+        np.testing.assert_allclose(matrix, other[name], rtol=1e-6, atol=1e-6 * float(np.linalg.norm(matrix)))
+
+
+@trained
+def test_sums_that_are_not_finite_stay_so_for_the_server_to_refuse(
+    method: MixedRanks, adapter: AdapterSpec
+) -> None:
+    giant = Contribution(delta=np.full(adapter.layout.size, 3e38, np.float32), examples=1)
+    assert not folded(method, adapter, random_theta(adapter, 0), [giant]).is_finite

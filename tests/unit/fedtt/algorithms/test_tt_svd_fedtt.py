@@ -90,15 +90,6 @@ def test_one_device_of_the_own_rank_gets_the_matrices_it_sent(seed: int, size: f
     assert step.report["truncated_share_worst"] < 1e-9
 
 
-@given(rounds, st.randoms(use_true_random=False))
-@some
-def test_the_order_of_the_ledger_changes_the_last_digits_alone(given_: list[Contribution], rng: Any) -> None:
-    mixed = rng.sample(given_, len(given_))
-    one, other = (products(ADAPTER, folded(METHOD, ADAPTER, start(), c).theta) for c in (given_, mixed))
-    for name, matrix in one.items():
-        np.testing.assert_allclose(matrix, other[name], rtol=1e-6, atol=1e-6 * float(np.linalg.norm(matrix)))
-
-
 def test_the_same_ledger_gives_the_same_bits() -> None:
     given_ = [device(ADAPTER, rank, seed) for seed, rank in enumerate([None, 1, 2, None])]
     one, other = (folded(METHOD, ADAPTER, start(), given_) for _ in range(2))
@@ -251,12 +242,6 @@ def test_no_device_claims_the_round_with_the_examples_it_says_it_has() -> None:
     even = device(ADAPTER, None, 1, 0.3, examples=100)
     found = folded(METHOD, ADAPTER, theta, [loud, quiet], fold).theta
     assert found.tobytes() == folded(METHOD, ADAPTER, theta, [even, quiet]).theta.tobytes()
-
-
-def test_sums_that_are_not_finite_stay_so_for_the_server_to_refuse() -> None:
-    giant = Contribution(delta=np.full(ADAPTER.layout.size, 3e38, np.float32), examples=1)
-    step = folded(METHOD, ADAPTER, start(), [giant])
-    assert not step.is_finite
 
 
 @pytest.mark.parametrize("adapter", [lora_adapter(), tt_adapter(rank=2)], ids=["lora", "rank 2"])
