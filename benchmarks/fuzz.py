@@ -1,9 +1,10 @@
 """Coverage-guided fuzzing of decoders of foreign bytes: a value, or a refusal, in bounded time.
 
 Needs atheris (pip install atheris), libFuzzer for Python, which is no dependency of ours. Each target
-(`benchmarks.fuzz_targets`: payloads, differences, updates, messages, signatures, factors, manifests, graphs,
-programs, weights, tokenizers) runs in a process of its own, from a few sound inputs; whatever else it raises,
-a hang of ten seconds or a gigabyte of memory ends it and is reported with the input.
+(`benchmarks.fuzz_targets`: payloads, differences, updates, messages, label counts, signatures, delegations,
+factors, manifests, configs, graphs, programs, weights, tokenizers) runs in a process of its own, from a few
+sound inputs; whatever else it raises, a hang of ten seconds or a gigabyte of memory ends it and is reported
+with the input.
 """
 
 from __future__ import annotations

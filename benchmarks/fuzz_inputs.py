@@ -16,7 +16,7 @@ from fedtt.algorithms.fedtt import FedTT
 from fedtt.codec import CodecSpec
 from fedtt.label_counts import encode_label_counts
 from fedtt.layout import FactorLayout
-from fedtt.manifest import MANIFEST
+from fedtt.manifest import MANIFEST, bundle_digest, decode_manifest
 from fedtt.messages import (
     AsTold,
     CheckIn,
@@ -37,17 +37,16 @@ from fedtt.messages import (
     encode,
 )
 from fedtt.optimiser import TrainingSpec
-from fedtt.signature import Signed, content_digest, signature_headers
+from fedtt.version_config import encode_config, version_config
 from fedtt.wire import UpdateHeader, encode_update
 
 __all__ = [
     "LABELS",
-    "header_lines",
+    "sound_config",
     "sound_factors",
     "sound_graphs",
     "sound_manifest",
     "sound_messages",
-    "sound_signature",
     "sound_tokenizers",
     "sound_updates",
 ]
@@ -93,27 +92,6 @@ def sound_messages() -> tuple[bytes, ...]:
     return tuple(map(encode, sound))
 
 
-def sound_signature() -> bytes:
-    """Of an upload."""
-    signed = Signed(
-        method="PUT",
-        authority="example.org",
-        path="/v1",
-        digest=content_digest(b""),
-        created=1_700_000_000,
-        expires=1_700_000_060,
-        nonce=1_700_000_000_000_000,
-        device="0" * 32,
-    )
-    return header_lines(signed, bytes(64))
-
-
-def header_lines(signed: Signed, raw: bytes) -> bytes:
-    """The three headers of a signed request, one a line."""
-    headers = signature_headers(signed, raw)
-    return "\n".join((signed.digest, headers["Signature-Input"], headers["Signature"])).encode()
-
-
 def sound_factors(layout: FactorLayout) -> tuple[bytes, ...]:
     """With metadata and without."""
     named = layout.unflatten(np.arange(layout.size, dtype=np.float32))
@@ -125,6 +103,12 @@ def sound_manifest() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         bundle_of(Path(directory), 40)
         return (Path(directory) / MANIFEST).read_bytes()
+
+
+def sound_config() -> bytes:
+    """Of a version over the same bundle."""
+    data = sound_manifest()
+    return encode_config(version_config(decode_manifest(data), bundle_digest(data), "t", 1, "0" * 64))
 
 
 def sound_tokenizers() -> tuple[bytes, ...]:

@@ -1,7 +1,7 @@
 """What `benchmarks.fuzz` throws bytes at: decoders of foreign bytes, with sound inputs to begin with.
 
 A target returns for bytes that its decoder takes and raises its `refusal` for those that it refuses; anything
-else is a finding, a broken law about what was taken included (`_law`).
+else is a finding, a broken law about what was taken included (`law`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,16 +25,17 @@ from safetensors.numpy import load
 from benchmarks.bundles import bundle_of
 from benchmarks.fuzz_inputs import (
     LABELS,
-    header_lines,
+    sound_config,
     sound_factors,
     sound_graphs,
     sound_manifest,
     sound_messages,
-    sound_signature,
     sound_tokenizers,
     sound_updates,
 )
 from benchmarks.fuzz_programs import names_in, sound_programs
+from benchmarks.fuzz_signed import signed_targets
+from benchmarks.fuzz_target import Target, law
 from benchmarks.fuzz_weights import data_in, sound_weights
 from edge_client import tokens
 from edge_client.bundle import Bundle
@@ -49,15 +49,18 @@ from fedtt import (
     manifest,
     messages,
     program_file,
+    release,
     signature,
+    version_config,
     weights_file,
     wire,
 )
 from fedtt.codec import CodecSpec, coded, decode_delta, difference, encode_delta, plain, quantise, range_coder
 from fedtt.codec.difference import decode_difference, encode_difference
-from fedtt.errors import BundleError, FedttError, LayoutError, WireError
+from fedtt.errors import BundleError, LayoutError, WireError
 from fedtt.factor_file import decode_factors
 from fedtt.graph_file import graph_needs
+from fedtt.label_counts import COUNT_LIMIT, decode_label_counts, encode_label_counts
 from fedtt.layout import Factor, FactorLayout
 from fedtt.manifest import decode_manifest, encode_manifest
 from fedtt.messages import (
@@ -80,11 +83,11 @@ from fedtt.messages import (
     encode,
 )
 from fedtt.program_file import program_needs
-from fedtt.signature import parse_signature
+from fedtt.version_config import decode_config, encode_config
 from fedtt.weights_file import stored_data
 from fedtt.wire import decode_update, encode_update
 
-__all__ = ["Target", "decoders", "targets"]
+__all__ = ["decoders", "targets"]
 
 _LIVE = FactorLayout([Factor("a", (5, 8, 5)), Factor("b", (40,)), Factor("c", (7,))]).everything
 _DELTA = np.random.default_rng(0).laplace(0, 0.03, _LIVE.size).astype(np.float32)
@@ -104,15 +107,6 @@ _READ: tuple[Any, ...] = (
 )
 
 
-class Target(NamedTuple):
-    """One decoder."""
-
-    take: Callable[[bytes], object]
-    sound: tuple[bytes, ...]  #: which it takes
-    refusal: type[FedttError] = WireError  #: its one way to say no
-    share: int = 1  #: of the time: thrice where its decoder is slow
-
-
 def targets() -> dict[str, Target]:
     """name -> target."""
     moved = (np.frombuffer(_HELD, "<f4") + np.float32(1 / 128)).astype("<f4").tobytes()
@@ -121,9 +115,11 @@ def targets() -> dict[str, Target]:
         "difference": Target(_difference, (encode_difference(_HELD, moved), encode_difference(_HELD, exact))),
         "update": Target(_update, sound_updates()),
         "messages": Target(_messages, sound_messages()),
-        "signature": Target(_signature, (sound_signature(),)),
+        "label-counts": Target(_label_counts, (encode_label_counts([3, -1, 0, 2]),)),
+        **signed_targets(),
         "factors": Target(_factors, sound_factors(_LIVE.layout), BundleError),
         "manifest": Target(_manifest, (sound_manifest(),), BundleError),
+        "config": Target(_config, (sound_config(),), BundleError),
         "graph": Target(_graph, sound_graphs(), BundleError),
         "program": Target(_program, sound_programs(), BundleError),
         "weights": Target(_weights, sound_weights(), BundleError),
@@ -135,20 +131,12 @@ def decoders() -> Iterator[FunctionType]:
     """The functions whose branches guide the fuzzer."""
     read = (codec, coded, difference, plain, quantise, range_coder, wire)
     files = (factor_file, flat_buffer, graph_file, manifest, program_file, weights_file)
-    for module in (*read, *files, label_counts, messages, signature, tokens):
+    for module in (*read, *files, label_counts, messages, release, signature, tokens, version_config):
         for value in vars(module).values():
-            for member in vars(value).values() if isinstance(value, type) else [value]:
+            for found in vars(value).values() if isinstance(value, type) else [value]:
+                member = getattr(found, "__func__", found)  # of a class's method
                 if isinstance(member, FunctionType) and member.__module__ == module.__name__:
                     yield member
-
-
-@contextmanager
-def _law() -> Iterator[None]:
-    """About what was taken: a refusal within is none of the bytes that came, and so a finding."""
-    try:
-        yield
-    except FedttError as error:
-        raise AssertionError(f"what was taken is refused when written again: {error}") from error
 
 
 def _delta(spec: CodecSpec) -> Target:
@@ -172,7 +160,7 @@ def _update(data: bytes) -> None:
             found = decode_update(frame, LABELS)
         except WireError:
             continue
-        with _law():
+        with law():
             assert decode_update(encode_update(*found), LABELS) == found
 
 
@@ -192,18 +180,8 @@ def _messages(data: bytes) -> None:
             found = read(data)
         except WireError:
             continue
-        with _law():
+        with law():
             assert decode(encode(found), type(found)) == found
-
-
-def _signature(data: bytes) -> None:
-    """Three header lines; whoever is taken writes the very lines again."""
-    digest, given, value = [*data.decode("latin-1").split("\n", 2), "", ""][:3]
-    signed, raw = parse_signature("PUT", "example.org", "/v1", digest, given, value)
-    with _law():
-        lines = header_lines(signed, raw)
-        assert lines == f"{digest}\n{given}\n{value}".encode("latin-1")
-        assert parse_signature("PUT", "example.org", "/v1", *lines.decode().split("\n")) == (signed, raw)
 
 
 def _factors(data: bytes) -> None:
@@ -217,8 +195,22 @@ def _factors(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     found = decode_manifest(data)
-    with _law():
+    with law():
         assert decode_manifest(encode_manifest(found)) == found
+
+
+def _config(data: bytes) -> None:
+    found = decode_config(data)
+    with law():
+        assert decode_config(encode_config(found)) == found
+
+
+def _label_counts(data: bytes) -> None:
+    found = decode_label_counts(data, LABELS)
+    assert found.shape == (LABELS,)
+    kept = np.clip(found, -COUNT_LIMIT, COUNT_LIMIT)
+    with law():
+        np.testing.assert_array_equal(decode_label_counts(encode_label_counts(found), LABELS), kept)
 
 
 def _graph(data: bytes) -> None:
