@@ -137,6 +137,7 @@ def _line(fleet: Fleet, granted: Granted, wall_s: float) -> VersionLine:
         received_bytes=books.traffic.received_bytes,
         bundle_bytes=books.traffic.bundle_bytes,
         frame_bytes=books.frame_bytes,
+        trained=books.trained,
         outcomes=dict(books.outcomes),
         participations=spread(fleet.population.participations),
         report={},

@@ -47,6 +47,7 @@ class Participations:
         self.start_s, self.write = start_s, write
         self.traffic = Traffic()
         self.outcomes: Counter[str] = Counter()
+        self.trained = 0  #: trainings that came to an update
         self.steps = 0  #: local steps of all trainings
         self.frame_bytes = 0
         self._in_hand: dict[int, Participation] = {}
@@ -79,6 +80,7 @@ class Participation:
             self._lease, self._trained, self._granted_at = event, None, self.clock.now()
         elif type(event) is events.Trained:
             self._trained = event
+            self._books.trained += 1
             self._books.steps += event.steps
             self._books.frame_bytes += event.frame_bytes
         elif type(event) is events.Acknowledged:

@@ -197,6 +197,7 @@ class _Run:
             received_bytes=books.traffic.received_bytes,
             bundle_bytes=books.traffic.bundle_bytes,
             frame_bytes=books.frame_bytes,
+            trained=books.trained,
             outcomes=dict(books.outcomes),
             participations=spread(self._population.participations),
             report=version.report,

@@ -72,9 +72,15 @@ class VersionLine(Struct, frozen=True, kw_only=True):
     received_bytes: int  #: without bundles
     bundle_bytes: int
     frame_bytes: int
+    trained: int = 0  #: trainings that came to an update, whose frames these bytes are
     outcomes: dict[str, int]  #: what came of the work given out
     participations: Spread | None  #: acknowledged updates of each device
     report: dict[str, float]  #: what the method measured
+
+    @property
+    def update_bytes(self) -> float | None:
+        """Of one update's frame, the mean until then; None before the first."""
+        return self.frame_bytes / self.trained if self.trained > 0 else None
 
 
 class Outcome(Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ def traffic(runs: Runs) -> Iterator[str]:
     bars = [Bars(name=r.name, style=runs.index(r), values=_bytes(r.totals)) for r in with_bytes if r.totals]
     note = "Bodies of messages, of all devices together; bundles, which each downloads once, are not here."
     yield card("Bytes by kind", row_chart(_BYTE_KINDS, bars, BYTES, "bytes by kind"), note)
-    series = each_run(runs, version_of, _each_update)
+    series = each_run(runs, version_of, lambda line: line.update_bytes)
     if any(each.points for each in series):
         x, y = Axis(label="version", from_zero=True), Axis(label="bytes", unit=BYTES, from_zero=True)
         yield card("Bytes of one update", line_chart(series, x, y), "Mean over all until then.")
@@ -37,11 +37,6 @@ _BYTE_KINDS = ("updates, up", "all else, up", "versions, plans and answers, down
 def _bytes(totals: VersionLine | Outcome) -> list[float]:
     other = max(0, totals.sent_bytes - totals.frame_bytes)
     return [totals.frame_bytes, other, totals.received_bytes]
-
-
-def _each_update(line: VersionLine) -> float | None:
-    trained = sum(line.outcomes.values()) - line.outcomes.get("vanished", 0)
-    return line.frame_bytes / trained if trained else None
 
 
 def staleness(runs: Runs) -> Iterator[str]:

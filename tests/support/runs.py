@@ -33,6 +33,7 @@ def version_line(number: int, **changes: Any) -> VersionLine:
         "received_bytes": 70_000 * number,
         "bundle_bytes": 10**6 * number,
         "frame_bytes": 4000 * number,
+        "trained": 10 * number,
         "outcomes": {"acknowledged": 10 * number} if number else {},
         "participations": None,
         "report": {},

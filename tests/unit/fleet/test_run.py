@@ -345,6 +345,19 @@ def test_devices_that_train_and_lose_leases_on_the_way_are_not_left_out(file: Pa
     assert outcome.left_out == {}
 
 
+def test_bytes_of_an_update_are_those_of_trainings_and_not_of_leases_given_back(file: Path) -> None:
+    text = FILE.replace('name = "board"', 'name = "board"\nmemory_mb = 5')
+    file.write_text(text.replace("seed = 4", "seed = 4\nneeds_memory_mb = 100"))
+    lines = list[VersionLine]()
+    assert lived(file, "run", seen=lines).outcomes["gave up: runtime"] > 0
+    columns, *work = map(json.loads, (file.parent / "run" / "participations.jsonl").read_text().splitlines())
+    sizes = {row[columns.index("frame_bytes")] for row in work} - {0}
+    assert lines[0].update_bytes is None
+    for line in lines[1:]:
+        assert line.update_bytes is not None
+        assert min(sizes) <= line.update_bytes <= max(sizes)
+
+
 def test_a_fleet_whose_devices_all_fail_ends_and_says_why(file: Path) -> None:
     text = FILE.replace('name = "phone"', 'name = "phone"\nmemory_mb = 5').replace(
         'name = "board"', 'name = "board"\nmemory_mb = 5'

@@ -30,11 +30,11 @@ def test_a_device_whose_window_ends_goes_on_in_the_next_one(tmp_path: Path) -> N
 
 def test_visits_in_a_window_leave_nothing_behind_in_the_clock(tmp_path: Path) -> None:
     """Each device waits for one thing, and its window's end for another, however often it came."""
-    devices, lasts_s = 60, 9000.0
+    devices, lasts_s = 20, 5000.0
     small = SmallFleet(
         tmp_path,
         devices=devices,
-        task=small_task(rounds=1000, cohort=5),
+        task=small_task(rounds=1000, cohort=2),
         availability=Trace([[(0.0, 2 * lasts_s)]] * devices, 1_000_000.0),
     )
     small.fleet.start()
@@ -76,11 +76,11 @@ def test_whoever_is_awake_at_the_end_of_a_window_is_stopped_also_on_a_later_visi
 def test_a_fleet_that_charges_at_night_trains_through_several_nights(tmp_path: Path) -> None:
     small = SmallFleet(
         tmp_path,
-        devices=10,
-        task=small_task(rounds=1000, cohort=5, retry_s=600.0),
-        availability=Nightly(NightlySpec(zones_h=0.0), seed=1, on_battery=[True] * 10),
+        devices=4,
+        task=small_task(rounds=1000, cohort=2, retry_s=1200.0),
+        availability=Nightly(NightlySpec(zones_h=0.0), seed=1, on_battery=[True] * 4),
     )
     small.run(3 * 86400.0)
     nights = {float(str(row[3])) // 86400.0 for row in small.rows}
     assert len(nights) == 3
-    assert small.server.version.number > 200  # 3 nights of 8 hours, a round each 5 minutes
+    assert small.server.version.number > 30

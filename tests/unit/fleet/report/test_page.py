@@ -188,6 +188,7 @@ LINES = st.fixed_dictionaries(
         "sent_bytes": INTS,
         "received_bytes": INTS,
         "frame_bytes": INTS,
+        "trained": INTS,
         "staleness": st.dictionaries(INTS, INTS, max_size=3),
         "outcomes": st.dictionaries(st.text(max_size=3), INTS, max_size=3),
         "report": st.dictionaries(st.text(max_size=3), FLOATS, max_size=2),
