@@ -19,6 +19,8 @@ __all__ = ["Shards", "by_user", "dirichlet", "few_labels", "iid", "lognormal", "
 
 Shards = list[list[int]]
 _GREATEST_ALPHA = 1e9  #: far from where shares differ; much above it their sum is infinite
+_LEAST_DRAWS, _MOST_DRAWS = 10, 1000
+_MOST_SHARES = 10**8  #: drawn in all before a partition is refused, one a device and label: some seconds
 
 
 def iid(rows: int, devices: int, seed: int, least: int = 1) -> Shards:
@@ -31,23 +33,36 @@ def dirichlet(labels: Sequence[int], devices: int, alpha: float, seed: int, leas
     """Rows for each device with label skew: the share of each label over devices is drawn from Dir(α).
 
     T.-M. H. Hsu, H. Qi, M. Brown, arXiv 1909.06335. Draws again, from the same stream, until every device
-    has at least `least` rows. Raises ConfigError where that cannot be had.
+    has at least `least` rows; where there are many devices and labels, less often. Raises ConfigError where
+    that cannot be had.
     """
     _check_rows(len(labels), devices, least)
     if not 0 < alpha <= _GREATEST_ALPHA:
         raise ConfigError("alpha", alpha, f"a number above 0, at most {_GREATEST_ALPHA:g}")
     rng = rng_for(seed, Purpose.PARTITION)
     array = np.asarray(labels)
-    for _ in range(1000):
+    of_label = [np.flatnonzero(array == label) for label in np.unique(array)]
+    draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, _MOST_SHARES // (devices * len(of_label))))
+    for _ in range(draws):
+        dealt = [_shared_out(rng, rows, devices, alpha) for rows in of_label]
+        if sum(np.diff(ends) for _, ends in dealt).min() < least:
+            continue
         shards: Shards = [[] for _ in range(devices)]
-        for label in np.unique(array):
-            rows = rng.permutation(np.flatnonzero(array == label))
-            cuts = np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1]
-            for shard, part in zip(shards, np.split(rows, (cuts * len(rows)).astype(int)), strict=True):
+        for rows, ends in dealt:
+            for shard, part in zip(shards, np.split(rows, ends[1:-1]), strict=True):
                 shard.extend(part.tolist())
-        if min(map(len, shards)) >= least:
-            return shards
-    raise ConfigError("alpha", alpha, f"large enough that each of {devices} devices gets {least} rows")
+        return shards
+    allowed = f"large enough that each of {devices} devices gets {least} rows, as in none of {draws} draws"
+    raise ConfigError("alpha", alpha, allowed)
+
+
+def _shared_out(
+    rng: np.random.Generator, rows: NDArray[np.int64], devices: int, alpha: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of a label, shuffled, and where each device's begin among them, (devices + 1,)."""
+    shuffled = rng.permutation(rows)
+    cuts = np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1]
+    return shuffled, np.concatenate([[0], (cuts * len(rows)).astype(np.int64), [len(rows)]])
 
 
 def few_labels(labels: Sequence[int], devices: int, labels_each: int, seed: int, least: int = 1) -> Shards:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedtt.errors import ConfigError
+from fedtt.rng import Purpose, rng_for
 from fleet.partition import Shards, by_user, dirichlet, few_labels, iid, lognormal, zipf
 
 LABELS = [i % 5 for i in range(500)]
@@ -89,6 +91,44 @@ def test_a_small_alpha_skews_labels_and_a_large_one_does_not() -> None:
 
     assert largest_share(0.1) > 0.5
     assert largest_share(1000.0) < 0.25  # five labels in equal parts would be 0.2
+
+
+def dirichlet_by_lists(labels: list[int], devices: int, alpha: float, seed: int, least: int) -> Shards:
+    """The obvious way: deal all rows, then count."""
+    rng = rng_for(seed, Purpose.PARTITION)
+    array = np.asarray(labels)
+    while True:
+        shards: Shards = [[] for _ in range(devices)]
+        for label in np.unique(array):
+            rows = rng.permutation(np.flatnonzero(array == label))
+            ends = (np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1] * len(rows)).astype(int)
+            for shard, part in zip(shards, np.split(rows, ends), strict=True):
+                shard.extend(part.tolist())
+        if min(map(len, shards)) >= least:
+            return shards
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=60, max_size=200),
+    devices=st.integers(1, 9),
+    alpha=st.sampled_from([0.3, 1.0, 50.0]),
+    seed=st.integers(0, 9),
+    least=st.integers(0, 3),
+)
+def test_what_is_drawn_is_what_dealing_and_counting_comes_to(
+    labels: list[int], devices: int, alpha: float, seed: int, least: int
+) -> None:
+    dealt = dirichlet(labels, devices, alpha, seed, least)
+    assert dealt == dirichlet_by_lists(labels, devices, alpha, seed, least)
+
+
+def test_what_cannot_be_had_of_many_devices_and_labels_is_refused_in_seconds() -> None:
+    labels = [row % 150 for row in range(15_000)]
+    began_s = time.process_time()
+    with pytest.raises(ConfigError, match=r"alpha = 0\.1 .*none of 222 draws"):  # 1e8 / (150 · 3,000)
+        dirichlet(labels, 3000, 0.1, 0)
+    assert time.process_time() - began_s < 60
 
 
 def test_every_device_gets_the_least_that_was_asked_for() -> None:

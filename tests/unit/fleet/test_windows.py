@@ -73,14 +73,14 @@ def test_whoever_is_awake_at_the_end_of_a_window_is_stopped_also_on_a_later_visi
     assert all(row[5] == "acknowledged" for row in over)
 
 
-def test_a_fleet_that_charges_at_night_trains_through_several_nights(tmp_path: Path) -> None:
+def test_a_fleet_that_charges_at_night_trains_through_two_nights(tmp_path: Path) -> None:
     small = SmallFleet(
         tmp_path,
         devices=4,
         task=small_task(rounds=1000, cohort=2, retry_s=1200.0),
         availability=Nightly(NightlySpec(zones_h=0.0), seed=1, on_battery=[True] * 4),
     )
-    small.run(3 * 86400.0)
+    small.run(1.5 * 86400.0)
     nights = {float(str(row[3])) // 86400.0 for row in small.rows}
-    assert len(nights) == 3
-    assert small.server.version.number > 30
+    assert len(nights) == 2
+    assert small.server.version.number > 20
