@@ -45,7 +45,7 @@ def dirichlet(labels: Sequence[int], devices: int, alpha: float, seed: int, leas
     draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, _MOST_SHARES // (devices * len(of_label))))
     for _ in range(draws):
         dealt = [_shared_out(rng, rows, devices, alpha) for rows in of_label]
-        if sum(np.diff(ends) for _, ends in dealt).min() < least:
+        if np.sum([np.diff(ends) for _, ends in dealt], axis=0).min() < least:
             continue
         shards: Shards = [[] for _ in range(devices)]
         for rows, ends in dealt:

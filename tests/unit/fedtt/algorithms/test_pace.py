@@ -21,6 +21,7 @@ from fedtt.algorithms.pace import (
     rounds_worth,
     upper_left,
 )
+from fedtt.work import depth_share
 
 quick = settings(deadline=None, max_examples=60)
 BOUNDS = Bounds(
@@ -261,3 +262,18 @@ def test_the_exponent_stays_where_depths_are_equal_or_nothing_was_learned() -> N
 @pytest.mark.parametrize(("frequency", "agreement", "worth"), [(3, 0.0, 1.0), (3, 0.5, 1.75), (2, 0.9, 1.9)])
 def test_rounds_apart_are_worth_a_geometric_sum(frequency: int, agreement: float, worth: float) -> None:
     assert rounds_worth(frequency, agreement) == pytest.approx(worth)  # 1 + q + q²
+
+
+def test_of_very_many_periods_some_thousands_are_looked_at_and_little_is_lost() -> None:
+    b = replace(BOUNDS, max_frequency=64, payload_bytes=tuple(400 + 300 * d for d in range(24)))
+    groups = [Progress(round_s=1.0 + 7.3**0.5 * k, cohort=1 + k % 5) for k in range(8)]
+    model = _Model(groups, b, agreement=0.9, exponent=0.7)
+    shares = [depth_share(depth, 24) for depth in range(1, 25)]
+    ends = {g.round_s * tau * share for g in groups for tau in range(1, 65) for share in shares}
+    first = max(g.round_s for g in groups) * shares[0]
+    ends = {end for end in ends if end >= first}
+    assert len(ends) > 5000
+    assert len(model.periods()) <= 4097
+    best = max(model.score(model.within(end)) for end in ends)
+    found = model.score(choose_paces(groups, b, agreement=0.9, exponent=0.7))
+    assert 0.998 * best < found <= best * (1 + 1e-9)
