@@ -286,9 +286,14 @@ class Coordinator(Population, Uploads):
 
 
 def _may_sleep(task: Task) -> bool:
-    """Whether a device that a round does not need is needed for nothing else: not where devices judge."""
+    """Whether a device that a round does not need is needed for nothing else soon.
+
+    Not where devices judge; nor where they train in groups, also before these are formed: each group then has
+    seats of its own, whatever turn a device had among all.
+    """
     judge = task.spec.evaluation
-    return task.spec.sampling.is_plain and not task.groups and (judge is None or judge.by != "devices")
+    is_judged_by_others = judge is None or judge.by != "devices"
+    return task.spec.sampling.is_plain and hierarchical(task) is None and is_judged_by_others
 
 
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:

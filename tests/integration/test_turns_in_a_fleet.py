@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from aggregator import rules
 from aggregator.metrics import totals
 from edge_client.runtime import Runtimes
+from fedtt.algorithms import HierFedTT, Method
 from fedtt.evaluation import EvaluationSpec
 from fleet.availability import Window
 from fleet.profiles import Profile
@@ -31,10 +32,15 @@ class OneInThree:
 
 
 def run(
-    directory: Path, profiles: tuple[Profile, ...], evaluation: EvaluationSpec | None = None, **fleet: object
+    directory: Path,
+    profiles: tuple[Profile, ...],
+    evaluation: EvaluationSpec | None = None,
+    method: Method | None = None,
+    **fleet: object,
 ) -> tuple[float, float]:
     """Check-ins a participation, and how long the fleet took in virtual seconds."""
     task = replace(small_task(rounds=ROUNDS, cohort=COHORT), evaluation=evaluation)
+    task = task if method is None else replace(task, method=method)
     small = SmallFleet(directory, devices=DEVICES, task=task, profiles=profiles, **fleet)  # type: ignore[arg-type]
     small.run()
     assert small.server.task.state is TaskState.FINISHED
@@ -74,3 +80,13 @@ def test_devices_that_are_to_judge_a_version_are_not_sent_away(
     foretell_nothing(monkeypatch)
     _, took_before_s = run(tmp_path / "asking", ALIKE, evaluation, judges=judges)
     assert took_s < 1.1 * took_before_s
+
+
+def test_devices_that_groups_are_yet_to_be_formed_of_are_not_sent_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = HierFedTT(groups=3, warmup_rounds=3)
+    _, took_s = run(tmp_path / "told", UNLIKE, method=method)
+    foretell_nothing(monkeypatch)
+    _, took_before_s = run(tmp_path / "asking", UNLIKE, method=method)
+    assert took_s == took_before_s
