@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from edge_client.device_config import DeviceConfig
     from edge_client.example_files import read_examples
     from edge_client.examples import Example, ExampleLimits, ExampleStore
+    from edge_client.executorch_runtime import executorch_runtimes
     from edge_client.http_transport import HttpTransport
     from edge_client.inference import Evaluation, Model, Prediction
+    from edge_client.local_trainer import LocalTrainer
+    from edge_client.onnx_runtime import onnx_runtimes
     from edge_client.preparation import prepare
     from edge_client.session import forget, leave, open_device
 
@@ -39,11 +42,14 @@ __all__ = [
     "ExampleStore",
     "HttpTransport",
     "Limits",
+    "LocalTrainer",
     "Model",
     "Prediction",
     "Readings",
+    "executorch_runtimes",
     "forget",
     "leave",
+    "onnx_runtimes",
     "open_device",
     "prepare",
     "read_examples",
@@ -59,11 +65,14 @@ _HOMES = {
     "ExampleStore": "examples",
     "HttpTransport": "http_transport",
     "Limits": "conditions",
+    "LocalTrainer": "local_trainer",
     "Model": "inference",
     "Prediction": "inference",
     "Readings": "conditions",
+    "executorch_runtimes": "executorch_runtime",
     "forget": "session",
     "leave": "session",
+    "onnx_runtimes": "onnx_runtime",
     "open_device": "session",
     "prepare": "preparation",
     "read_examples": "example_files",

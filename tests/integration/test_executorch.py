@@ -103,7 +103,7 @@ def test_products_in_int8_agree_with_integers_in_torch_and_nearly_with_float32(
     assert 0.99 < cosine < 1 - 1e-6  # and it is another
 
 
-def test_a_process_that_trains_imports_no_torch(
+def test_an_app_that_trains_imports_no_torch(
     executorch_bundle: Path, executorch_library: Path, bundle: Bundle
 ) -> None:
     program = """
@@ -111,13 +111,15 @@ import sys
 import warnings
 from pathlib import Path
 import numpy as np
+from edge_client import LocalTrainer, executorch_runtimes
 from edge_client.bundle import open_bundle
-from edge_client.executorch_runtime import executorch_runtimes
 from edge_client.tokens import Tokens
 bundle = open_bundle(Path(sys.argv[1]), "executorch")
 theta = np.full(bundle.manifest.adapter.layout.size, 0.05, np.float32)
 batch = Tokens(bundle).padded([5, 6, 7], [6, 6, 7], [7, 6, 7], labels=[0, 1, 2])
-loss, gradient = executorch_runtimes().open(bundle).gradient(theta, batch)
+runtimes = executorch_runtimes()
+assert LocalTrainer(runtimes).runtime == "executorch"
+loss, gradient = runtimes.open(bundle).gradient(theta, batch)
 assert not {"torch", "executorch", "onnxruntime"} & set(sys.modules)
 print(loss)
 """
