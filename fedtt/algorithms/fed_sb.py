@@ -42,9 +42,9 @@ class FedSB(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
     def check(self, adapter: AdapterSpec) -> None:
         check_kind(adapter, "fed-sb", "lora-sb")
-        if (parts := len(self._parts(adapter))) < self.turns:
+        if self.turns > (factors := len(adapter.layout.factors)):
             raise ConfigError(
-                "method.turns", self.turns, f"{parts}, for more would make no frame of these adapters shorter"
+                "method.turns", self.turns, f"at most {factors}, a factor of these adapters each"
             )
 
     def live(self, adapter: AdapterSpec, round_number: int, state: ServerState | None = None) -> LiveSet:
@@ -58,13 +58,22 @@ class FedSB(FedAvg, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 def _even_parts(sizes: Sequence[int], parts: int) -> list[tuple[int, int]]:
-    """Where to cut a row of factors so that the largest part is as small as can be: (first, behind the last).
+    """Where to cut a row of factors into so many parts, (first, behind the last), none of them empty.
 
-    At most so many parts: where one factor is most of all, the others may fit into fewer.
+    The largest part is as small as it can be; where fewer parts would do for that, the largest that have
+    several factors are cut once more.
     """
     limits = range(max(sizes), sum(sizes) + 1)
     limit = limits[bisect_left(limits, True, key=lambda limit: len(_filled(sizes, limit)) <= parts)]
-    return list(pairwise([*_filled(sizes, limit), len(sizes)]))
+    found = list(pairwise([*_filled(sizes, limit), len(sizes)]))
+    while len(found) < parts:
+        first, end = max(
+            (part for part in found if part[1] - part[0] > 1), key=lambda p: sum(sizes[slice(*p)])
+        )
+        at = found.index((first, end))
+        (_, cut), _ = _even_parts(sizes[first:end], 2)
+        found[at : at + 1] = [(first, first + cut), (first + cut, end)]
+    return found
 
 
 def _filled(sizes: Sequence[int], limit: int) -> list[int]:
