@@ -76,7 +76,8 @@ def _with_data(name: str, plan: Plan) -> Plan:
 
 def _decides(search: Case, case: Case) -> bool:
     """Whether it is one of the searches by which a case's rate is chosen."""
-    return (search.set.shown, search.arm.name) == (case.set.name, case.arm.rate_of or case.arm.name)
+    set_ = case.set.name if case.plan.rates_from else case.set.shown
+    return (search.set.shown, search.arm.name) == (set_, case.arm.rate_of or case.arm.name)
 
 
 def _rate(case: Case, searches: Iterable[Case], searched: Mapping[Key, Result]) -> float | None:
@@ -90,10 +91,14 @@ def _rate(case: Case, searches: Iterable[Case], searched: Mapping[Key, Result]) 
     return max(there, key=lambda r: (r.last.accuracy or 0.0, -r.last.loss)).rate
 
 
-def _of_today(name: str, plan: Plan, results: list[Result]) -> list[Result]:
-    """Those that the plan asks for as it is now; says how many others there are."""
-    asked = {case.digest for case in (*plan.searches(), *plan.cases())}
-    found = [result for result in results if result.digest in asked]
+def _of_today(
+    name: str, plan: Plan, results: list[Result], rates_from: Plan, searched: list[Result]
+) -> list[Result]:
+    """Those that the plan asks for as it is now, at the rates chosen now; says how many others there are."""
+    searches, known = list(rates_from.searches()), {result.key: result for result in searched}
+    asked = {(search.digest, search.rate) for search in plan.searches()}
+    asked |= {(case.digest, _rate(case, searches, known)) for case in plan.cases()}
+    found = [result for result in results if result.key in asked]
     if others := len(results) - len(found):
         print(f"{name}: {others} stored lines are of another plan than today's, and left out", flush=True)
     return found
@@ -143,10 +148,11 @@ def main() -> None:
     known = plans()
     if args.command == "report":
         read = {name: read_plan(path) for name, path in known.items()}
-        lines = {
-            name: (plan, _of_today(name, plan, stored(args.results / f"{name}.jsonl")))
-            for name, plan in read.items()
-        }
+        kept = {name: stored(args.results / f"{name}.jsonl") for name in read}
+        lines = {}
+        for name, plan in read.items():
+            source = plan.rates_from or name
+            lines[name] = plan, _of_today(name, plan, kept[name], read[source], kept[source])
         write_report(lines, ROOT / "docs")
         return
     for name in args.names or known:

@@ -1,19 +1,18 @@
 """Where runs are computed: one process keeps the base, what its frozen blocks gave of each text, and pools.
 
 Runs of an experiment read the same texts through the same frozen blocks, so those are computed once for all
-of them. Products are in bfloat16 (`torch.autocast`), which nearly halves their time; trained factors,
-optimisers and folds stay in float32.
+of them. Products are in bfloat16 (`torch.autocast`), which nearly halves their time, but for arms that say
+otherwise; trained factors, optimisers and folds stay in float32.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +41,9 @@ from fleet.backends import Inputs, Losses
 from fleet.batched import BatchedPool
 from fleet.pool import Outstanding
 
-__all__ = ["BASES", "Bench", "open_bench"]
+__all__ = ["BASES", "Bench", "Products", "open_bench"]
+
+Products = Literal["bfloat16", "float32"]
 
 _LIMIT_BYTES = 3 * 2**28  #: of what is kept of one cut
 _LIMITS = PassLimits(tokens=4096, overhead_tokens=300)  #: few passes: each has weights to round anew
@@ -51,17 +52,17 @@ BASES = ("minilm", "stories")
 
 
 @cache
-def open_bench(base: str, precision: Precision = "fp32") -> Bench:
-    """The one of this process for a base, in a precision."""
+def open_bench(base: str, precision: Precision = "fp32", products: Products = "bfloat16") -> Bench:
+    """The one of this process for a base, in a precision, multiplied in another."""
     torch.set_num_threads(1)
-    return Bench(base, precision)
+    return Bench(base, precision, products)
 
 
 class Bench:
     """One base, and what is shared by all runs on it."""
 
-    def __init__(self, name: str, precision: Precision) -> None:
-        self.path, self._precision = _path(name), precision
+    def __init__(self, name: str, precision: Precision, products: Products) -> None:
+        self.path, self._precision, self._half = _path(name), precision, products == "bfloat16"
         self._bases: dict[TaskKind, Base] = {}
         self._activations: dict[int, Activations] = {}
         self._stations: dict[str, Station] = {}
@@ -81,9 +82,10 @@ class Bench:
                 _write_bundle(request, base, directory)
             bundle = open_bundle(directory)
             kept = self._activations.setdefault(
-                bundle.manifest.adapter.blocks.start, Activations(_LIMIT_BYTES, "float16")
+                bundle.manifest.adapter.blocks.start,
+                Activations(_LIMIT_BYTES, "float16" if self._half else "float32"),
             )
-            self._stations[digest] = Station(bundle, Torch(bundle, base, kept), kept)
+            self._stations[digest] = Station(bundle, Torch(bundle, base, kept, half=self._half), kept)
         return self._stations[digest]
 
     def _base(self, task: TaskKind) -> Base:
@@ -92,7 +94,7 @@ class Bench:
             self._bases[task] = base = load_base(self.path, task, self._precision)
             assert base.sha256  # cached: of the weights as they came
             for linear in (m for block in base.blocks for m in block.modules()):
-                if isinstance(linear, torch.nn.Linear):
+                if self._half and isinstance(linear, torch.nn.Linear):
                     linear.to(torch.bfloat16)
         return self._bases[task]
 
@@ -137,23 +139,24 @@ class Torch:
 
     rows: int | None = None  #: of a batch: any number
 
-    def __init__(self, bundle: Bundle, base: Base, activations: Activations) -> None:
+    def __init__(self, bundle: Bundle, base: Base, activations: Activations, *, half: bool) -> None:
         manifest = bundle.manifest
         self.cut, self.passes_at_once = manifest.adapter.blocks.start, 1
-        with _half():
+        self._products = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=half)
+        with self._products():
             self._model = AdaptedModel(base, manifest.adapter, manifest.labels)
         self._step, self._prefix = DevicesStep(self._model, self.cut), Prefix(base, self.cut)
         self._base, self._activations = base, activations
         self.predicted: list[int] = []  #: classes, of all rows judged so far
 
     def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        with torch.no_grad(), _half():
+        with torch.no_grad(), self._products():
             return np.asarray(self._prefix(torch.from_numpy(ids), torch.from_numpy(mask)).float().numpy())
 
     def step(self, inputs: Inputs) -> tuple[Losses, NDArray[np.float32]]:
         theta, *rows = (torch.from_numpy(inputs[name]) for name in self._step.inputs)
         theta.requires_grad_()
-        with torch.enable_grad(), _half():
+        with torch.enable_grad(), self._products():
             total, losses = self._step.loss(theta, *rows)
             (gradient,) = torch.autograd.grad(total, theta)
         return losses.detach().float().numpy(), gradient.float().numpy()
@@ -162,7 +165,7 @@ class Torch:
         mask, run, below = torch.from_numpy(batch.mask), None, torch.from_numpy(batch.ids)
         if self.cut:
             below, run = torch.from_numpy(self.below(batch)), self._above
-        with torch.no_grad(), _half():
+        with torch.no_grad(), self._products():
             logits = self._model(torch.from_numpy(theta), below, mask, run=run).float().numpy()
         if logits.ndim == 2:
             self.predicted += logits.argmax(1).tolist()
@@ -183,12 +186,6 @@ class Torch:
             if hidden is not None:
                 place[: len(hidden)] = hidden
         return stacked
-
-
-@contextmanager
-def _half() -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        yield
 
 
 def _write_bundle(request: ExportRequest, base: Base, out: Path) -> None:

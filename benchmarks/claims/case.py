@@ -28,7 +28,7 @@ from fleet.run import run_fleet
 from fleet.run_files import VersionLine
 from fleet.spec import FleetFile, FleetSpec
 
-__all__ = ["Point", "Result", "fleet_of", "run_case"]
+__all__ = ["Point", "Result", "fleet_of", "frames_of", "run_case"]
 
 
 class Point(Struct, frozen=True, array_like=True):
@@ -62,7 +62,9 @@ class Result(Struct, frozen=True, kw_only=True):
     digest: str  #: of all that the run follows from but its rate
     trained_numbers: int  #: of all adapters and the head, frozen or not
     rounds: int
-    participations: int  #: none of what is no federation
+    participations: int  #: trainings that ended with a frame; none of what is no federation
+    frame_bytes_mean: float = 0.0  #: of a participation, to the run's end; 0 of a line stored before
+    received_bytes_mean: float = 0.0  #: the same, of all bodies but bundles
     curve: list[Point]
     wall_s: float
     sha256: str  #: of the last version
@@ -83,7 +85,7 @@ class Result(Struct, frozen=True, kw_only=True):
 def run_case(case: Case, rate: float) -> Result:
     data = prepared(case.set.name, train_rows=case.set.train_rows, judged_rows=case.plan.test_rows)
     options = case.settings("model")
-    bench = open_bench(options.pop("base", "minilm"))
+    bench = open_bench(options.pop("base", "minilm"), products=options.pop("products", "bfloat16"))
     labels = tuple(options.pop("labels", data.labels))
     station = bench.station(options, labels)
     spec = fleet_of(case, data, station, rate)
@@ -94,12 +96,14 @@ def run_case(case: Case, rate: float) -> Result:
     if case.arm.bound:
         return _bound(case, rate, data, station, experiment)
     directory = WORK / "runs" / f"{case.digest}-{rate:g}"
+    station.judge.predicted.clear()
     lines: list[VersionLine] = []
     outcome = run_fleet(
         experiment, directory, fresh=True, on_version=lines.append, pool=station.pool, judge=station.judge
     )
     if outcome.state != "finished" and not (outcome.state == "ended early" and case.plan.by_time):
         raise RuntimeError(f"{case.key}: the run ended {outcome.state}: {outcome.reason}")
+    frames = frames_of(directory)
     shutil.rmtree(directory)
     return _result(
         case,
@@ -107,12 +111,22 @@ def run_case(case: Case, rate: float) -> Result:
         data,
         station,
         rounds=lines[-1].version,
-        participations=sum(outcome.outcomes.values()),
+        participations=len(frames),
+        frame_bytes_mean=round(statistics.fmean(frames), 1),
+        received_bytes_mean=round(outcome.received_bytes / len(frames), 1),
         curve=[Point.of(line) for line in lines if line.loss is not None],
         wall_s=outcome.wall_s,
         sha256=outcome.sha256 or "",
         report={name: float(value) for name, value in (lines[-1].report or {}).items()},
     )
+
+
+def frames_of(directory: Path) -> list[int]:
+    """Bytes of each frame that a device of a run made."""
+    lines = (directory / "participations.jsonl").read_bytes().splitlines()
+    columns, *rows = [msgspec.json.decode(line) for line in lines]
+    at = columns.index("frame_bytes")
+    return [row[at] for row in rows if row[at]]
 
 
 def _rows_trained(task: TaskSpec) -> int:

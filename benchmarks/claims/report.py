@@ -22,21 +22,23 @@ mpl.rcParams["svg.hashsalt"] = "results"  # names within a file are the same eac
 HEAD = """# Results
 
 The papers' claims, measured again on the emulator with the code of clients and server, but for the step:
-that is torch's, of the same adapters, in bfloat16. This page is made by `python -m benchmarks.claims report`
-from the plans in `benchmarks/claims/`, which hold the verdicts too, and the lines in
-`benchmarks/results/claims/`, which `python -m benchmarks.claims run` made.
+that is torch's, of the same adapters. Its products are in bfloat16, frozen matrices are rounded to it, and
+what frozen blocks give is kept in float16; arms that say float32 show what that does. This page is made by
+`python -m benchmarks.claims report` from the plans in `benchmarks/claims/`, which hold the verdicts too, and
+the lines in `benchmarks/results/claims/`, which `python -m benchmarks.claims run` made. No run took an hour
+on two cores; most take less than a minute.
 
 Rates are learning rates of the devices' AdamW. A method chose its own from the same list as all others, by
-one run each on rows that are neither trained on nor reported; its variants take the same rate, and
-experiments whose plan names another one (`rates_from`) take what was chosen there, under that one's settings.
+one run each on rows that are neither trained on nor reported. Experiments whose plan names another one
+(`rates_from`) take what was chosen there, under that one's settings, and so do arms with a `rate_of`.
 *Edge* marks one at an end of the list, beyond which a better one may lie. Accuracy is the last version's on
 test rows, mean ± standard deviation over seeds; a seed deals out the data, draws the devices and orders their
 batches, and all start from the same factors. Gap is the mean difference to the first arm over the same seeds,
 in points, with its standard deviation. Trained an update are the numbers that a frame carries, on average:
 what a method freezes, or trains in other rounds, is not among them. Bytes an update are of frames up and of
-all bodies but bundles down.
-Those to a target count what all devices sent (and received) until a judged version had reached it: three
-points above the start, which slow methods reach too, and the first arm's final accuracy less one point.
+all bodies but bundles down. Those to a target count the frames that all devices sent (and all bodies but
+bundles that they received) until a judged version had reached it: three points above the start, which slow
+methods reach too, and the first arm's final accuracy less one point.
 *Local only* is the mean over devices that each train by themselves, for as many steps as they take on average
 in the federation; *centralised* is all rows in one place, with as many steps as all devices take together.
 Neither sends anything; both are dotted in the plots.
@@ -122,8 +124,8 @@ def _table(plan: Plan, results: list[Result], rates: Sequence[float]) -> str:
             lines.append("| " + " | ".join(cells + ["–"] * (len(heads) - len(cells))) + " |")
             continue
         cells += [
-            _bytes(statistics.mean(r.last.frame_bytes / r.participations for r in runs)),
-            _bytes(statistics.mean(r.last.received_bytes / r.participations for r in runs)),
+            _bytes(statistics.mean(map(_frame_bytes, runs))),
+            _bytes(statistics.mean(map(_received_bytes, runs))),
         ]
         if plan.by_time:
             cells += [
@@ -144,7 +146,15 @@ def _trained(result: Result) -> float:
     """Numbers that a device trains in a round, on average: those of its frame, which is of float32."""
     if _is_bound(result):
         return result.trained_numbers
-    return (result.last.frame_bytes / result.participations - _HEADER_BYTES) / 4
+    return (_frame_bytes(result) - _HEADER_BYTES) / 4
+
+
+def _frame_bytes(result: Result) -> float:
+    return result.frame_bytes_mean or result.last.frame_bytes / result.participations
+
+
+def _received_bytes(result: Result) -> float:
+    return result.received_bytes_mean or result.last.received_bytes / result.participations
 
 
 def _value(point: Point) -> float:
@@ -257,7 +267,7 @@ def _plot(plan: Plan, results: list[Result], path: Path) -> None:
         axis.set(
             xscale="linear" if plan.by_time else "log",
             title=", ".join(group),
-            xlabel="virtual minutes" if plan.by_time else "bytes sent by all devices",
+            xlabel="virtual minutes" if plan.by_time else "bytes of all frames",
             ylabel="accuracy" if results[0].last.accuracy is not None else "loss",
         )
         axis.grid(alpha=0.3)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from statistics import fmean
 
-import msgspec
 from msgspec import Struct
 
 from benchmarks.claims.bench import open_bench
-from benchmarks.claims.case import Point, fleet_of
+from benchmarks.claims.case import Point, fleet_of, frames_of
 from benchmarks.claims.data import prepared
 from benchmarks.claims.plan import Case
 from benchmarks.harness import ROOT
@@ -61,7 +59,7 @@ def run_arm(case: Case, until: int | None = None) -> ArmResult:
         pool=station.pool,
         judge=station.judge,
     )
-    frames = _frames(directory / "participations.jsonl")
+    frames = frames_of(directory)
     shutil.rmtree(directory)
     return ArmResult(
         arm=case.arm.name,
@@ -79,10 +77,3 @@ def run_arm(case: Case, until: int | None = None) -> ArmResult:
         curve=[Point.of(line) for line in lines if line.loss is not None],
         wall_s=outcome.wall_s,
     )
-
-
-def _frames(path: Path) -> list[int]:
-    """Bytes of each frame that a device made."""
-    columns, *rows = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
-    at = columns.index("frame_bytes")
-    return [row[at] for row in rows if row[at]]

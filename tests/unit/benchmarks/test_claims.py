@@ -136,6 +136,15 @@ def test_the_best_search_decides_the_rate_once_all_are_there() -> None:
         claims._rate(case, [], searched)
 
 
+def test_a_set_with_a_label_is_searched_under_it() -> None:
+    labelled = msgspec.structs.replace(PLAN, sets=(msgspec.structs.replace(PLAN.sets[0], label="toy, half"),))
+    (search, *_), (case, *_) = labelled.searches(), labelled.cases()
+    assert claims._decides(search, case)
+    elsewhere = msgspec.structs.replace(labelled, rates=(), rates_from="toys")
+    (first, *_) = PLAN.searches()
+    assert claims._decides(first, next(elsewhere.cases()))  # that of the set without a label there
+
+
 def test_what_another_experiment_has_run_is_taken_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,9 +183,11 @@ def test_lines_of_a_plan_that_was_edited_since_are_left_out_and_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     edited = msgspec.structs.replace(PLAN, model={"depth": 2})
+    searched = [_result(search, 0.6 - search.rate, search.rate) for search in PLAN.searches() if search.rate]
     results = [_result(case, 0.8) for plan in (PLAN, edited) for case in plan.cases()]
-    assert claims._of_today("toy", PLAN, results) == results[:6]
-    assert "toy: 6 stored lines are of another plan than today's" in capsys.readouterr().out
+    before = [_result(case, 0.8, 0.2) for case in PLAN.cases()]  # at a rate that was chosen of a shorter list
+    assert claims._of_today("toy", PLAN, results + before, PLAN, searched) == results[:6]
+    assert "toy: 12 stored lines are of another plan than today's" in capsys.readouterr().out
 
 
 def test_the_page_holds_the_verdict_the_gap_and_bytes_to_the_target(tmp_path: Path) -> None:
@@ -204,6 +215,15 @@ def test_a_plan_by_time_counts_virtual_minutes(tmp_path: Path) -> None:
         in (tmp_path / "results.md").read_text()
     )
     assert "| 1 min | 1 min | 2 min |" in (tmp_path / "results.md").read_text()
+
+
+def test_bytes_of_an_update_count_those_after_the_last_version(tmp_path: Path) -> None:
+    results = [
+        msgspec.structs.replace(_result(case, 0.8), participations=5, frame_bytes_mean=446.0)
+        for case in PLAN.cases()
+    ]  # 2,000 bytes of four frames until the last version, and a fifth frame that no version saw
+    write_report({"toy": (PLAN, results)}, tmp_path)
+    assert "| one | 100 |" in (tmp_path / "results.md").read_text()  # (446 - 46) / 4
 
 
 def test_two_labels_are_scored_by_f1_and_matthews(tmp_path: Path) -> None:
