@@ -189,12 +189,16 @@ class BundleCache:
             used_bytes = sum(size for _, size, _ in found)
             over = used_bytes + needed_bytes - self._limit_bytes
             over_disk = _beyond_the_disk(self.directory, missing_bytes)
-            if over_disk > used_bytes:
+            idle = [(size, directory) for _, size, directory in found if directory.name not in self._in_use]
+            idle_bytes = sum(size for size, _ in idle)
+            if over > idle_bytes:
+                raise self._no_room(digest, needed_bytes)
+            if over_disk > idle_bytes:
                 raise self._disk_full(digest, missing_bytes)
-            for _, size, directory in found:
+            for size, directory in idle:
                 if max(over, over_disk) <= 0:
                     break
-                if directory.name not in self._in_use and self._remove(directory):
+                if self._remove(directory):
                     over, over_disk = over - size, over_disk - size
         if over > 0:
             raise self._no_room(digest, needed_bytes)
@@ -268,7 +272,9 @@ def _use(directory: Path) -> tuple[float, int]:
 
 def _beyond_the_disk(directory: Path, missing_bytes: int) -> int:
     """Bytes that have to go before so many more may be written, and the reserve stays; 0 or less for none."""
-    return missing_bytes and missing_bytes + RESERVE_BYTES - shutil.disk_usage(directory).free
+    if not missing_bytes:
+        return 0  # what is here needs no room
+    return missing_bytes + RESERVE_BYTES - shutil.disk_usage(directory).free
 
 
 def _check_kept(bundle: Bundle, release_key: bytes) -> None:

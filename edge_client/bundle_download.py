@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import aclosing
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from edge_client.aside import beside
 from edge_client.events import Downloading, Observer
@@ -46,27 +46,29 @@ async def _append(
         if file.tell() < entry.bytes:
             async with aclosing(transport.bundle_file(digest, name, file.tell())) as pieces:
                 async for piece in pieces:
-                    await beside(file.write, piece[: entry.bytes - file.tell() + 1])
+                    await beside(_write, file, piece[: entry.bytes - file.tell() + 1])
                     if file.tell() > entry.bytes:
                         break
-        await beside(_sync, file)
+        await beside(os.fsync, file.fileno())
         if file.tell() < entry.bytes:
             raise Unreachable(f"{name} broke off after {file.tell()} of {entry.bytes} bytes")
     finally:
         await beside(file.close)
 
 
-def _opened(partial: Path, most_bytes: int) -> BinaryIO:
-    """A part to append to, emptied where it is too long."""
-    file = partial.open("ab")
+def _opened(partial: Path, most_bytes: int) -> FileIO:
+    """A part to append to, emptied where it is too long; without a buffer, closing it writes nothing more."""
+    file = partial.open("ab", buffering=0)
     if file.tell() > most_bytes:
         file.truncate(0)
+        file.seek(0)
     return file
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(file: FileIO, data: bytes) -> None:
+    """All of it, or an OSError after what there was room for."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _shorten(partial: Path, by_bytes: int) -> None:

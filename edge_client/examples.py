@@ -29,6 +29,8 @@ _CLOCK_ERROR_S = 7 * 86400.0  #: by which a device's clock may be ahead for a wh
 #: Without room; the second of what a reader needs beside a WAL.
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
 
+_MAGIC = b"SQLite format 3\0"  #: what a database begins with
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS example (
     id INTEGER PRIMARY KEY,
@@ -234,14 +236,18 @@ class ExampleStore:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a file is a store of examples, rather than another program's or none."""
+    """Whether a file is a store of examples, be it damaged or locked, rather than another program's or none.
+
+    Raises StorageError where the file may not be read.
+    """
     if not path.is_file():
         return False
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             columns = {row[1] for row in db.execute("PRAGMA table_info(example)")}
-    except sqlite3.Error:
-        return False
+    except sqlite3.Error:  # what lies at this name and cannot be looked into is taken for texts of the owner
+        with storage_errors(path), path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
     return columns >= {"text", "label", "source", "file", "added_at"}
 
 

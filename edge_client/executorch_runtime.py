@@ -278,7 +278,10 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 def executorch_runtimes(threads: int = 1) -> Runtimes:
-    """Runtimes that load bundles with ExecuTorch; RuntimeFailure where its library is missing or another."""
+    """Runtimes that load bundles with ExecuTorch.
+
+    Raises RuntimeFailure where its library is missing or another, ConfigError for threads outside 1..1024.
+    """
     load = partial(ExecutorchRuntime, threads=checked_threads(threads))
     load_library()
     return Runtimes(load, "executorch")

@@ -103,11 +103,11 @@ class Home:
 
     def delete_data(self) -> None:
         """Remove examples, bundles, versions and activations; the caller has closed what reads them."""
+        for directory in (self.bundles, self.versions, self.activations):
+            shutil.rmtree(directory, ignore_errors=True)
         with storage_errors(self.directory):
-            for path in self.directory.glob("examples.db*"):
-                path.unlink()
-            for directory in (self.bundles, self.versions, self.activations):
-                shutil.rmtree(directory, ignore_errors=True)
+            for path in sorted(self.directory.glob("examples.db*"), reverse=True):  # its log before the store
+                path.unlink()  # by which the directory is known where this breaks off
 
     def delete(self) -> None:
         """Remove everything this device ever kept here, and the directory if nothing else is in it."""

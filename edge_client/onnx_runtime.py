@@ -174,9 +174,9 @@ def _line(error: Exception) -> str:
 
 
 def onnx_runtimes(threads: int = 1) -> Runtimes:
-    """Runtimes that load bundles with ONNX Runtime; RuntimeFailure where that is not installed.
+    """Runtimes that load bundles with ONNX Runtime, which is not imported yet: that takes a while.
 
-    It is looked for and not imported yet, which takes a while.
+    Raises RuntimeFailure where it is not installed, ConfigError for threads outside 1..1024.
     """
     if find_spec("onnxruntime") is None:
         raise _missing()

@@ -20,8 +20,7 @@ def server_url(server: str) -> URL:
     except ValueError:
         raise ConfigError("server", server, allowed) from None
     parts: tuple[Any, ...] = (url.query_string, url.fragment, url.user)
-    if url.scheme not in {"http", "https"} or not host or any(parts):
-        raise ConfigError("server", server, allowed)
-    if " " in host or not host.isprintable():
+    readable = host and " " not in host and host.isprintable()
+    if url.scheme not in {"http", "https"} or not readable or any(parts):
         raise ConfigError("server", server, allowed)
     return url

@@ -248,7 +248,10 @@ def _was_a_device(home: Home) -> bool:
 
 
 async def _tell(home: Home, journal: Journal, clock: Clock, *, erase: bool) -> None:
-    transport = await beside(open_transport, home, journal, journal.state.server, clock)
+    try:
+        transport = await beside(open_transport, home, journal, journal.state.server, clock)
+    except ConfigError as error:  # an address that an earlier release took, certificates that were moved
+        raise Unreachable(f"the server cannot be told: {error}") from None
     try:
         await transport.leave(erase=erase)
     except Refused as error:

@@ -65,7 +65,9 @@ def check_target(out: Path, *, force: bool) -> None:
     if Path.cwd().is_relative_to(out.resolve()):
         allowed = "another directory than the one you are in: it is replaced as a whole"
         raise ConfigError("out", str(out), allowed)
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.is_dir():
+        raise ConfigError("out", str(out), "a new directory; it is a file")
+    if not any(out.iterdir()):
         return
     if other := _not_of_a_bundle(out):
         allowed = f"a new directory; this one exists and holds something else ({other})"
@@ -76,8 +78,6 @@ def check_target(out: Path, *, force: bool) -> None:
 
 def _not_of_a_bundle(out: Path) -> str:
     """The name of something in `out` that is no part of a bundle, of whatever release; "" if all is."""
-    if not out.is_dir():
-        return out.name
     known = {MANIFEST} if (out / MANIFEST).is_file() else set()
     if known and (out / MANIFEST).stat().st_size <= MANIFEST_LIMIT_BYTES:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):

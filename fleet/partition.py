@@ -44,12 +44,17 @@ def dirichlet(labels: Sequence[int], devices: int, alpha: float, seed: int, leas
     of_label = [np.flatnonzero(array == label) for label in np.unique(array)]
     draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, _MOST_SHARES // (devices * len(of_label))))
     for _ in range(draws):
-        dealt = [_shared_out(rng, rows, devices, alpha) for rows in of_label]
-        if np.sum([np.diff(ends) for _, ends in dealt], axis=0).min() < least:
+        before = rng.bit_generator.state
+        sizes = np.zeros(devices, np.int64)
+        for rows in of_label:
+            sizes += np.diff(_shared_out(rng, rows, devices, alpha)[1])
+        if sizes.min() < least:
             continue
+        rng.bit_generator.state = before  # the same once more: nobody keeps a share for each device and label
         shards: Shards = [[] for _ in range(devices)]
-        for rows, ends in dealt:
-            for shard, part in zip(shards, np.split(rows, ends[1:-1]), strict=True):
+        for rows in of_label:
+            shuffled, ends = _shared_out(rng, rows, devices, alpha)
+            for shard, part in zip(shards, np.split(shuffled, ends[1:-1]), strict=True):
                 shard.extend(part.tolist())
         return shards
     allowed = f"large enough that each of {devices} devices gets {least} rows, as in none of {draws} draws"

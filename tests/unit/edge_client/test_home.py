@@ -10,6 +10,7 @@ from edge_client.home import Home
 from edge_client.identity import Identity
 from fedtt.errors import StorageError
 from fedtt.messages import device_id
+from tests.support.disks import mounted
 
 
 def test_two_clients_cannot_run_on_one_directory(tmp_path: Path) -> None:
@@ -144,3 +145,17 @@ def test_a_new_home_and_what_lies_above_it_are_on_disk_before_anything_is_in_it(
     assert set(synced) == {tmp_path.stat().st_ino, (tmp_path / "app").stat().st_ino}
     home.create()
     assert len(synced) == 2
+
+
+def test_a_store_of_examples_goes_after_its_log(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=1m") as disk:  # which lists the newest file first
+        home = Home(disk)
+        log = home.examples.with_name("examples.db-wal")
+        log.mkdir()  # which cannot be unlinked, by root neither
+        home.examples.touch()
+        with pytest.raises(StorageError):
+            home.delete_data()
+        assert home.examples.exists()
+        log.rmdir()
+        home.delete_data()
+        assert not home.examples.exists()

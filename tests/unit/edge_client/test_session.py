@@ -230,6 +230,30 @@ def test_forgetting_without_the_server_keeps_just_what_is_needed_to_ask_again(tm
     owning(tmp_path, test)
 
 
+@pytest.mark.parametrize("broken", ["address", "certificates"])
+def test_a_server_that_cannot_be_addressed_is_as_one_that_cannot_be_reached(
+    broken: str, tmp_path: Path
+) -> None:
+    async def test(owner: Owner) -> None:
+        await owner.run(acknowledged)
+        with owner.home.lock():
+            if broken == "address":
+                Journal(owner.home).update(server="http://a server")
+            else:
+                Journal(owner.home).update(server="https://localhost:9", ca=str(tmp_path / "moved.pem"))
+        with pytest.raises(Unreachable, match="the server cannot be told: "):
+            await leave(owner.home)
+        state = read_state(owner.home)
+        assert state is not None
+        assert state.enrolled
+        with pytest.raises(Unreachable, match=r"everything here but the key is deleted.*--local-only"):
+            await forget(owner.home, local_only=False)
+        await forget(owner.home, local_only=True)
+        assert not owner.home.exists
+
+    owning(tmp_path, test)
+
+
 def test_forgetting_a_device_the_server_no_longer_knows_is_no_error(tmp_path: Path) -> None:
     async def test(owner: Owner) -> None:
         await owner.run(acknowledged)
@@ -270,13 +294,16 @@ def test_a_directory_that_never_was_a_devices_is_not_forgotten(tmp_path: Path) -
     assert sorted(home.directory.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kept", ["a damaged journal", "examples"])
+@pytest.mark.parametrize("kept", ["a damaged journal", "examples", "damaged examples"])
 def test_what_a_device_left_is_forgotten_without_its_key(kept: str, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     home.create()
-    if kept == "examples":
+    if "examples" in kept:
         with closing(ExampleStore(home.examples)) as store:
             store.add("lights on", 1)
+        if kept == "damaged examples":
+            data = home.examples.read_bytes()
+            home.examples.write_bytes(data[:100] + bytes(1000) + data[1100:])
     else:
         Journal(home)
         home.state.write_bytes(home.state.read_bytes()[:-1])

@@ -11,10 +11,10 @@ import pytest
 
 from edge_client import events
 from edge_client.bundle_cache import BundleCache
-from edge_client.bundle_download import RESERVE_BYTES
-from edge_client.events import Step
+from edge_client.bundle_download import RESERVE_BYTES, append
+from edge_client.events import Step, ignore
 from fedtt.errors import DiskFullError
-from fedtt.manifest import MANIFEST
+from fedtt.manifest import MANIFEST, FileEntry
 from fedtt.seams import Transport
 from tests.support.clock import VirtualClock
 from tests.support.device_world import World, acknowledged, in_world
@@ -48,8 +48,8 @@ class Server:
         return asyncio.run(BundleCache(disk, VirtualClock()).ensure(transport, self.digest)).directory
 
 
-def older_bundle(disk: Path, size_bytes: int) -> Path:
-    directory = disk / ("a" * 64)
+def older_bundle(disk: Path, size_bytes: int, letter: str = "a") -> Path:
+    directory = disk / (letter * 64)
     directory.mkdir()
     (directory / "base.bin").write_bytes(bytes(size_bytes))
     return directory
@@ -103,6 +103,16 @@ def test_the_longest_unused_bundle_makes_room_on_the_disk_unless_that_is_in_vain
         assert not older.exists()
 
 
+def test_no_bundle_goes_where_what_is_in_use_would_have_to_go_too(tmp_path: Path) -> None:
+    server = Server(tmp_path / "served")
+    with mounted(tmp_path / "disk", "size=50m") as disk:
+        used, idle = older_bundle(disk, 14 * MIB), older_bundle(disk, 6 * MIB, "b")
+        cache = BundleCache(disk, VirtualClock())
+        with cache.using(used.name), pytest.raises(DiskFullError, match="has no room for bundle"):
+            asyncio.run(cache.ensure(server, server.digest))  # type: ignore[arg-type]
+        assert idle.exists()
+
+
 def test_a_download_gives_room_back_where_others_fill_the_disk_and_goes_on_with_the_rest(
     tmp_path: Path,
 ) -> None:
@@ -118,6 +128,22 @@ def test_a_download_gives_room_back_where_others_fill_the_disk_and_goes_on_with_
         server.after = lambda _: None
         server.bring(disk)
     assert [offset for name, offset in server.asked if name == "base.bin"] == [0, 20 * MIB - RESERVE_BYTES]
+
+
+def test_a_download_that_is_cancelled_on_a_full_disk_ends_as_cancelled(tmp_path: Path) -> None:
+    class Cancelled:
+        async def bundle_file(self, bundle: str, name: str, offset: int) -> AsyncGenerator[bytes, None]:
+            yield bytes(100)
+            fill(tmp_path / "disk")
+            raise asyncio.CancelledError
+
+    transport: Transport = Cancelled()  # type: ignore[assignment]  # bundle files alone are asked for
+    entry = FileEntry(bytes=1000, sha256="0" * 64)
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        part = disk / "base.bin.part"
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(append(transport, "a" * 64, "base.bin", entry, part, ignore))
+        assert part.stat().st_size == 100
 
 
 def test_a_bundle_that_is_there_needs_no_room(tmp_path: Path) -> None:
