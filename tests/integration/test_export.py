@@ -101,6 +101,9 @@ def test_the_command_line_makes_the_same_bytes_in_another_process(
     (tmp_path / "labels.json").write_text(json.dumps(TINY_LABELS))
     shutil.copytree(tiny_bundle, tmp_path / "again")
     (tmp_path / "again" / "leftover").write_text("of the old bundle")
+    manifest = json.loads((tmp_path / "again" / MANIFEST).read_bytes())
+    manifest["files"]["leftover"] = manifest["files"]["tokenizer.json"]
+    (tmp_path / "again" / MANIFEST).write_text(json.dumps(manifest))
     options = "--labels labels.json --out again --force --no-verify --json --bottleneck 8 --rank 2"
     more = "--head-rank 2 --max-tokens 32 --bottleneck-modes 8 --depth all --sites attention,mlp"
     found = subprocess.run(
