@@ -292,8 +292,8 @@ def _may_sleep(task: Task) -> bool:
     seats of its own, whatever turn a device had among all.
     """
     judge = task.spec.evaluation
-    is_judged_by_others = judge is None or judge.by != "devices"
-    return task.spec.sampling.is_plain and hierarchical(task) is None and is_judged_by_others
+    devices_judge = judge is not None and judge.by == "devices"
+    return task.spec.sampling.is_plain and hierarchical(task) is None and not devices_judge
 
 
 def _label_epsilon(tx: Transaction, task: Task, device_id: str) -> float | None:
